@@ -96,7 +96,7 @@ def select(
 
 
 def keep_count(keep: float, total: int) -> int:
-    """Number of samples that ``keep`` (see :func:`select`) means out of ``total``.
+    """Return the number of samples that ``keep`` (see :func:`select`) means out of ``total``.
 
     Raises
     ------

@@ -13,4 +13,15 @@ _package = _Path(__file__).resolve().parent
 if not (_package / "kernels").is_dir() and (_package.parent / "setup.py").is_file():
     __path__.append(str(_package.parent))
 
-__all__ = ["__version__"]
+from .backends import Availability, backends
+from .functional import LastLayerStats, explain, last_layer_stats, moso_scores
+
+__all__ = [
+    "Availability",
+    "LastLayerStats",
+    "__version__",
+    "backends",
+    "explain",
+    "last_layer_stats",
+    "moso_scores",
+]

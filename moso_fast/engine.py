@@ -1,0 +1,290 @@
+"""The two passes over chunks of rows, the same for every backend.
+
+First pass: row statistics and the sum of the gradients; then the mean gradient G in float64, in
+a fixed order; second pass: the alignment of every row with G. Residuals of the first pass are
+kept where they fit the memory budget, otherwise the second pass computes them again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .formulas import check_count
+from .problem import (
+    STATUS_SLOTS,
+    Problem,
+    check_parameters,
+    raise_for_status,
+    sequence_offsets,
+)
+from .sequences import segment_sum, sequence_grad_sqnorm
+
+if TYPE_CHECKING:
+    from .backends import Backend
+
+# Relative to |G| * sum_i |g_i|, the scale of the rounding in sum_i a_i = N |G|^2.
+_SELF_CHECK_TOLERANCE = {"float64": 1e-10, "highest": 1e-4, "high": 2e-3, "medium": 2e-2}
+
+_CPU_RESIDUAL_SHARE = 0.25
+_CUDA_RESIDUAL_SHARE = 0.5
+
+
+@dataclass
+class RowBuffers:
+    """What the first pass writes for every row; (K, rows) unless said otherwise."""
+
+    loss: Tensor
+    residual_sqnorm: Tensor
+    margin: Tensor
+    entropy: Tensor
+    feature_sqnorm: Tensor  # (rows,)
+    counted: Tensor  # (rows,) bool
+    status: Tensor  # (STATUS_SLOTS,) int64, see problem.py
+
+
+@dataclass
+class FirstPass:
+    """Sums over the rows of one chunk, and their residuals (n, K, C) if asked for."""
+
+    grad_sum: Tensor  # (K, C, D)
+    bias_grad_sum: Tensor  # (K, C)
+    residual: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a problem is cut: rows a chunk, and whether residuals are kept between the passes."""
+
+    chunk_rows: int
+    keep_residual: bool
+    residual_bytes: int
+    budget_bytes: int
+
+
+@dataclass
+class Results:
+    """Per-sample results, (K, samples); NaN where a sample does not count."""
+
+    alignment: Tensor
+    grad_sqnorm: Tensor
+    loss: Tensor
+    el2n: Tensor
+    margin: Tensor
+    entropy: Tensor
+    mean_grad_sqnorm: Tensor  # (K,) float64
+    count: Tensor  # () int64
+    status: Tensor  # (STATUS_SLOTS,) int64
+
+
+def make_plan(problem: Problem, backend: Backend, chunk_size: int | None) -> Plan:
+    """Choose the rows of a chunk and whether residuals are kept.
+
+    ``chunk_size`` (rows) fixes the chunk and has the second pass recompute residuals, so that
+    memory does not grow with the number of rows.
+    """
+    item = torch.finfo(problem.compute_dtype).bits // 8
+    residual_bytes = problem.rows * problem.heads * problem.classes * item
+    budget = residual_budget(problem.device)
+    if chunk_size is not None:
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
+        return Plan(chunk_size, False, residual_bytes, budget)
+    return Plan(backend.chunk_rows(problem), residual_bytes <= budget, residual_bytes, budget)
+
+
+def residual_budget(device: torch.device) -> int:
+    """Bytes of residuals that may stay between the passes on this device."""
+    if device.type == "cuda":
+        return int(_CUDA_RESIDUAL_SHARE * torch.cuda.mem_get_info(device)[0])
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(_CPU_RESIDUAL_SHARE * physical)
+    return 2**30
+
+
+def run(
+    problem: Problem,
+    backend: Backend,
+    chunk_size: int | None = None,
+    formula: str | None = None,
+) -> Results:
+    """Score ``problem`` with ``backend``; ``formula`` names what the samples must suffice for.
+
+    Raises
+    ------
+    ValueError
+        Data that the first pass refuses (label out of range, non-finite feature, overflow); one
+        counted sample where ``formula`` divides by N - 1.
+    RuntimeError
+        The self-check sum_i a_i = N |G|^2 failed: a wrong result is never returned.
+    """
+    plan = make_plan(problem, backend, chunk_size)
+    capturing = _capturing(problem)
+    if not capturing:
+        check_parameters(problem)
+    offsets = None if problem.cu_seqlens is None else sequence_offsets(problem)
+    chunks = list(_chunks(problem.rows, plan.chunk_rows, offsets))
+    rows = _allocate(problem)
+    grad = torch.zeros(problem.weight.shape, dtype=torch.float64, device=problem.device)
+    bias_grad = torch.zeros(grad.shape[:2], dtype=torch.float64, device=problem.device)
+    kept: list[Tensor | None] = []
+    sequence_norms: list[Tensor] = []
+    for chunk in chunks:
+        keep = plan.keep_residual or offsets is not None
+        part = backend.first_pass(problem, chunk, rows, keep)
+        grad += part.grad_sum
+        bias_grad += part.bias_grad_sum
+        if offsets is not None:
+            assert part.residual is not None
+            sequence_norms.append(
+                sequence_grad_sqnorm(problem, chunk, rows.counted[chunk], part.residual, offsets)
+            )
+        kept.append(part.residual if plan.keep_residual else None)
+    if not capturing:
+        raise_for_status(problem, rows.status)
+    counted = _samples_counted(rows.counted, offsets)
+    count = counted.sum()
+    if formula is not None and not capturing:
+        check_count(formula, int(count))
+    grad /= count.clamp_min(1)
+    bias_grad /= count.clamp_min(1)
+    mean_grad_sqnorm = grad.square().sum((1, 2))
+    if problem.bias is not None:
+        mean_grad_sqnorm = mean_grad_sqnorm + bias_grad.square().sum(1)
+    alignment = torch.empty_like(rows.loss)
+    mean_grad = grad.to(problem.compute_dtype)
+    mean_bias_grad = bias_grad.to(problem.compute_dtype) if problem.bias is not None else None
+    for chunk, residual in zip(chunks, kept, strict=True):
+        backend.second_pass(
+            problem, chunk, rows, mean_grad, mean_bias_grad, residual, alignment[:, chunk]
+        )
+    results = _finish(
+        problem, rows, counted, count, alignment, mean_grad_sqnorm, sequence_norms, offsets
+    )
+    if not capturing:
+        self_check(problem, results)
+    return results
+
+
+def self_check(problem: Problem, results: Results) -> None:
+    """Raise RuntimeError unless sum_i a_i = N |G|^2 to the precision of the job."""
+    key = "float64" if problem.compute_dtype == torch.float64 else problem.precision
+    expected = results.mean_grad_sqnorm * results.count
+    total = results.alignment.double().nansum(1)
+    norms = results.grad_sqnorm.double().sqrt().nansum(1)
+    scale = results.mean_grad_sqnorm.sqrt() * norms
+    bound = _SELF_CHECK_TOLERANCE[key] * scale + 1e-30
+    error = (total - expected).abs()
+    bad = ~(error <= bound)
+    if bool(bad.any()):
+        head = int(bad.nonzero()[0])
+        raise RuntimeError(
+            f"self-check failed for head {head}: the alignments sum to {float(total[head]):.9g} "
+            f"but N |G|^2 is {float(expected[head]):.9g} (allowed difference "
+            f"{float(bound[head]):.3g}); please report this with the output of moso-fast doctor"
+        )
+
+
+def _capturing(problem: Problem) -> bool:
+    return problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _chunks(rows: int, chunk_rows: int, offsets: Tensor | None) -> Iterator[slice]:
+    """Row ranges of at most ``chunk_rows``; sequences stay whole."""
+    if offsets is None:
+        for start in range(0, rows, chunk_rows):
+            yield slice(start, min(start + chunk_rows, rows))
+        return
+    bounds = offsets.tolist()
+    start = 0
+    for last, end in zip(bounds, bounds[1:], strict=False):
+        if end - start > chunk_rows and last > start:
+            yield slice(start, last)
+            start = last
+    if start < rows:
+        yield slice(start, rows)
+
+
+def _allocate(problem: Problem) -> RowBuffers:
+    def empty() -> Tensor:
+        return torch.empty(
+            problem.heads, problem.rows, dtype=problem.compute_dtype, device=problem.device
+        )
+
+    return RowBuffers(
+        loss=empty(),
+        residual_sqnorm=empty(),
+        margin=empty(),
+        entropy=empty(),
+        feature_sqnorm=torch.empty(
+            problem.rows, dtype=problem.compute_dtype, device=problem.device
+        ),
+        counted=torch.empty(problem.rows, dtype=torch.bool, device=problem.device),
+        status=torch.full((STATUS_SLOTS,), problem.rows, dtype=torch.int64, device=problem.device),
+    )
+
+
+def _samples_counted(counted: Tensor, offsets: Tensor | None) -> Tensor:
+    if offsets is None:
+        return counted
+    return segment_sum(counted[None].double(), offsets)[0] > 0
+
+
+def _finish(
+    problem: Problem,
+    rows: RowBuffers,
+    counted: Tensor,
+    count: Tensor,
+    alignment: Tensor,
+    mean_grad_sqnorm: Tensor,
+    sequence_norms: list[Tensor],
+    offsets: Tensor | None,
+) -> Results:
+    fields: dict[str, Tensor]
+    if offsets is None:
+        ones = 1.0 if problem.bias is not None else 0.0
+        fields = {
+            "alignment": alignment,
+            "grad_sqnorm": rows.residual_sqnorm * (rows.feature_sqnorm + ones),
+            "loss": rows.loss,
+            "el2n": rows.residual_sqnorm.sqrt(),
+            "margin": rows.margin,
+            "entropy": rows.entropy,
+        }
+    else:
+        fields = _sum_sequences(problem, rows, alignment, sequence_norms, offsets)
+    ignored = ~counted
+    for values in fields.values():
+        values.masked_fill_(ignored, float("nan"))
+    return Results(mean_grad_sqnorm=mean_grad_sqnorm, count=count, status=rows.status, **fields)
+
+
+def _sum_sequences(
+    problem: Problem,
+    rows: RowBuffers,
+    alignment: Tensor,
+    sequence_norms: list[Tensor],
+    offsets: Tensor,
+) -> dict[str, Tensor]:
+    used = rows.counted[None]
+
+    def total(values: Tensor) -> Tensor:
+        return segment_sum(torch.where(used, values, 0).double(), offsets)
+
+    tokens = total(torch.ones_like(alignment))
+    norms = torch.cat(sequence_norms, 1) if sequence_norms else total(alignment)
+    fields = {
+        "alignment": total(alignment),
+        "grad_sqnorm": norms,
+        "loss": total(rows.loss),
+        "el2n": total(rows.residual_sqnorm).sqrt(),
+        "margin": total(rows.margin) / tokens,
+        "entropy": total(rows.entropy) / tokens,
+    }
+    return {name: values.to(problem.compute_dtype) for name, values in fields.items()}

@@ -1,0 +1,373 @@
+"""The two functions most users need: tensors in, scores or statistics out.
+
+Both stand on one ``torch.library`` operator, so they work under ``torch.compile``, under autocast
+(they compute in their own precision) and with inputs that require grad (results never do).
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import engine, formulas
+from .backends import choose
+from .backends import get as get_backend
+from .problem import Problem, build_problem, compute_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True)
+class LastLayerStats:
+    """What one sweep over the features yields for every sample; NaN where it does not count.
+
+    Shapes are (N,), or (K, N) for a (K, C, D) weight; N counts sequences with ``cu_seqlens``.
+
+    Attributes
+    ----------
+    alignment
+        a_i = <g_i, G>, the dot product with the mean gradient.
+    grad_sqnorm
+        q_i = |g_i|^2.
+    loss
+        Loss times sample weight; summed over the tokens of a sequence.
+    el2n
+        |residual|: root of the sum of |r|^2 over the tokens of a sequence.
+    margin
+        z_y - max of the other logits; mean over tokens.
+    entropy
+        Entropy of the prediction in nats; mean over tokens.
+    backend
+        Name of the backend that computed it.
+    """
+
+    alignment: Tensor
+    grad_sqnorm: Tensor
+    loss: Tensor
+    el2n: Tensor
+    margin: Tensor
+    entropy: Tensor
+    backend: str
+    _mean_grad_sqnorm: Tensor
+    _count: Tensor
+
+    @property
+    def mean_grad_sqnorm(self) -> Any:
+        """|G|^2 as a float; a (K,) float64 tensor for K heads."""
+        if self.alignment.dim() == 2:
+            return self._mean_grad_sqnorm
+        return float(self._mean_grad_sqnorm[0])
+
+    @property
+    def count(self) -> int:
+        """N: samples that count."""
+        return int(self._count)
+
+    def scores(self, formula: str = "moso", scale: float = 1.0) -> Tensor:
+        """Scores by one of :data:`moso_fast.formulas.FORMULAS`; high = informative = keep.
+
+        Raises
+        ------
+        ValueError
+            Unknown formula; one counted sample where the formula divides by N - 1.
+        """
+        formulas.check_formula(formula)
+        formulas.check_count(formula, self.count)
+        return self._scores(formula, scale)
+
+    def _scores(self, formula: str, scale: float) -> Tensor:
+        return formulas.score(
+            formula, self.alignment, self.grad_sqnorm, self._mean_grad_sqnorm, self._count, scale
+        )
+
+
+def moso_scores(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    formula: str = "moso",
+    scale: float = 1.0,
+    loss: str = "cross_entropy",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    precision: str | None = None,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    nonfinite: str = "raise",
+) -> Tensor:
+    """MoSo score of every sample for one head (or K heads over the same features).
+
+    Equals, for one head without a bias::
+
+        r = (features @ weight.T).softmax(1) - F.one_hot(labels, C)     # (N, C)
+        G = r.T @ features / N                                          # (C, D)
+        a = ((r @ G) * features).sum(1); q = (r**2).sum(1) * (features**2).sum(1)
+        scores = scale * (N * a - q) / (N - 1)
+
+    Parameters
+    ----------
+    features
+        (N, D) inputs of the last layer; float32, float16, bfloat16 or float64; any strides.
+    weight, bias
+        (C, D) and (C,); or (K, C, D) and (K, C) for K heads.
+    labels
+        (N,) integer class ids, or (N, C) targets (probabilities for cross-entropy).
+    formula
+        ``"moso"`` (the paper), ``"one_step"``, ``"official"``, ``"official_exact"``,
+        ``"alignment"``; see :mod:`moso_fast.formulas`.
+    scale
+        Factor on the scores, such as the learning rate of the checkpoint.
+    loss
+        ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"mse"`` (targets (N, C) for the last
+        two, summed over C).
+    label_smoothing
+        In [0, 1), as in ``torch.nn.functional.cross_entropy``.
+    ignore_index
+        Rows with this label give NaN and do not count.
+    sample_weight
+        (N,) factors on each row's loss, hence on its gradient; N still counts rows.
+    cu_seqlens
+        (B + 1,) int32 or int64 offsets: the rows between two offsets are the tokens of one
+        sample, whose gradient is the sum over its counted tokens.
+    precision
+        ``"highest"`` (float32-accurate), ``"high"``, ``"medium"`` (bfloat16 operands), or None:
+        ``"highest"`` for float32 and float64 features, ``"medium"`` for 16-bit ones.
+    backend
+        ``"auto"`` or a name from :func:`moso_fast.backends`.
+    chunk_size
+        Rows at a time; also makes memory independent of N (residuals are computed twice).
+    nonfinite
+        ``"raise"``: a row with a NaN or infinite feature is an error; ``"exclude"``: it gives NaN
+        and does not count.
+
+    Returns
+    -------
+    Tensor
+        (N,) or (K, N), float32 (float64 for float64 features), without a graph.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Input that cannot be scored, in one line; also one counted sample where the formula
+        divides by N - 1.
+
+    Notes
+    -----
+    Tan et al., "Data Pruning via Moving-one-Sample-out", NeurIPS 2023.
+    """
+    formulas.check_formula(formula)
+    problem = build_problem(
+        features,
+        weight,
+        labels,
+        bias,
+        loss=loss,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        sample_weight=sample_weight,
+        cu_seqlens=cu_seqlens,
+        precision=precision,
+        nonfinite=nonfinite,
+    )
+    stats = _stats(problem, weight, bias, backend, chunk_size, formula)
+    return stats._scores(formula, scale)
+
+
+def last_layer_stats(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    loss: str = "cross_entropy",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    precision: str | None = None,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    nonfinite: str = "raise",
+) -> LastLayerStats:
+    """Alignment, squared gradient norm, loss, EL2N, margin and entropy from one sweep.
+
+    Parameters and errors as in :func:`moso_scores`, which is ``.scores(formula, scale)`` of this.
+    """
+    problem = build_problem(
+        features,
+        weight,
+        labels,
+        bias,
+        loss=loss,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        sample_weight=sample_weight,
+        cu_seqlens=cu_seqlens,
+        precision=precision,
+        nonfinite=nonfinite,
+    )
+    return _stats(problem, weight, bias, backend, chunk_size, formula=None)
+
+
+def explain(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    **options: Any,
+) -> str:
+    """Say what a scoring call would do, without running it.
+
+    Returns
+    -------
+    str
+        Backend and why, passes, chunks, memory beyond the inputs and results.
+    """
+    problem = build_problem(features, weight, labels, bias, **options)
+    chosen, reasons = choose(problem, backend)
+    plan = engine.make_plan(problem, chosen, chunk_size)
+    chunks = -(-problem.rows // plan.chunk_rows) if problem.rows else 0
+    residuals = (
+        f"kept between the passes ({plan.residual_bytes / 2**20:.1f} MiB)"
+        if plan.keep_residual
+        else "computed again in the second pass"
+    )
+    lines = [
+        f"problem   N={problem.samples} rows={problem.rows} D={problem.dim} C={problem.classes} "
+        f"K={problem.heads} {str(problem.features.dtype).removeprefix('torch.')} on "
+        f"{problem.device}, loss={problem.loss}, precision={problem.precision}",
+        f"backend   {chosen.name}",
+        *(f"          {reason}" for reason in reasons),
+        f"plan      {chosen.describe(problem)}",
+        f"passes    2 over the features, {chunks} chunk(s) of up to {plan.chunk_rows} rows",
+        f"residuals {residuals}; budget {plan.budget_bytes / 2**20:.0f} MiB",
+    ]
+    return "\n".join(lines)
+
+
+def _stats(
+    problem: Problem,
+    weight: Tensor,
+    bias: Tensor | None,
+    backend: str,
+    chunk_size: int | None,
+    formula: str | None,
+) -> LastLayerStats:
+    """Run the operator on a checked problem; ``formula`` names what the samples must suffice for."""
+    chosen, _ = choose(problem, backend)
+    *fields, mean_grad_sqnorm, count = torch.ops.moso_fast.last_layer_stats(
+        problem.features,
+        weight.detach(),
+        problem.labels,
+        None if bias is None else bias.detach(),
+        problem.sample_weight,
+        problem.cu_seqlens,
+        problem.loss,
+        problem.label_smoothing,
+        problem.ignore_index,
+        problem.precision,
+        problem.nonfinite,
+        chosen.name,
+        chunk_size,
+        formula,
+    )
+    return LastLayerStats(*fields, chosen.name, mean_grad_sqnorm, count)
+
+
+@contextmanager
+def _own_precision(problem: Problem) -> Iterator[None]:
+    """No autocast, and float32 products as exact as the problem asks, whatever is set globally."""
+    kind = problem.device.type
+    allowed = "high" if kind == "cuda" and problem.precision != "highest" else "highest"
+    before = torch.get_float32_matmul_precision()
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
+        if before == allowed:
+            yield
+            return
+        torch.set_float32_matmul_precision(allowed)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+@torch.library.custom_op("moso_fast::last_layer_stats", mutates_args=())
+def _last_layer_stats_op(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    cu_seqlens: Tensor | None,
+    loss: str,
+    label_smoothing: float,
+    ignore_index: int,
+    precision: str,
+    nonfinite: str,
+    backend: str,
+    chunk_size: int | None,
+    formula: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = build_problem(
+        features,
+        weight,
+        labels,
+        bias,
+        loss=loss,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        sample_weight=sample_weight,
+        cu_seqlens=cu_seqlens,
+        precision=precision,
+        nonfinite=nonfinite,
+    )
+    with _own_precision(problem):
+        results = engine.run(problem, get_backend(backend), chunk_size, formula)
+    shape = results.alignment.shape if weight.dim() == 3 else results.alignment.shape[1:]
+    return (
+        results.alignment.reshape(shape),
+        results.grad_sqnorm.reshape(shape),
+        results.loss.reshape(shape),
+        results.el2n.reshape(shape),
+        results.margin.reshape(shape),
+        results.entropy.reshape(shape),
+        results.mean_grad_sqnorm,
+        results.count,
+    )
+
+
+@_last_layer_stats_op.register_fake
+def _(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    fields = [_fake_result(features, weight, cu_seqlens) for _ in range(6)]
+    heads = weight.shape[0] if weight.dim() == 3 else 1
+    return (
+        *fields,
+        features.new_empty(heads, dtype=torch.float64),
+        features.new_empty((), dtype=torch.int64),
+    )
+
+
+def _fake_result(features: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    samples = features.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (weight.shape[0], samples) if weight.dim() == 3 else (samples,)
+    return features.new_empty(shape, dtype=compute_dtype(features))

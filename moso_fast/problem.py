@@ -1,0 +1,361 @@
+"""One validated scoring problem: every check that shapes and dtypes allow, and every message.
+
+Checks that need the data (labels in range, finite features) ride in the first pass over the
+features as a status word; :func:`raise_for_status` turns it into the error a user reads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .losses import LOSSES, SOFT_LABEL_TOLERANCE
+
+FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+PRECISIONS = ("highest", "high", "medium")
+NONFINITE = ("raise", "exclude")
+
+# Slots of the status word: each holds the first offending row, or the number of rows.
+STATUS_LABEL, STATUS_FEATURE, STATUS_LOGITS, STATUS_TARGET = range(4)
+STATUS_SLOTS = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Features, heads and labels of one scoring job; build with :func:`build_problem`.
+
+    ``weight`` is (K, C, D) and ``bias`` (K, C) in the compute dtype; ``features`` and ``labels``
+    are as given. A *row* is a line of ``features``; a *sample* is a row, or the rows of one
+    sequence where ``cu_seqlens`` (B + 1 offsets) is given.
+    """
+
+    features: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    sample_weight: Tensor | None
+    cu_seqlens: Tensor | None
+    loss: str
+    label_smoothing: float
+    ignore_index: int
+    precision: str
+    nonfinite: str
+    stacked: bool
+
+    @property
+    def rows(self) -> int:
+        """Lines of ``features``."""
+        return self.features.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """D, the width of a feature row."""
+        return self.features.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """K, heads over the same features."""
+        return self.weight.shape[0]
+
+    @property
+    def classes(self) -> int:
+        """C, classes of every head."""
+        return self.weight.shape[1]
+
+    @property
+    def samples(self) -> int:
+        """Samples: rows, or sequences."""
+        return self.rows if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def soft_labels(self) -> bool:
+        """Whether labels are (N, C) targets rather than class ids."""
+        return self.labels.dim() == 2
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float64 for float64 features, else float32."""
+        return compute_dtype(self.features)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features lie."""
+        return self.features.device
+
+    def counted(self, rows: slice) -> Tensor:
+        """Mask of the rows that are not ignored by their label."""
+        if self.soft_labels:
+            return torch.ones(
+                len(range(self.rows)[rows]), dtype=torch.bool, device=self.labels.device
+            )
+        return self.labels[rows] != self.ignore_index
+
+
+def compute_dtype(features: Tensor) -> torch.dtype:
+    """Return the dtype of accumulators and results for these features."""
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def default_precision(features: Tensor) -> str:
+    """``"highest"`` for float32 and float64 features, ``"medium"`` for 16-bit ones."""
+    return "highest" if features.dtype in (torch.float32, torch.float64) else "medium"
+
+
+def build_problem(
+    features: Any,
+    weight: Any,
+    labels: Any,
+    bias: Any = None,
+    *,
+    loss: str = "cross_entropy",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    sample_weight: Any = None,
+    cu_seqlens: Any = None,
+    precision: str | None = None,
+    nonfinite: str = "raise",
+) -> Problem:
+    """Check the arguments of a scoring call and bring the heads to (K, C, D).
+
+    Raises
+    ------
+    TypeError
+        An argument of the wrong type or dtype.
+    ValueError
+        Wrong rank, shapes that disagree, devices that differ, unknown option.
+    """
+    _check_options(loss, label_smoothing, ignore_index, precision, nonfinite)
+    _check_features(features)
+    _check_head(features, weight, bias)
+    classes = weight.shape[-2]
+    _check_labels(features, labels, loss, classes)
+    _check_rows_argument("sample_weight", sample_weight, features)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, features)
+    dtype = compute_dtype(features)
+    stacked = weight.dim() == 3
+    return Problem(
+        features=features.detach(),
+        weight=weight.detach().to(dtype).reshape(-1, classes, weight.shape[-1]),
+        labels=labels.detach(),
+        bias=None if bias is None else bias.detach().to(dtype).reshape(-1, classes),
+        sample_weight=None if sample_weight is None else sample_weight.detach().to(dtype),
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.detach().to(torch.int64),
+        loss=loss,
+        label_smoothing=float(label_smoothing),
+        ignore_index=int(ignore_index),
+        precision=precision or default_precision(features),
+        nonfinite=nonfinite,
+        stacked=stacked,
+    )
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_options(
+    loss: str, label_smoothing: float, ignore_index: int, precision: str | None, nonfinite: str
+) -> None:
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
+    if not isinstance(label_smoothing, (int, float)) or not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
+    if label_smoothing and loss != "cross_entropy":
+        raise ValueError(f"label_smoothing goes with loss='cross_entropy', not with {loss!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(
+            f"precision must be None or one of {', '.join(PRECISIONS)}; got {precision!r}"
+        )
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}; got {nonfinite!r}")
+
+
+def _check_tensor(name: str, value: Any, hint: str = "") -> None:
+    if not isinstance(value, Tensor):
+        kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+        if kind == "numpy.ndarray":
+            hint = "; torch.from_numpy makes one without a copy"
+        raise TypeError(f"{name} must be a torch.Tensor, got {kind}{hint}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+
+
+def _check_features(features: Any) -> None:
+    _check_tensor("features", features)
+    if features.dim() != 2:
+        raise ValueError(f"features must have shape (N, D), got {_shape(features)}")
+    if features.shape[1] == 0:
+        raise ValueError(f"features must have at least one column, got {_shape(features)}")
+    if features.dtype not in FEATURE_DTYPES:
+        known = ", ".join(_name(d) for d in FEATURE_DTYPES)
+        raise TypeError(f"features must be one of {known}; got {_name(features.dtype)}")
+
+
+def _check_device(name: str, value: Tensor, features: Tensor) -> None:
+    if value.device != features.device:
+        raise ValueError(
+            f"{name} must be on the device of features ({features.device}), got {value.device}"
+        )
+
+
+def _check_head(features: Tensor, weight: Any, bias: Any) -> None:
+    _check_tensor("weight", weight)
+    dim = features.shape[1]
+    if weight.dim() not in (2, 3) or 0 in weight.shape[:-1]:
+        raise ValueError(
+            "weight must have shape (C, D) or (K, C, D) with C and K at least 1, "
+            f"got {_shape(weight)}"
+        )
+    if weight.shape[-1] != dim:
+        raise ValueError(
+            f"weight {_shape(weight)} and features {_shape(features)} disagree in D: "
+            f"{weight.shape[-1]} against {dim}"
+        )
+    if weight.dtype not in FEATURE_DTYPES:
+        raise TypeError(f"weight must be floating point, got {_name(weight.dtype)}")
+    _check_device("weight", weight, features)
+    if bias is None:
+        return
+    _check_tensor("bias", bias)
+    if bias.shape != weight.shape[:-1]:
+        raise ValueError(
+            f"bias must have shape {tuple(weight.shape[:-1])} to go with weight {_shape(weight)}, "
+            f"got {_shape(bias)}"
+        )
+    if bias.dtype not in FEATURE_DTYPES:
+        raise TypeError(f"bias must be floating point, got {_name(bias.dtype)}")
+    _check_device("bias", bias, features)
+
+
+def _check_labels(features: Tensor, labels: Any, loss: str, classes: int) -> None:
+    _check_tensor("labels", labels)
+    rows = features.shape[0]
+    if loss == "cross_entropy" and labels.dim() == 1:
+        if labels.dtype not in LABEL_DTYPES:
+            raise TypeError(
+                f"labels of shape (N,) must be integer class ids, got {_name(labels.dtype)}; "
+                f"probabilities have shape (N, C) = {(rows, classes)}"
+            )
+        expected: tuple[int, ...] = (rows,)
+    else:
+        expected = (rows, classes)
+    if tuple(labels.shape) != expected:
+        what = f"{(rows,)} class ids or {(rows, classes)} probabilities"
+        if loss != "cross_entropy":
+            what = f"{expected} targets for loss={loss!r}"
+        raise ValueError(
+            f"labels must have shape {what} to go with features {_shape(features)}, "
+            f"got {_shape(labels)}"
+        )
+    if labels.dim() == 2 and not (labels.dtype in FEATURE_DTYPES or loss != "cross_entropy"):
+        raise TypeError(f"labels of shape (N, C) must be floating point, got {_name(labels.dtype)}")
+    if labels.is_complex():
+        raise TypeError(f"labels must be real, got {_name(labels.dtype)}")
+    _check_device("labels", labels, features)
+
+
+def _check_rows_argument(name: str, value: Any, features: Tensor) -> None:
+    if value is None:
+        return
+    _check_tensor(name, value)
+    if value.shape != features.shape[:1]:
+        raise ValueError(f"{name} must have shape ({features.shape[0]},), got {_shape(value)}")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must hold real numbers, got {_name(value.dtype)}")
+    _check_device(name, value, features)
+
+
+def _check_cu_seqlens(cu_seqlens: Any, features: Tensor) -> None:
+    _check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens must have shape (B + 1,), got {_shape(cu_seqlens)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {_name(cu_seqlens.dtype)}")
+    _check_device("cu_seqlens", cu_seqlens, features)
+
+
+def sequence_offsets(problem: Problem) -> Tensor:
+    """``cu_seqlens`` on the CPU, checked: starts at 0, never decreases, ends at the row count."""
+    assert problem.cu_seqlens is not None
+    offsets = problem.cu_seqlens.cpu()
+    if offsets[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {int(offsets[0])}")
+    if offsets[-1] != problem.rows:
+        raise ValueError(
+            f"cu_seqlens must end at the number of rows, {problem.rows}; got {int(offsets[-1])}"
+        )
+    down = (offsets.diff() < 0).nonzero()
+    if down.numel():
+        at = int(down[0]) + 1
+        raise ValueError(
+            f"cu_seqlens must not decrease, but entry {at} is {int(offsets[at])} "
+            f"after {int(offsets[at - 1])}"
+        )
+    return offsets
+
+
+def check_parameters(problem: Problem) -> None:
+    """Raise ValueError at the first non-finite entry of weight, bias or sample_weight."""
+    for name in ("weight", "bias", "sample_weight"):
+        value = getattr(problem, name)
+        if value is None or bool(torch.isfinite(value).all()):
+            continue
+        at = (~torch.isfinite(value)).nonzero()[0].tolist()
+        if name != "sample_weight" and not problem.stacked:
+            at_shown = at[1:]
+            entry = value[0][tuple(at_shown)]
+        else:
+            at_shown, entry = at, value[tuple(at)]
+        raise ValueError(f"{name}{at_shown} is {float(entry)}; heads and weights must be finite")
+
+
+def raise_for_status(problem: Problem, status: Tensor) -> None:
+    """Turn the status word of the first pass into one clear ValueError, or return."""
+    first = status.tolist()
+    if first[STATUS_LABEL] < problem.rows:
+        row = first[STATUS_LABEL]
+        raise ValueError(
+            f"labels[{row}] is {int(problem.labels[row])}, outside [0, {problem.classes}) "
+            f"and not ignore_index ({problem.ignore_index})"
+        )
+    if first[STATUS_FEATURE] < problem.rows:
+        row = first[STATUS_FEATURE]
+        values = problem.features[row]
+        column = int((~torch.isfinite(values)).nonzero()[0])
+        raise ValueError(
+            f"features[{row}, {column}] is {float(values[column])}; row {row} is the first with "
+            "a non-finite value (nonfinite='exclude' scores the others)"
+        )
+    if first[STATUS_TARGET] < problem.rows:
+        row = first[STATUS_TARGET]
+        raise ValueError(f"labels[{row}] {_describe_target(problem, row)}")
+    if first[STATUS_LOGITS] < problem.rows:
+        row = first[STATUS_LOGITS]
+        raise ValueError(
+            f"logits, loss or gradient of row {row} overflow {_name(problem.compute_dtype)} "
+            "although features and weights are finite; scale them down or pass float64 features"
+        )
+
+
+def _describe_target(problem: Problem, row: int) -> str:
+    target = problem.labels[row].double()
+    if problem.loss == "mse":
+        return "holds a non-finite target"
+    outside = ((target >= 0) & (target <= 1)).logical_not().nonzero()
+    if outside.numel():
+        column = int(outside[0])
+        return f"holds {float(target[column])} at class {column}; targets must lie in [0, 1]"
+    total = math.fsum(target.tolist())
+    return f"sums to {total:g}; label probabilities must sum to 1 (+- {SOFT_LABEL_TOLERANCE:g})"

@@ -1,0 +1,108 @@
+"""Sums over the tokens of each sequence, and the norm of a sequence's gradient.
+
+The gradient of a sequence is sum_t r_t (outer) [h_t; 1], so its squared norm is not the sum of
+the tokens' norms. It is computed as sum_{t,u} <r_t, r_u> (<h_t, h_u> + 1) (two T x T products)
+for short sequences and as |R^T [H 1]|^2 (one C x D product) where that is cheaper.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+
+# Numbers in the padded (batch, T, D + K C) blocks that one round of short sequences may hold.
+_BLOCK_NUMBERS = 2**24
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum (K, rows) over the segments between ``offsets`` (B + 1, on the CPU): (K, B)."""
+    if offsets.shape[0] == 1:
+        return values[:, :0]
+    device_offsets = offsets.to(values.device)
+    return torch.segment_reduce(values.T.contiguous(), "sum", offsets=device_offsets, axis=0).T
+
+
+def sequence_grad_sqnorm(
+    problem: Problem, chunk: slice, counted: Tensor, residual: Tensor, offsets: Tensor
+) -> Tensor:
+    """|g_s|^2 of the sequences that lie in rows ``chunk``: (K, sequences), float64.
+
+    ``residual`` is (n, K, C), zero for rows that do not count; ``counted`` is their mask (n,).
+    """
+    inside = (offsets >= chunk.start) & (offsets <= chunk.stop)
+    bounds = _whole_sequences(offsets, inside, chunk) - chunk.start
+    lengths = bounds.diff()
+    features = problem.features[chunk].to(problem.compute_dtype)
+    features = torch.where(counted[:, None], features, 0)
+    out = torch.zeros(problem.heads, len(lengths), dtype=torch.float64, device=problem.device)
+    classes, dim = problem.classes, problem.dim
+    direct_from = classes * dim / (classes + dim)
+    ones = 1.0 if problem.bias is not None else 0.0
+    padded = _padded_lengths(lengths)
+    for length in padded.unique().tolist():
+        if length == 0:
+            continue
+        members = (padded == length).nonzero().squeeze(1)
+        if length > direct_from:
+            _direct(features, residual, bounds, members, ones, out)
+        else:
+            _pairwise(features, residual, bounds, members, length, ones, out)
+    return out
+
+
+def _whole_sequences(offsets: Tensor, inside: Tensor, chunk: slice) -> Tensor:
+    """Return the offsets of this chunk's sequences; empty ones at a border go to the later chunk."""
+    found = inside.nonzero().squeeze(1)
+    first, last = int(found[0]), int(found[-1])
+    if chunk.start > 0:
+        while first + 1 <= last and offsets[first + 1] == chunk.start:
+            first += 1
+    if chunk.stop < offsets[-1]:
+        while last - 1 >= first and offsets[last - 1] == chunk.stop:
+            last -= 1
+    return offsets[first : last + 1]
+
+
+def _padded_lengths(lengths: Tensor) -> Tensor:
+    """Round lengths up to powers of two, so that few distinct block shapes occur."""
+    exponent = lengths.clamp_min(1).double().log2().ceil()
+    return torch.where(lengths > 0, (2.0**exponent).long(), 0)
+
+
+def _direct(
+    features: Tensor, residual: Tensor, bounds: Tensor, members: Tensor, ones: float, out: Tensor
+) -> None:
+    for index in members.tolist():
+        rows = slice(int(bounds[index]), int(bounds[index + 1]))
+        r = residual[rows]
+        grad = torch.einsum("tkc,td->kcd", r, features[rows])
+        norm = grad.double().square().sum((1, 2))
+        if ones:
+            norm = norm + r.sum(0).double().square().sum(1)
+        out[:, index] = norm
+
+
+def _pairwise(
+    features: Tensor,
+    residual: Tensor,
+    bounds: Tensor,
+    members: Tensor,
+    length: int,
+    ones: float,
+    out: Tensor,
+) -> None:
+    width = features.shape[1] + residual[0].numel() + (1 + residual.shape[1]) * length
+    at_once = max(1, _BLOCK_NUMBERS // (length * width))
+    steps = torch.arange(length)
+    for group in members.split(at_once):
+        starts, ends = bounds[group], bounds[group + 1]
+        index = starts[:, None] + steps
+        valid = (index < ends[:, None]).to(features.device)
+        index = torch.where(index < ends[:, None], index, 0).to(features.device)
+        h = features[index]
+        r = torch.where(valid[..., None, None], residual[index], 0)
+        gram_h = h @ h.transpose(1, 2) + ones
+        gram_r = torch.einsum("btkc,bukc->kbtu", r, r)
+        out[:, group.to(out.device)] = (gram_r * gram_h).double().sum((2, 3))

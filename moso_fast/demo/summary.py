@@ -1,0 +1,138 @@
+"""The numbers of a demonstration as plain data, and the sentences that follow from them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from moso_fast.demo.experiment import (
+    FLIPPED,
+    MOSO,
+    NOTHING,
+    PRUNING_METHODS,
+    RANDOM,
+    SUSPICION_SCORES,
+    DemoResult,
+)
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation over repeats (0 for one repeat) and the values themselves."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": deviation, "values": list(values)}
+
+
+def compare(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+    """Mean paired difference from a baseline, and whether it exceeds two standard errors.
+
+    ``clear`` is False for fewer than three repeats, which say nothing about the noise.
+    """
+    differences = [a - b for a, b in zip(values, baseline, strict=True)]
+    mean = statistics.fmean(differences)
+    error = math.inf
+    if len(differences) > 2:
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return {"mean": mean, "standard_error": error, "clear": abs(mean) > 2 * error}
+
+
+def summarise(result: DemoResult) -> dict[str, Any]:
+    """Everything measured as JSON-ready data; accuracies, shares and AUROC between 0 and 1."""
+    config, timing = result.config, result.timing
+    smaller = [keep for keep in config.keeps if keep < 1]
+    averages = {
+        method: _mean_over(result.pruning[method][keep] for keep in smaller)
+        for method in PRUNING_METHODS
+    }
+    summary: dict[str, Any] = {
+        "config": asdict(config),
+        "data": {
+            "name": "scikit-learn digits, 8x8 images",
+            "train": len(result.digits.train_labels),
+            "test": len(result.digits.test_labels),
+        },
+        "timing": {**asdict(timing), "speed_up": timing.autograd_loop / timing.moso_fast},
+        "pruning": {
+            method: {f"{keep:g}": spread(by_keep[keep]) for keep in config.keeps}
+            for method, by_keep in result.pruning.items()
+        },
+        "pruning_against_random": {
+            method: compare(averages[method], averages[RANDOM])
+            for method in PRUNING_METHODS
+            if method != RANDOM
+        },
+        "label_errors": {
+            name: {"auroc": spread(result.auroc[name]), "found": spread(result.found[name])}
+            for name in SUSPICION_SCORES
+        },
+        "cleaning": {name: spread(values) for name, values in result.cleaned.items()},
+        "cleaning_against_nothing": {
+            name: compare(values, result.cleaned[NOTHING])
+            for name, values in result.cleaned.items()
+            if name != NOTHING
+        },
+        "seconds": result.seconds,
+    }
+    summary["findings"] = findings(summary)
+    return summary
+
+
+def findings(summary: dict[str, Any]) -> list[str]:
+    """Say what the numbers of this run show: pruning, finding flipped labels, cleaning."""
+    return [_about_pruning(summary), _about_flipped(summary), _about_cleaning(summary)]
+
+
+def _about_pruning(summary: dict[str, Any]) -> str:
+    against = summary["pruning_against_random"]
+    best = max(against, key=lambda name: against[name]["mean"])
+    keeps = [keep for keep in summary["pruning"][RANDOM] if float(keep) < 1]
+    winners = [
+        max(PRUNING_METHODS, key=lambda m: summary["pruning"][m][keep]["mean"]) for keep in keeps
+    ]
+    named = "/".join(f"{float(keep):.0%}"[:-1] for keep in keeps)
+    if against[best]["mean"] > 0 and against[best]["clear"]:
+        text = f"{best} served pruning best, {_points(against[best])} random on average"
+    else:
+        text = f"no score beat random clearly on average (best {best}, {_points(against[best])} it)"
+    if best != MOSO:
+        text += f", MoSo as in the paper was {_points(against[MOSO])} random"
+    return f"Pruning: {text}; most accurate at keep {named}%: {', '.join(winners)}."
+
+
+def _about_flipped(summary: dict[str, Any]) -> str:
+    auroc = {name: entry["auroc"]["mean"] for name, entry in summary["label_errors"].items()}
+    best = max(auroc, key=auroc.__getitem__)
+    text = f"Flipped labels: {best} found them best (AUROC {auroc[best]:.3f})"
+    if best != MOSO:
+        text += f", low MoSo as in the paper reached {auroc[MOSO]:.3f}"
+    return text + "; 0.5 is chance."
+
+
+def _about_cleaning(summary: dict[str, Any]) -> str:
+    against, cleaning = summary["cleaning_against_nothing"], summary["cleaning"]
+    share = f"{summary['config']['dropped']:.0%}"
+    best = max(SUSPICION_SCORES, key=lambda name: cleaning[name]["mean"])
+    change = against[best]
+    accuracy = f"{100 * cleaning[best]['mean']:.1f}%"
+    if change["mean"] > 0 and change["clear"]:
+        text = f"dropping the worst {share} by {best} served best"
+    else:
+        text = f"dropping the worst {share} by a score did not clearly help; {best} did best"
+    return (
+        f"Cleaning: {text} ({accuracy}, {_points(change)} dropping nothing); dropping exactly "
+        f"{FLIPPED} gave {100 * cleaning[FLIPPED]['mean']:.1f}%."
+    )
+
+
+def _points(change: dict[str, Any]) -> str:
+    """Put a paired difference into words: '1.2 points below'."""
+    side = "above" if change["mean"] >= 0 else "below"
+    noise = "" if change["clear"] else " (within the noise)"
+    return f"{100 * abs(change['mean']):.1f} points{noise} {side}"
+
+
+def _mean_over(columns: Iterable[Sequence[float]]) -> list[float]:
+    """Average equally long lists entry by entry."""
+    return [statistics.fmean(entries) for entries in zip(*columns, strict=True)]

@@ -1,0 +1,26 @@
+# The interpreter of the virtual environment that is active; override with `make PYTHON=...`.
+PYTHON ?= python
+CXX_SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+.PHONY: build test lint format clean
+
+build:  ## native modules into moso_fast/, for `python -m pytest` in the source tree
+	$(PYTHON) setup.py --quiet build_ext --inplace
+
+test: build
+	$(PYTHON) -m pytest
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info moso_fast/_build_info.json moso_fast/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

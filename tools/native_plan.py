@@ -1,0 +1,169 @@
+"""What setup.py builds: which native modules, with which compilers, and why the rest is left out.
+
+The native modules know neither torch nor a GPU, so compilers are all that decides.
+MOSO_FAST_BUILD says what is wanted:
+
+auto   (default) moso_fast._cpu where a C++ compiler is found, moso_fast._cuda where nvcc is found
+none   pure Python
+cpu    moso_fast._cpu, or an error
+cuda   moso_fast._cpu and moso_fast._cuda, or an error
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MODULES = ("_cpu", "_cuda")
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "auto": (),
+    "none": (),
+    "cpu": ("_cpu",),
+    "cuda": ("_cpu", "_cuda"),
+}
+INFO_NAME = "_build_info.json"
+# Binary code for A100, H100/H200 and B200; PTX of the newest serves later devices.
+CUDA_ARCHITECTURES = ("80", "90a", "100")
+
+
+class BuildError(SystemExit):
+    """Ends the build with one line on stderr and no traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"moso_fast: error: {message}")
+
+
+@dataclass
+class Plan:
+    """What to build, with which compilers, and why the rest is left out."""
+
+    mode: str
+    cxx: list[str] = field(default_factory=list)
+    nvcc: str = ""
+    cuda_architectures: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)  # module name -> why
+    error: str = ""  # why an explicit choice cannot be met; raised once something is to be built
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the native modules to build."""
+        return [name for name in MODULES if name not in self.missing and not self.error]
+
+
+def make_plan(env: Mapping[str, str]) -> Plan:
+    """Decide what to build from MOSO_FAST_BUILD and the compilers that are found."""
+    plan = Plan(mode=env.get("MOSO_FAST_BUILD", "").strip().lower() or "auto")
+    if plan.mode not in REQUIRED:
+        plan.error = f"MOSO_FAST_BUILD={plan.mode!r} is not one of {', '.join(REQUIRED)}"
+        return plan
+    if plan.mode == "none":
+        plan.missing = dict.fromkeys(MODULES, "it was installed with MOSO_FAST_BUILD=none")
+        return plan
+
+    plan.cxx, reason = find_cxx(env)
+    if not plan.cxx:
+        plan.missing = dict.fromkeys(MODULES, reason)
+        if env.get("CXX", "").strip():  # an explicit choice, in every mode
+            plan.error = reason
+            return plan
+    elif plan.mode == "cpu":
+        plan.missing["_cuda"] = "it was installed with MOSO_FAST_BUILD=cpu"
+    else:
+        plan.nvcc, plan.cuda_architectures, reason = find_nvcc(env)
+        if reason:
+            plan.missing["_cuda"] = reason
+
+    unmet = [plan.missing[name] for name in REQUIRED[plan.mode] if name in plan.missing]
+    if plan.mode == "cuda" and not plan.cxx:
+        unmet[0] += ", and nvcc needs it too"
+    if unmet:
+        plan.error = f"MOSO_FAST_BUILD={plan.mode} cannot be met: {unmet[0]}"
+    return plan
+
+
+def find_cxx(env: Mapping[str, str]) -> tuple[list[str], str]:
+    """Return the C++ compiler's command ($CXX, else c++, g++, clang++), or why there is none."""
+    if os.name == "nt":
+        return [], "the native modules cannot be built on Windows yet"
+    path = env.get("PATH", os.defpath)
+    command = shlex.split(env.get("CXX", ""))
+    if command:
+        if shutil.which(command[0], path=path):
+            return command, ""
+        return [], f"CXX names {command[0]!r}, which cannot be found; correct or unset it"
+    for name in ("c++", "g++", "clang++"):
+        found = shutil.which(name, path=path)
+        if found:
+            return [found], ""
+    return [], "no C++ compiler was found at installation (looked for $CXX, c++, g++, clang++)"
+
+
+def find_nvcc(env: Mapping[str, str]) -> tuple[str, list[str], str]:
+    """Return nvcc of CUDA_HOME, CUDA_PATH or PATH and its architectures, or why there is none."""
+    folders = [str(Path(env[key], "bin")) for key in ("CUDA_HOME", "CUDA_PATH") if env.get(key)]
+    search = os.pathsep.join([*folders, env.get("PATH", os.defpath)])
+    nvcc = shutil.which("nvcc", path=search)
+    if nvcc is None:
+        looked = "$CUDA_HOME/bin, $CUDA_PATH/bin, PATH"
+        return "", [], f"nvcc was not found at installation (looked in {looked})"
+    codes = output_of([nvcc, "--list-gpu-code"])
+    if codes is None:
+        return nvcc, [], f"`{nvcc} --list-gpu-code` failed at installation"
+    architectures = supported_architectures(codes)
+    if not architectures:
+        wanted = ", ".join(f"sm_{arch}" for arch in CUDA_ARCHITECTURES)
+        return nvcc, [], f"{nvcc} supports none of {wanted}"
+    return nvcc, architectures, ""
+
+
+def supported_architectures(gpu_codes: str) -> list[str]:
+    """Return those of CUDA_ARCHITECTURES that ``nvcc --list-gpu-code`` names.
+
+    nvcc lists sm_90 and not sm_90a, but accepts sm_90a from CUDA 12.0 on.
+    """
+    listed = set(re.findall(r"sm_(\d+)", gpu_codes))
+    return [arch for arch in CUDA_ARCHITECTURES if arch.rstrip("a") in listed]
+
+
+def ptx_architecture(architectures: Sequence[str]) -> str:
+    """Return the newest architecture without its 'a', whose PTX would run on no other device."""
+    return architectures[-1].rstrip("a")
+
+
+def gencode_flags(architectures: Sequence[str]) -> list[str]:
+    """Return nvcc's flags: binary code for each architecture and PTX of the newest one."""
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    newest = ptx_architecture(architectures)
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def output_of(command: Sequence[str]) -> str | None:
+    """Return what the command prints, or None where it cannot be run or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout
+
+
+def write_info(plan: Plan, folder: Path) -> None:
+    """Record what was built, and why the rest was not, for moso_fast/_native.py."""
+    cxx = (output_of([*plan.cxx, "--version"]) or "") if plan.cxx else ""
+    record = {
+        "mode": plan.mode,
+        "built": plan.modules,
+        "missing": plan.missing,
+        "cxx": cxx.partition("\n")[0],
+        "nvcc": plan.nvcc,
+        "cuda_architectures": plan.cuda_architectures if "_cuda" in plan.modules else [],
+    }
+    temporary = folder / f"{INFO_NAME}.tmp"
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / INFO_NAME)

@@ -6,104 +6,18 @@ gradient of its own part of N samples, at K sampled checkpoints with learning ra
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .parts import FIELDS, PartStats, score_parts, split_parts
 from .table import ScoreTable
 
-FIELDS = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")
+__all__ = ["COMBINE", "FIELDS", "PartStats", "check_combine", "combine_checkpoints", "score_parts"]
+
 COMBINE = ("mean", "zscore")
-
-# A part above this size is gathered into a temporary file instead of memory.
-GATHER_BYTES = 1 << 30
-_GATHER_BLOCK_ROWS = 1 << 16
-
-
-class PartStats(list[dict[str, Tensor]]):
-    """One dict of (N,) tensors per head, with the backend that ran and the counts per part."""
-
-    backend: str = ""
-    counts: dict[int, int]
-
-
-def score_parts(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = None,
-    *,
-    partition: Tensor | None = None,
-    formula: str = "moso",
-    **kwargs: Any,
-) -> PartStats:
-    """Row statistics and formula scores of every head, each part against its own mean gradient.
-
-    Parameters
-    ----------
-    features
-        (N, D); rows of a part that are not adjacent are gathered one part at a time, above 1 GiB
-        into a temporary file, so that a memory-mapped array is never read whole.
-    weight, bias
-        (C, D) and (C,), or (K, C, D) and (K, C) for K heads.
-    labels
-        (N,) class ids or (N, C) targets.
-    partition
-        (N,) integer ids, one a sample (a sequence where ``cu_seqlens`` is given); None = one part.
-    formula
-        One of ``moso_fast.formulas.FORMULAS``.
-    **kwargs
-        Further arguments of ``last_layer_stats``.
-
-    Returns
-    -------
-    PartStats
-        K dicts with the keys alignment, grad_sqnorm, loss, el2n, margin, entropy and score (the
-        formula before the learning rate), each (N,) on the CPU; NaN where a sample is ignored.
-
-    Raises
-    ------
-    ValueError
-        Ids of the wrong shape, a part with fewer than 2 counted samples (named), and whatever
-        ``last_layer_stats`` refuses, with the row numbers of the whole data set.
-    TypeError
-        Ids that are not integers.
-    """
-    if partition is None:
-        return _assemble([(None, None)], features, weight, labels, bias, formula, kwargs)
-    cu_seqlens = kwargs.get("cu_seqlens")
-    num_samples = features.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    parts = split_parts(partition, num_samples)
-    for part, rows in parts:
-        if rows.numel() < 2:
-            raise ValueError(_too_small(part, rows.numel()))
-    return _assemble(list(parts), features, weight, labels, bias, formula, kwargs)
-
-
-def split_parts(partition: Tensor, num_samples: int) -> list[tuple[int, Tensor]]:
-    """List (id, ascending sample numbers) of every part, by ascending id.
-
-    Raises
-    ------
-    ValueError
-        ``partition`` is not of shape (num_samples,).
-    TypeError
-        ``partition`` does not hold integers.
-    """
-    if partition.dim() != 1 or partition.shape[0] != num_samples:
-        raise ValueError(
-            f"partition must have shape ({num_samples},), one id a sample; "
-            f"got {tuple(partition.shape)}"
-        )
-    if partition.is_floating_point() or partition.is_complex() or partition.dtype == torch.bool:
-        raise TypeError(f"partition must hold integer ids; got {partition.dtype}")
-    ids, counts = partition.cpu().unique(return_counts=True)
-    order = partition.cpu().argsort(stable=True)
-    return list(zip(ids.tolist(), order.split(counts.tolist()), strict=True))
 
 
 def combine_checkpoints(
@@ -158,33 +72,31 @@ def combine_checkpoints(
             f"lr must give one learning rate a checkpoint; got {len(lr)} for {num_checkpoints}"
         )
     check_combine(combine, num_steps)
-    stacked = {name: _stack(stats, name, index) for name in (*FIELDS, "score")}
-    dtype = stacked["score"].dtype
-    wide = {name: values.double() for name, values in stacked.items()}
     rates = torch.tensor([float(rate) for rate in lr], dtype=torch.float64)[:, None]
-    parts = [slice(None)] if partition is None else [r for _, r in _parts_of(partition, index)]
-    raw, weighted = wide["score"], wide["score"] * rates
+    parts: list[Any] = [slice(None)]
+    if partition is not None:
+        parts = [rows for _, rows in split_parts(partition, index.shape[0])]
+    per_checkpoint = {name: _stack(stats, name, index) for name in (*FIELDS, "score")}
+    raw = per_checkpoint["score"].double()
+    dtype = per_checkpoint["score"].dtype
+    per_checkpoint["score"] = (raw * rates).to(dtype)
     if combine == "zscore":
-        scores = _standardise(raw, parts).mean(0)
-    elif num_steps is None:
-        scores = weighted.mean(0)
+        combined = _standardise(raw, parts)
     else:
-        scaled = torch.empty_like(weighted)
-        for rows in parts:
-            counted = (~wide["alignment"][:, rows].isnan()).sum(1, keepdim=True)
-            scaled[:, rows] = weighted[:, rows] * (num_steps / counted)
-        scores = scaled.mean(0)
-    metrics = {name: wide[name].mean(0) for name in FIELDS}
-    metrics["grand"] = wide["grad_sqnorm"].sqrt().mean(0)
-    metrics["self_influence"] = (wide["grad_sqnorm"] * rates).mean(0)
+        combined = raw * rates
+        if num_steps is not None:
+            counted = ~per_checkpoint["alignment"].isnan()
+            for part in parts:
+                combined[:, part] *= num_steps / counted[:, part].sum(1, keepdim=True)
+    metrics = {name: per_checkpoint[name].mean(0, dtype=torch.float64) for name in FIELDS}
+    sqnorm = per_checkpoint["grad_sqnorm"].double()
+    metrics["grand"] = sqnorm.sqrt().mean(0)
+    metrics["self_influence"] = (sqnorm * rates).mean(0)
     return ScoreTable(
-        scores=scores.to(dtype),
+        scores=combined.mean(0).to(dtype),
         metrics={name: values.to(dtype) for name, values in metrics.items()},
-        per_checkpoint={
-            **{name: stacked[name] for name in FIELDS},
-            "score": weighted.to(dtype),
-        },
-        index=index.cpu().long(),
+        per_checkpoint=per_checkpoint,
+        index=index,
         higher_is_better=True,
         provenance=dict(provenance or {}),
     )
@@ -196,10 +108,6 @@ def check_combine(combine: str, num_steps: int | None = None) -> None:
         raise ValueError(f"combine must be one of {', '.join(COMBINE)}; got {combine!r}")
     if num_steps is not None and (isinstance(num_steps, bool) or num_steps < 1):
         raise ValueError(f"num_steps must be None or a whole number >= 1; got {num_steps!r}")
-
-
-def _parts_of(partition: Tensor, index: Tensor) -> list[tuple[int, Tensor]]:
-    return split_parts(partition, index.shape[0])
 
 
 def _stack(stats: Sequence[Mapping[str, Tensor]], name: str, index: Tensor) -> Tensor:
@@ -229,94 +137,3 @@ def _standardise(scores: Tensor, parts: Sequence[Any]) -> Tensor:
         flat = deviation <= noise
         result[:, rows] = torch.where(flat, centred * 0.0, centred / deviation)
     return result
-
-
-def _assemble(
-    parts: Sequence[tuple[int | None, Tensor | None]],
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    formula: str,
-    kwargs: dict[str, Any],
-) -> PartStats:
-    """Run last_layer_stats for each part and write its results into place."""
-    from .formulas import check_formula
-    from .functional import last_layer_stats
-
-    check_formula(formula)
-    heads = weight.shape[0] if weight.dim() == 3 else 1
-    num_samples = sum(0 if rows is None else rows.numel() for _, rows in parts)
-    out: dict[str, Tensor] = {}
-    result = PartStats()
-    result.counts = {}
-    with tempfile.TemporaryDirectory(prefix="moso_fast_") as folder:
-        for part, rows in parts:
-            inputs = (features, labels, kwargs)
-            if rows is not None:
-                inputs = _take(features, labels, kwargs, rows, Path(folder))
-            try:
-                stats = last_layer_stats(inputs[0], weight, inputs[1], bias, **inputs[2])
-            except ValueError as error:
-                if rows is None:
-                    raise
-                raise ValueError(f"part {part} of partition: {error}") from error
-            if part is not None and stats.count < 2:
-                raise ValueError(_too_small(part, stats.count))
-            values = {name: getattr(stats, name) for name in FIELDS}
-            values["score"] = stats.scores(formula=formula)
-            for name, tensor in values.items():
-                block = tensor.detach().cpu().reshape(heads, -1)
-                if rows is None:
-                    out[name] = block
-                    continue
-                if name not in out:
-                    out[name] = torch.full((heads, num_samples), torch.nan, dtype=block.dtype)
-                out[name][:, rows] = block
-            result.backend = stats.backend
-            result.counts[0 if part is None else part] = stats.count
-    result.extend({name: out[name][k] for name in out} for k in range(heads))
-    return result
-
-
-def _too_small(part: int | None, count: int) -> str:
-    return (
-        f"part {part} of partition has {count} counted sample{'' if count == 1 else 's'}; "
-        "every part needs at least 2, so use fewer parts"
-    )
-
-
-def _take(
-    features: Tensor, labels: Tensor, kwargs: dict[str, Any], samples: Tensor, folder: Path
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Features, labels and keyword arguments of some samples (sequences with cu_seqlens)."""
-    kwargs = dict(kwargs)
-    rows = samples
-    if kwargs.get("cu_seqlens") is not None:
-        offsets = torch.as_tensor(kwargs["cu_seqlens"])
-        starts = offsets.cpu().long()
-        lengths = (starts[1:] - starts[:-1])[samples]
-        ends = lengths.cumsum(0)
-        shift = (starts[samples] - (ends - lengths)).repeat_interleave(lengths)
-        rows = torch.arange(int(ends[-1])) + shift
-        kwargs["cu_seqlens"] = torch.cat([ends.new_zeros(1), ends]).to(offsets)
-    if kwargs.get("sample_weight") is not None:
-        kwargs["sample_weight"] = _gather(kwargs["sample_weight"], rows, folder)
-    return _gather(features, rows, folder), _gather(labels, rows, folder), kwargs
-
-
-def _gather(source: Tensor, rows: Tensor, folder: Path) -> Tensor:
-    """Rows of ``source``: a view where they are adjacent, else a copy in memory or in a file."""
-    if rows.numel() and int(rows[-1] - rows[0]) + 1 == rows.numel():
-        return source[int(rows[0]) : int(rows[-1]) + 1]
-    width = source[:1].numel()
-    if source.is_cuda or rows.numel() * width * source.element_size() <= GATHER_BYTES:
-        return source.index_select(0, rows.to(source.device))
-    path = folder / "part.bin"
-    path.unlink(missing_ok=True)  # the previous part's map dies with its tensor
-    flat = torch.from_file(str(path), shared=True, size=rows.numel() * width, dtype=source.dtype)
-    gathered = flat.view(rows.numel(), *source.shape[1:])
-    for block in range(0, rows.numel(), _GATHER_BLOCK_ROWS):
-        piece = rows[block : block + _GATHER_BLOCK_ROWS]
-        gathered[block : block + piece.numel()] = source.index_select(0, piece)
-    return gathered

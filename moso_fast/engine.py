@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,11 +92,18 @@ def make_plan(problem: Problem, backend: Backend, chunk_size: int | None) -> Pla
     item = torch.finfo(problem.compute_dtype).bits // 8
     residual_bytes = problem.rows * problem.heads * problem.classes * item
     budget = residual_budget(problem.device)
+    check_chunk_size(chunk_size)
     if chunk_size is not None:
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
         return Plan(chunk_size, False, residual_bytes, budget)
     return Plan(backend.chunk_rows(problem), residual_bytes <= budget, residual_bytes, budget)
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise ValueError unless ``chunk_size`` is None or a positive int."""
+    if chunk_size is None:
+        return
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
 
 
 def residual_budget(device: torch.device) -> int:
@@ -203,7 +211,7 @@ def _chunks(rows: int, chunk_rows: int, offsets: Tensor | None) -> Iterator[slic
         return
     bounds = offsets.tolist()
     start = 0
-    for last, end in zip(bounds, bounds[1:], strict=False):
+    for last, end in pairwise(bounds):
         if end - start > chunk_rows and last > start:
             yield slice(start, last)
             start = last
@@ -287,4 +295,5 @@ def _sum_sequences(
         "margin": total(rows.margin) / tokens,
         "entropy": total(rows.entropy) / tokens,
     }
-    return {name: values.to(problem.compute_dtype) for name, values in fields.items()}
+    dtype = problem.compute_dtype
+    return {name: values.to(dtype).contiguous() for name, values in fields.items()}

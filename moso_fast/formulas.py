@@ -6,12 +6,15 @@ formula here is what one step of training loses (or gains) when sample i is left
 
 from __future__ import annotations
 
+import math
+import numbers
+
 from torch import Tensor
 
 FORMULAS = ("moso", "one_step", "official", "official_exact", "alignment")
 
-# The formulas that still have a meaning when the sample is the only one of its part.
-_NEEDS_NO_OTHERS = ("alignment",)
+# The formulas that do not divide by N - 1: defined where the sample is the only one of its part.
+_NEEDS_NO_OTHERS = ("official", "alignment")
 
 
 def check_formula(formula: str) -> str:
@@ -19,6 +22,14 @@ def check_formula(formula: str) -> str:
     if formula not in FORMULAS:
         raise ValueError(f"formula must be one of {', '.join(FORMULAS)}; got {formula!r}")
     return formula
+
+
+def check_scale(scale: float) -> None:
+    """Raise TypeError unless ``scale`` is a real number, ValueError unless it is finite."""
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
 
 
 def check_count(formula: str, count: int) -> None:

@@ -74,9 +74,11 @@ class LastLayerStats:
         Raises
         ------
         ValueError
-            Unknown formula; one counted sample where the formula divides by N - 1.
+            Unknown formula; a scale that is not finite; one counted sample where the formula
+            divides by N - 1.
         """
         formulas.check_formula(formula)
+        formulas.check_scale(scale)
         formulas.check_count(formula, self.count)
         return self._scores(formula, scale)
 
@@ -165,6 +167,7 @@ def moso_scores(
     Tan et al., "Data Pruning via Moving-one-Sample-out", NeurIPS 2023.
     """
     formulas.check_formula(formula)
+    formulas.check_scale(scale)
     problem = build_problem(
         features,
         weight,
@@ -224,17 +227,23 @@ def explain(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
+    formula: str = "moso",
+    scale: float = 1.0,
     backend: str = "auto",
     chunk_size: int | None = None,
     **options: Any,
 ) -> str:
-    """Say what a scoring call would do, without running it.
+    """Say what a scoring call with these arguments would do, without running it.
+
+    Parameters and errors as in :func:`moso_scores`, as far as shapes and dtypes show them.
 
     Returns
     -------
     str
         Backend and why, passes, chunks, memory beyond the inputs and results.
     """
+    formulas.check_formula(formula)
+    formulas.check_scale(scale)
     problem = build_problem(features, weight, labels, bias, **options)
     chosen, reasons = choose(problem, backend)
     plan = engine.make_plan(problem, chosen, chunk_size)
@@ -265,7 +274,8 @@ def _stats(
     chunk_size: int | None,
     formula: str | None,
 ) -> LastLayerStats:
-    """Run the operator on a checked problem; ``formula`` names what the samples must suffice for."""
+    """Run the operator on a checked problem; ``formula`` says how many samples it takes."""
+    engine.check_chunk_size(chunk_size)
     chosen, _ = choose(problem, backend)
     *fields, mean_grad_sqnorm, count = torch.ops.moso_fast.last_layer_stats(
         problem.features,

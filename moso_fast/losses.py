@@ -110,12 +110,17 @@ def _cross_entropy_soft(
     z: Tensor, target: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     classes = z.shape[-1]
-    t = (target * (1.0 - smoothing) + smoothing / classes)[:, None, :]
-    shifted = z - z.amax(-1, keepdim=True)
+    t = (target * (1.0 - smoothing) + smoothing / classes)[:, None, :].expand(z.shape)
+    top = z.argmax(-1, keepdim=True)
+    shifted = z - z.gather(-1, top)
     exp = shifted.exp()
-    total = exp.sum(-1, keepdim=True)
-    p, log_p = exp / total, shifted - total.log()
+    others = exp.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+    total = 1.0 + others
+    p, log_p = exp / total, shifted - others.log1p()
     residual = p * t.sum(-1, keepdim=True) - t
+    # Of the winner p may round to 1: (sum of the other targets) p - t (1 - p) loses nothing.
+    t_top, t_rest = t.gather(-1, top), t.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+    residual.scatter_(-1, top, t_rest / total - t_top * (others / total))
     loss = -(t * log_p).sum(-1)
     entropy = -(p * log_p).sum(-1)
     label = target.argmax(-1)[:, None, None].expand(-1, z.shape[1], 1)

@@ -93,7 +93,8 @@ class Problem:
             return torch.ones(
                 len(range(self.rows)[rows]), dtype=torch.bool, device=self.labels.device
             )
-        return self.labels[rows] != self.ignore_index
+        # Compared as int64: in uint8 the default ignore_index -100 would wrap round to label 156.
+        return self.labels[rows].long() != self.ignore_index
 
 
 def compute_dtype(features: Tensor) -> torch.dtype:
@@ -174,6 +175,8 @@ def _check_options(
         raise ValueError(f"label_smoothing goes with loss='cross_entropy', not with {loss!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit 64 bits, got {ignore_index}")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(
             f"precision must be None or one of {', '.join(PRECISIONS)}; got {precision!r}"

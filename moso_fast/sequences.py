@@ -31,8 +31,7 @@ def sequence_grad_sqnorm(
 
     ``residual`` is (n, K, C), zero for rows that do not count; ``counted`` is their mask (n,).
     """
-    inside = (offsets >= chunk.start) & (offsets <= chunk.stop)
-    bounds = _whole_sequences(offsets, inside, chunk) - chunk.start
+    bounds = _whole_sequences(offsets, chunk) - chunk.start
     lengths = bounds.diff()
     features = problem.features[chunk].to(problem.compute_dtype)
     features = torch.where(counted[:, None], features, 0)
@@ -52,16 +51,15 @@ def sequence_grad_sqnorm(
     return out
 
 
-def _whole_sequences(offsets: Tensor, inside: Tensor, chunk: slice) -> Tensor:
-    """Return the offsets of this chunk's sequences; empty ones at a border go to the later chunk."""
-    found = inside.nonzero().squeeze(1)
-    first, last = int(found[0]), int(found[-1])
-    if chunk.start > 0:
-        while first + 1 <= last and offsets[first + 1] == chunk.start:
-            first += 1
-    if chunk.stop < offsets[-1]:
-        while last - 1 >= first and offsets[last - 1] == chunk.stop:
-            last -= 1
+def _whole_sequences(offsets: Tensor, chunk: slice) -> Tensor:
+    """Return the offsets of this chunk's sequences; empty ones at a border go to the later chunk.
+
+    A border repeated by empty sequences is taken at its first entry, both as the end of one chunk
+    and as the start of the next, so that every sequence belongs to exactly one chunk.
+    """
+    first = 0 if chunk.start == 0 else int(torch.searchsorted(offsets, chunk.start))
+    at_end = chunk.stop == int(offsets[-1])
+    last = len(offsets) - 1 if at_end else int(torch.searchsorted(offsets, chunk.stop))
     return offsets[first : last + 1]
 
 

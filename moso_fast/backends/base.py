@@ -32,7 +32,7 @@ class Backend(ABC):
 
     @abstractmethod
     def availability(self) -> Availability:
-        """Can this backend run on this machine, whatever the problem?"""
+        """Say whether this backend can run on this machine, whatever the problem."""
 
     @abstractmethod
     def supports(self, problem: Problem) -> str | None:

@@ -62,14 +62,20 @@ class TorchBackend(Backend):
         out.feature_sqnorm[rows] = sqnorm
         out.counted[rows] = counted
         norms = stats.residual_sqnorm * sqnorm[:, None]
-        overflow = counted & finite & ~torch.isfinite(norms + stats.loss).all(1)
+        total = norms + stats.loss
+        if problem.loss != "mse":
+            total = total + stats.entropy  # NaN where some logit is -inf, the others being finite
+        overflow = counted & finite & ~torch.isfinite(total).all(1)
         _note(out.status, STATUS_LABEL, bad_label, rows)
         _note(out.status, STATUS_FEATURE, bad_feature, rows)
         _note(out.status, STATUS_LOGITS, overflow, rows)
         if problem.soft_labels:
             _note(out.status, STATUS_TARGET, _bad_target(problem, labels), rows)
         flat = residual.reshape(residual.shape[0], -1)
-        grad_sum = (flat.T @ features).reshape(problem.weight.shape)
+        slabs = zip(flat.split(_MAX_CHUNK_ROWS), features.split(_MAX_CHUNK_ROWS), strict=True)
+        parts = [r.T @ h for r, h in slabs]
+        grad_sum = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0, dtype=torch.float64)
+        grad_sum = grad_sum.reshape(problem.weight.shape)
         return FirstPass(grad_sum, residual.sum(0), residual if keep_residual else None)
 
     def second_pass(

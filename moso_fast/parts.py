@@ -23,10 +23,11 @@ _GATHER_BLOCK_ROWS = 1 << 16
 
 
 class PartStats(list[dict[str, Tensor]]):
-    """One dict of (N,) tensors per head, with the backend that ran and the counts per part."""
+    """One dict of (N,) tensors per head; the backend that ran; N and |G|^2 (a head) by part."""
 
     backend: str = ""
     counts: dict[int, int]
+    mean_grad_sqnorm: dict[int, list[float]]
 
 
 def score_parts(
@@ -91,7 +92,7 @@ def score_parts(
                 raise ValueError(_too_small(part, samples.numel()))
     heads = weight.shape[0] if weight.dim() == 3 else 1
     result = PartStats()
-    result.counts = {}
+    result.counts, result.mean_grad_sqnorm = {}, {}
     out: dict[str, Tensor] = {}
     for done, (part, samples) in enumerate(parts):
         stats = _part_stats(part, samples, features, weight, labels, bias, kwargs)
@@ -110,7 +111,9 @@ def score_parts(
                 out[name] = torch.full(shape, torch.nan, dtype=block.dtype)
             out[name][:, samples] = block
         result.backend = stats.backend
-        result.counts[0 if part is None else part] = stats.count
+        result.counts[part or 0] = stats.count
+        squared = torch.as_tensor(stats.mean_grad_sqnorm, dtype=torch.float64)
+        result.mean_grad_sqnorm[part or 0] = squared.reshape(-1).tolist()
         if progress is not None:
             progress(done + 1, len(parts))
     result.extend({name: out[name][k] for name in out} for k in range(heads))

@@ -42,7 +42,8 @@ class Recipe:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name}: expected an int, got {value!r}")
             if value < (0 if name == "seed" else 1):
-                raise ValueError(f"{name}: expected a positive int, got {value}")
+                wanted = "an int of at least 0" if name == "seed" else "a positive int"
+                raise ValueError(f"{name}: expected {wanted}, got {value}")
         if 2 * self.parts > num_samples:
             raise ValueError(
                 f"parts: {self.parts} parts of {num_samples} samples leave fewer than 2 a part; "

@@ -97,7 +97,7 @@ def train_surrogates(
     train_transform
         Random augmentation, applied to each input in training only; draws from torch's generator.
     num_workers
-        Worker processes of the data loader.
+        Worker processes of the data loader; random augmentation depends on their number.
     progress
         Show a line on stderr when it is a terminal.
 

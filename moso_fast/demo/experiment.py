@@ -26,6 +26,7 @@ NOTHING, FLIPPED = "nothing dropped", "the flipped ones"
 
 PRUNING_METHODS = (MOSO, MOSO_ZSCORE, RANDOM, EL2N, GRAND)
 SUSPICION_SCORES = (MOSO, MOSO_ZSCORE, SELF_INFLUENCE, EL2N, LOSS, MARGIN)
+SUSPICIOUS_WHEN_LOW = (MOSO, MOSO_ZSCORE, MARGIN)
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,19 @@ class DemoConfig:
     retrain_steps: int = 200
     flipped: float = 0.1
     dropped: float = 0.2
+
+    @classmethod
+    def quick(cls, seed: int = 0) -> DemoConfig:
+        """Run every step in seconds, to see that it works: the networks are hardly trained."""
+        return cls(
+            seed=seed,
+            repeats=2,
+            keeps=(0.2, 0.6, 1.0),
+            parts=4,
+            epochs=6,
+            samples=3,
+            retrain_steps=40,
+        )
 
     def total_work(self) -> int:
         """Number of progress ticks: one for every retraining and every set of surrogates."""
@@ -173,13 +187,16 @@ def _find_flipped_labels(result: DemoResult, seed: int, tick: Callable[[str], No
     scored = _score(config, digits, labels, seed)
     tick("surrogates")
     metrics = scored.mean.metrics
-    suspicion = {
-        MOSO: -scored.mean.scores,
-        MOSO_ZSCORE: -scored.zscore.scores,
+    scores = {
+        MOSO: scored.mean.scores,
+        MOSO_ZSCORE: scored.zscore.scores,
         SELF_INFLUENCE: metrics["self_influence"],
         EL2N: metrics["el2n"],
         LOSS: metrics["loss"],
-        MARGIN: -metrics["margin"],
+        MARGIN: metrics["margin"],
+    }
+    suspicion = {
+        name: -values if name in SUSPICIOUS_WHEN_LOW else values for name, values in scores.items()
     }
     if not result.flipped_scores:
         result.flipped_scores, result.flipped_mask = suspicion, mask

@@ -15,6 +15,7 @@ from moso_fast.demo.experiment import (
     PRUNING_METHODS,
     RANDOM,
     SUSPICION_SCORES,
+    SUSPICIOUS_WHEN_LOW,
     DemoResult,
 )
 
@@ -32,9 +33,9 @@ def compare(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any
     """
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
     mean = statistics.fmean(differences)
-    error = math.inf
-    if len(differences) > 2:
-        error = statistics.stdev(differences) / math.sqrt(len(differences))
+    if len(differences) < 3:
+        return {"mean": mean, "standard_error": None, "clear": False}
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
     return {"mean": mean, "standard_error": error, "clear": abs(mean) > 2 * error}
 
 
@@ -91,46 +92,52 @@ def _about_pruning(summary: dict[str, Any]) -> str:
     winners = [
         max(PRUNING_METHODS, key=lambda m: summary["pruning"][m][keep]["mean"]) for keep in keeps
     ]
-    named = "/".join(f"{float(keep):.0%}"[:-1] for keep in keeps)
     if against[best]["mean"] > 0 and against[best]["clear"]:
-        text = f"{best} served pruning best, {_points(against[best])} random on average"
+        text = f"{best} served best, {_difference(against[best], 'random on average')}"
     else:
-        text = f"no score beat random clearly on average (best {best}, {_points(against[best])} it)"
+        text = (
+            f"no score beat random clearly on average; the best, {best}, was "
+            f"{_difference(against[best], 'random')}"
+        )
     if best != MOSO:
-        text += f", MoSo as in the paper was {_points(against[MOSO])} random"
+        text += f"; MoSo as in the paper was {_difference(against[MOSO], 'random')}"
+    named = "/".join(f"{100 * float(keep):g}" for keep in keeps)
     return f"Pruning: {text}; most accurate at keep {named}%: {', '.join(winners)}."
 
 
 def _about_flipped(summary: dict[str, Any]) -> str:
     auroc = {name: entry["auroc"]["mean"] for name, entry in summary["label_errors"].items()}
     best = max(auroc, key=auroc.__getitem__)
-    text = f"Flipped labels: {best} found them best (AUROC {auroc[best]:.3f})"
+    end = "low" if best in SUSPICIOUS_WHEN_LOW else "high"
+    text = f"{end} {best} found them best (AUROC {auroc[best]:.3f})"
     if best != MOSO:
-        text += f", low MoSo as in the paper reached {auroc[MOSO]:.3f}"
-    return text + "; 0.5 is chance."
+        text += f"; low MoSo as in the paper reached {auroc[MOSO]:.3f}"
+    return f"Flipped labels: {text}; chance is 0.5."
 
 
 def _about_cleaning(summary: dict[str, Any]) -> str:
     against, cleaning = summary["cleaning_against_nothing"], summary["cleaning"]
     share = f"{summary['config']['dropped']:.0%}"
     best = max(SUSPICION_SCORES, key=lambda name: cleaning[name]["mean"])
-    change = against[best]
     accuracy = f"{100 * cleaning[best]['mean']:.1f}%"
-    if change["mean"] > 0 and change["clear"]:
-        text = f"dropping the worst {share} by {best} served best"
+    if against[best]["mean"] > 0 and against[best]["clear"]:
+        text = f"dropping the worst {share} by {best} served best, {accuracy}"
     else:
-        text = f"dropping the worst {share} by a score did not clearly help; {best} did best"
+        text = (
+            f"dropping the worst {share} by no score clearly helped; the best, {best}, "
+            f"gave {accuracy}"
+        )
     return (
-        f"Cleaning: {text} ({accuracy}, {_points(change)} dropping nothing); dropping exactly "
+        f"Cleaning: {text}, {_difference(against[best], 'dropping nothing')}; dropping exactly "
         f"{FLIPPED} gave {100 * cleaning[FLIPPED]['mean']:.1f}%."
     )
 
 
-def _points(change: dict[str, Any]) -> str:
-    """Put a paired difference into words: '1.2 points below'."""
+def _difference(change: dict[str, Any], baseline: str) -> str:
+    """Put a paired difference into words: '1.2 points below random (within the noise)'."""
     side = "above" if change["mean"] >= 0 else "below"
     noise = "" if change["clear"] else " (within the noise)"
-    return f"{100 * abs(change['mean']):.1f} points{noise} {side}"
+    return f"{100 * abs(change['mean']):.1f} points {side} {baseline}{noise}"
 
 
 def _mean_over(columns: Iterable[Sequence[float]]) -> list[float]:

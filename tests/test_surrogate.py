@@ -403,7 +403,7 @@ def test_scoring_continues_from_its_folder(data, tmp_path):
 
 def test_sample_positions():
     drawn = [sample_positions(50, 10, seed) for seed in range(20)]
-    assert all(d == sorted(set(d)) and len(d) == 10 and 0 <= d[0] and d[-1] < 50 for d in drawn)
+    assert all(d == sorted(set(d)) and len(d) == 10 and d[0] >= 0 and d[-1] < 50 for d in drawn)
     assert len({tuple(d) for d in drawn}) == 20
     assert sample_positions(50, 10, 3) == drawn[3]
     assert sample_positions(4, None) == sample_positions(4, 4) == [0, 1, 2, 3]

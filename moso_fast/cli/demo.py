@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from ._common import Json, Quiet
+
 
 def demo(
     out: Annotated[
@@ -26,10 +28,8 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Seconds instead of minutes; the numbers mean little.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no report.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print results.json instead of the report.")
-    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Prune scikit-learn's digits and find flipped labels by MoSo and by its rivals.
 

@@ -57,7 +57,7 @@ class DemoConfig:
         )
 
     def total_work(self) -> int:
-        """Number of progress ticks: one for every retraining and every set of surrogates."""
+        """Count the progress ticks: one for each retraining and each set of surrogates."""
         smaller = sum(keep < 1 for keep in self.keeps)
         pruning = smaller * len(PRUNING_METHODS) + (1.0 in self.keeps)
         cleaning = len(SUSPICION_SCORES) + 3

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moso_fast.checkpoints import load_state_dict
 from moso_fast.demo.data import Digits
 from moso_fast.demo.model import SmallCNN
 from moso_fast.surrogate import Surrogate, sample_positions
@@ -21,9 +22,10 @@ from moso_fast.table import ScoreTable
 class Timing:
     """Seconds to score ``num_samples`` samples at ``num_checkpoints`` checkpoints, head only.
 
-    ``moso_fast`` is the median of full scorings; the other two on ``measured_samples`` samples at one
-    checkpoint, and extrapolated. ``difference`` is the largest difference between the alignments
-    of the loop and of moso_fast on those samples, relative to the largest alignment.
+    ``moso_fast`` is the median of full scorings; the other two were measured on
+    ``measured_samples`` samples at one checkpoint, and extrapolated. ``difference`` is the largest
+    difference between the alignments of the loop and of moso_fast on those samples, relative to
+    the largest alignment.
     """
 
     num_samples: int
@@ -47,7 +49,7 @@ def measure_timing(
     positions = sample_positions(len(surrogate.checkpoints), samples, seed)
     middle = len(positions) // 2
     model = SmallCNN().eval()
-    model.load_state_dict(surrogate.checkpoints[positions[middle]].source)
+    model.load_state_dict(load_state_dict(surrogate.checkpoints[positions[middle]].source))
     images = digits.train_images[surrogate.index]
     labels = digits.train_labels[surrogate.index]
 
@@ -89,7 +91,7 @@ def autograd_alignment(model: SmallCNN, images: Tensor, labels: Tensor) -> Tenso
 
 @torch.no_grad()
 def closed_form_alignment(model: SmallCNN, images: Tensor, labels: Tensor) -> Tensor:
-    """The same (N,) values without per-sample gradients: r_i^T (mean gradient) h_i, batched."""
+    """Compute the same (N,) values as r_i^T (mean gradient) h_i: no per-sample gradients."""
     features = model.backbone(images)
     residual = model.head(features).softmax(dim=1) - F.one_hot(labels, model.head.out_features)
     features = torch.cat([features, torch.ones(len(labels), 1)], dim=1)

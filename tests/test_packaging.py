@@ -226,6 +226,18 @@ def test_editable_install(source: Path, dependencies: Path, tmp_path: Path, styl
     assert seen["top_level_kernels"] is None
 
 
+def test_editable_install_without_compiling_leaves_no_binary_behind(
+    source: Path, dependencies: Path, tmp_path: Path
+) -> None:
+    stale = source / "moso_fast" / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale.write_bytes(b"what an earlier build left")
+    done = build(source, "build_editable", tmp_path / "out", "none")
+    seen = probe(install(built(done, tmp_path / "out"), tmp_path / "site"), dependencies)
+    assert seen["info"]["mode"] == "none"
+    assert seen["native"] == {"_cpu": None, "_cuda": None}
+    assert "MOSO_FAST_BUILD=none" in seen["reason"]["_cpu"]
+
+
 def test_uninstalled_tree_beside_another_kernels_package(
     dependencies: Path, tmp_path: Path
 ) -> None:
@@ -336,3 +348,52 @@ def test_architectures_are_those_that_nvcc_supports(
     flags = gencode_flags(expected)
     assert flags[-1] == f"-gencode=arch={ptx},code={ptx}"
     assert flags[:-1] == [f"-gencode=arch=compute_{a},code=sm_{a}" for a in expected]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "expected"),
+    [
+        (
+            "echo '#define __x86_64__ 1'",
+            {
+                "a": "-DMOSO_FAST_X86=1",
+                "a_avx2": "-DMOSO_FAST_X86=1 -mavx2 -mfma -mf16c",
+                "a_avx512": "-DMOSO_FAST_X86=1 -mavx512f -mavx512bw -mavx512dq -mavx512vl "
+                "-mavx512bf16 -mavx2 -mfma -mf16c",
+            },
+        ),
+        (
+            "case \"$*\" in *bf16*) exit 1;; *) echo '#define __x86_64__ 1';; esac",
+            {
+                "a": "-DMOSO_FAST_X86=1 -DMOSO_FAST_NO_AVX512BF16=1",
+                "a_avx2": "-DMOSO_FAST_X86=1 -DMOSO_FAST_NO_AVX512BF16=1 -mavx2 -mfma -mf16c",
+                "a_avx512": "-DMOSO_FAST_X86=1 -DMOSO_FAST_NO_AVX512BF16=1 -mavx512f -mavx512bw "
+                "-mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
+            },
+        ),
+        ("echo '#define __aarch64__ 1'", {"a": ""}),
+    ],
+    ids=["x86-64", "x86-64 without bf16", "aarch64"],
+)
+def test_instruction_sets_follow_file_name_and_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, expected: dict[str, str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    monkeypatch.setenv("CXXFLAGS", "-DUSER")
+    from native_ninja import CXX_FLAGS, Ninja, add_cpu
+    from native_plan import Plan
+
+    cxx = str(script(tmp_path / "c++", compiler))
+    folder = tmp_path / "cpu"
+    folder.mkdir()
+    for name in ("a", "a_avx2", "a_avx512"):
+        (folder / f"{name}.cpp").touch()
+    ninja = Ninja(tmp_path / "build")
+    add_cpu(ninja, Plan(mode="cpu", cxx=[cxx]), folder)
+    ninja.write()
+    text = (tmp_path / "build" / "build.ninja").read_text()
+    commands = dict(re.findall(r"^build cpu/(\w+)\.cpp\.o: .*\n  cmd = (.*)$", text, re.MULTILINE))
+    start = " ".join([cxx, *CXX_FLAGS, f"-I{folder}"])
+    assert commands == {
+        name: " ".join(filter(None, [start, flags, "-DUSER"])) for name, flags in expected.items()
+    }

@@ -93,8 +93,7 @@ def resolve_partition(partition: Any, num_samples: int, seed: int = 0) -> Tensor
         raise TypeError(f"partition ids must be integers, got {ids.dtype}")
     if tuple(ids.shape) != (num_samples,):
         raise ValueError(
-            f"partition must have one id per sample, shape ({num_samples},), "
-            f"got {tuple(ids.shape)}"
+            f"partition must have one id per sample, shape ({num_samples},), got {tuple(ids.shape)}"
         )
     return check_part_sizes(ids.to(torch.int64).clone())
 

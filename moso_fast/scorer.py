@@ -1,0 +1,244 @@
+"""MoSoScorer: from a model, a loader and checkpoints to one table of scores."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._batches import make_loader
+from ._job import ScoringJob, with_scores
+from .backends import backends
+from .combine import check_combine, combine_checkpoints
+from .features import find_head, predicts_next_token
+from .formulas import check_formula
+from .parts import PartStats
+from .problem import build_problem
+from .table import ScoreTable
+
+__all__ = ["MoSoScorer"]
+
+GRADIENTS = ("last_layer",)
+FEATURE_CACHES = ("auto", "float32", "bfloat16")
+
+
+class MoSoScorer:
+    """Scores every sample of a data set by the gradients of a network's last layer.
+
+    One forward pass over the data per checkpoint, or one in all where only the head differs. The
+    model is left as it was: its weights are exchanged by reference and put back, also after an
+    exception, and so are the training modes of its modules.
+
+    Parameters
+    ----------
+    model
+        The network. Its head must be called once in a forward pass, on (B, D) features, or on
+        (B, T, D) token features with labels (B, T): then a sequence is one sample.
+    head
+        Name or module of the last `nn.Linear`; None finds it (see `features.find_head`). The loss
+        is taken of the head's output, whatever the model does to it afterwards.
+    gradient
+        ``"last_layer"``, the only value in this version.
+    loss
+        ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"mse"``; labels (N, C) for the last
+        two, class ids or (N, C) probabilities for the first.
+    label_smoothing, ignore_index
+        As in `torch.nn.functional.cross_entropy`.
+    device, dtype
+        Where and in which floating-point dtype the model runs while it is scored, and to which its
+        inputs are brought; None = as they are.
+    precision, backend, chunk_size, nonfinite
+        As in `moso_scores`.
+    feature_cache
+        Dtype of the features (N, D), which are kept in memory: ``"auto"`` (that of the head's
+        input where it is 16-bit or float64, else float32), ``"float32"`` or ``"bfloat16"``.
+    shift_labels
+        Whether token features at t go with the label at t + 1; ``"auto"``: for the causal language
+        models of transformers (``...ForCausalLM``, ``...LMHeadModel``).
+    batch_size
+        Samples a batch where a data set is given instead of a loader.
+    progress
+        Show progress on stderr when it is a terminal.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument of the wrong type or value; a head that cannot be found.
+
+    Notes
+    -----
+    Tan et al., "Data Pruning via Moving-one-Sample-out", NeurIPS 2023.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        head: str | nn.Module | None = None,
+        gradient: str = "last_layer",
+        loss: str = "cross_entropy",
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        precision: str | None = None,
+        backend: str = "auto",
+        feature_cache: str = "auto",
+        shift_labels: str | bool = "auto",
+        batch_size: int = 256,
+        chunk_size: int | None = None,
+        nonfinite: str = "raise",
+        progress: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        _one_of("gradient", gradient, GRADIENTS)
+        if callable(loss):
+            raise ValueError(
+                "loss must be the name of a loss for gradient='last_layer' (cross_entropy, "
+                f"binary_cross_entropy, mse), got {type(loss).__name__} (a callable)"
+            )
+        _one_of("feature_cache", feature_cache, FEATURE_CACHES)
+        _one_of("backend", backend, ("auto", *backends()))
+        if shift_labels != "auto" and not isinstance(shift_labels, bool):
+            raise ValueError(f"shift_labels must be 'auto', True or False, got {shift_labels!r}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+        self.model = model
+        self.head_name, self.head = find_head(model, head)
+        self.device = None if device is None else torch.device(device)
+        self.dtype = dtype
+        self.feature_cache, self.batch_size, self.progress = feature_cache, batch_size, progress
+        self.shift = predicts_next_token(model) if shift_labels == "auto" else bool(shift_labels)
+        self.options: dict[str, Any] = {
+            "loss": loss,
+            "label_smoothing": label_smoothing,
+            "ignore_index": ignore_index,
+            "precision": precision,
+            "nonfinite": nonfinite,
+        }
+        self.backend, self.chunk_size = backend, chunk_size
+        # An empty problem has every check of the options and none of the data.
+        labels = torch.zeros(0, 1) if loss in ("binary_cross_entropy", "mse") else torch.zeros(0)
+        labels = labels if labels.dim() == 2 else labels.long()
+        build_problem(torch.zeros(0, 1), torch.zeros(1, 1), labels, **self.options)
+
+    def score(
+        self,
+        data: Any,
+        checkpoints: Iterable[Any] | None = None,
+        *,
+        formula: str = "moso",
+        combine: str = "mean",
+        num_steps: int | None = None,
+        partition: Any = None,
+        seed: int = 0,
+        resume: str | os.PathLike[str] | None = None,
+        index: Any = None,
+    ) -> ScoreTable:
+        """Score all samples at all checkpoints.
+
+        Parameters
+        ----------
+        data
+            A loader that does not shuffle, or a data set; batches are (input, label) or dicts with
+            the key ``labels`` or ``label`` (the model is called with the other entries). Of an
+            iterable data set only the labels are compared from pass to pass.
+        checkpoints
+            `Checkpoint` objects, state dicts or paths, also from a generator (read one by one);
+            None scores the model as it is, with learning rate 1. Where no checkpoint has a
+            learning rate, 1 is used for all of them.
+        formula
+            One of `moso_fast.formulas.FORMULAS`.
+        combine, num_steps
+            ``"mean"`` (weighted by learning rate, times T / N with T = ``num_steps``) or
+            ``"zscore"``.
+        partition
+            None, (N,) integer ids, or a number of parts I (see `partition.partition_ids`): each
+            part is scored against its own mean gradient and needs two counted samples.
+        seed
+            Seed of the split for an integer ``partition``.
+        resume
+            Folder in which finished checkpoints are kept: the same call goes on there after it was
+            killed and returns bitwise the same table. Formula, ``combine``, learning rates and
+            ``num_steps`` may change between calls, and checkpoints may be added at the end.
+        index
+            (N,) data-set indices for the table; None = 0..N-1.
+
+        Returns
+        -------
+        ScoreTable
+            In the order of the data.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Bad arguments or data (before any forward pass where they show it), checkpoints that do
+            not fit the model, a ``resume`` folder of a different run.
+        """
+        check_formula(formula)
+        check_combine(combine, num_steps)
+        loader = make_loader(data, self.batch_size)
+        index = _check_index(index)
+        with torch.inference_mode(False), torch.no_grad():
+            job = ScoringJob(self, loader, checkpoints, formula, partition, seed, index, resume)
+            groups = job.run()
+            stats = [one for group in groups for one in with_scores(group, formula, job.ids)]
+        provenance = self._provenance(job, groups[0])
+        provenance |= {"formula": formula, "combine": combine, "num_steps": num_steps}
+        return combine_checkpoints(
+            stats,
+            lr=[1.0 if lr is None else lr for lr in job.rates],
+            partition=job.ids,
+            combine=combine,
+            num_steps=num_steps,
+            index=torch.arange(job.samples) if index is None else index,
+            provenance=provenance,
+        )
+
+    def _provenance(self, job: ScoringJob, stats: PartStats) -> dict[str, Any]:
+        from . import __version__
+
+        with_rates = job.rates[0] is not None
+        return {
+            "moso_fast": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "backend": stats.backend,
+            "gradient": "last_layer",
+            "head": self.head_name,
+            **self.options,
+            "precision": self.options["precision"] or job.precision,
+            "features": job.feature_dtype,
+            "shift_labels": self.shift,
+            "samples": job.samples,
+            "counted": sum(stats.counts.values()),
+            "seed": job.seed,
+            "partition": job.describe_partition(),
+            "learning_rates": "given" if with_rates else "none given, 1.0 used",
+            "checkpoints": job.described,
+        }
+
+
+def _check_index(index: Any) -> Tensor | None:
+    if index is None:
+        return None
+    index = torch.as_tensor(index)
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"index must hold integers, got {index.dtype}")
+    if index.dim() != 1:
+        raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}")
+    return index.detach().cpu().long()
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        values = ", ".join(known)
+        only = " (the only value in this version)" if len(known) == 1 else ""
+        raise ValueError(f"{name} must be one of {values}{only}, got {value!r}")

@@ -6,20 +6,17 @@ Both stand on one ``torch.library`` operator, so they work under ``torch.compile
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import engine, formulas
+from ._precision import own_precision
 from .backends import choose
 from .backends import get as get_backend
 from .problem import Problem, build_problem, compute_dtype
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
@@ -277,7 +274,7 @@ def _stats(
     """Run the operator on a checked problem; ``formula`` says how many samples it takes."""
     engine.check_chunk_size(chunk_size)
     chosen, _ = choose(problem, backend)
-    *fields, mean_grad_sqnorm, count = torch.ops.moso_fast.last_layer_stats(
+    results = torch.ops.moso_fast.last_layer_stats(
         problem.features,
         weight.detach(),
         problem.labels,
@@ -293,24 +290,10 @@ def _stats(
         chunk_size,
         formula,
     )
-    return LastLayerStats(*fields, chosen.name, mean_grad_sqnorm, count)
-
-
-@contextmanager
-def _own_precision(problem: Problem) -> Iterator[None]:
-    """No autocast, and float32 products as exact as the problem asks, whatever is set globally."""
-    kind = problem.device.type
-    allowed = "high" if kind == "cuda" and problem.precision != "highest" else "highest"
-    before = torch.get_float32_matmul_precision()
-    with torch.no_grad(), torch.autocast(kind, enabled=False):
-        if before == allowed:
-            yield
-            return
-        torch.set_float32_matmul_precision(allowed)
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+    alignment, grad_sqnorm, loss, el2n, margin, entropy, mean_grad_sqnorm, count = results
+    return LastLayerStats(
+        alignment, grad_sqnorm, loss, el2n, margin, entropy, chosen.name, mean_grad_sqnorm, count
+    )
 
 
 @torch.library.custom_op("moso_fast::last_layer_stats", mutates_args=())
@@ -343,7 +326,7 @@ def _last_layer_stats_op(
         precision=precision,
         nonfinite=nonfinite,
     )
-    with _own_precision(problem):
+    with own_precision(problem):
         results = engine.run(problem, get_backend(backend), chunk_size, formula)
     shape = results.alignment.shape if weight.dim() == 3 else results.alignment.shape[1:]
     return (

@@ -28,7 +28,6 @@ from ._plot import (
 from .table_plots import checkpoint_bands, metric_panels
 
 __all__ = [
-    "SUSPICIOUS_WHEN_HIGH",
     "auroc",
     "checkpoint_bands",
     "extremes",
@@ -37,9 +36,6 @@ __all__ = [
     "pruning_curve",
     "score_histogram",
 ]
-
-# Statistics whose high value marks a likely label error; for the score and the margin it is low.
-SUSPICIOUS_WHEN_HIGH = ("self_influence", "el2n", "loss", "grand", "grad_sqnorm", "entropy")
 
 PathLike = str | os.PathLike[str]
 

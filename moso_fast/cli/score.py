@@ -1,0 +1,209 @@
+"""``moso-fast score``: features and heads from files, or a model and its data by import path."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ._common import Json, Quiet, describe, emit
+
+
+def score(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Score table: .parquet, .csv or .npz.")
+    ],
+    features: Annotated[
+        str | None,
+        typer.Option(help="(N, D): .npy or .safetensors[:NAME], memory-mapped.", metavar="FILE"),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="(N,) ids or (N, C): .npy or .safetensors[:NAME].", metavar="FILE"),
+    ] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Linear head: .safetensors, .npz, .npy or .pt; each one is a checkpoint.",
+            metavar="FILE[:WEIGHT[,BIAS]]",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Network, or a function that returns it.", metavar="MODULE:NAME"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Dataset or loader, or what returns it.", metavar="MODULE:NAME"),
+    ] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Weights of the network at one step; several are allowed.", metavar="PATH"
+        ),
+    ] = None,
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Learning rate of each --head or --checkpoint, in the same order.", metavar="RATE"
+        ),
+    ] = None,
+    formula: Annotated[
+        str, typer.Option(help="moso, one_step, official, official_exact or alignment.")
+    ] = "moso",
+    combine: Annotated[str, typer.Option(help="Over checkpoints: mean or zscore.")] = "mean",
+    num_steps: Annotated[
+        int | None, typer.Option(help="T, training steps; without it the factor T/N is left out.")
+    ] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(help="Number of random parts, or (N,) part ids as .npy.", metavar="INT|FILE"),
+    ] = None,
+    loss: Annotated[
+        str, typer.Option(help="cross_entropy, binary_cross_entropy or mse.")
+    ] = "cross_entropy",
+    label_smoothing: Annotated[float, typer.Option(help="In [0, 1).")] = 0.0,
+    ignore_index: Annotated[int, typer.Option(help="Label of samples to leave out.")] = -100,
+    precision: Annotated[
+        str | None, typer.Option(help="highest, high or medium; default by the features' dtype.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, or a name from moso-fast doctor.")] = "auto",
+    chunk_size: Annotated[int | None, typer.Option(help="Rows at a time.")] = None,
+    nonfinite: Annotated[
+        str, typer.Option(help="Rows with NaN or infinity: raise or exclude.")
+    ] = "raise",
+    seed: Annotated[int, typer.Option(help="Of the random parts.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Where --data is a Dataset.")] = 256,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute, such as cuda; default cpu.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score every sample; high = informative = keep.
+
+    Either --features, --labels and one or more --head (files), or --model, --data and any number
+    of --checkpoint (Python import paths; the current folder is searched first).
+    """
+    from .._files import check_folder
+    from .._table_files import SUFFIXES
+    from ..combine import check_combine
+    from ..formulas import check_formula
+    from ._sources import table_from_files, table_from_model
+
+    if output.suffix not in SUFFIXES:
+        raise ValueError(f"--output must end in {', '.join(SUFFIXES)}; got {output.name!r}")
+    check_folder(output)
+    check_formula(formula)
+    check_combine(combine, num_steps)
+    by_file = {"--features": features, "--labels": labels, "--head": head}
+    by_path = {"--model": model, "--data": data}
+    _check_mode(by_file, {**by_path, "--checkpoint": checkpoint}, needed=(by_file, by_path))
+    sources, option = (head, "--head") if features is not None else (checkpoint, "--checkpoint")
+    rates = _check_rates(lr, sources or [], option)
+    _check_device(device)
+    options: dict[str, Any] = {
+        "loss": loss,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "precision": precision,
+        "backend": backend,
+        "chunk_size": chunk_size,
+        "nonfinite": nonfinite,
+    }
+    how: dict[str, Any] = {
+        "formula": formula,
+        "combine": combine,
+        "num_steps": num_steps,
+        "partition": _partition(partition),
+        "seed": seed,
+    }
+    start = time.perf_counter()
+    if features is not None and labels is not None and head is not None:
+        table = table_from_files(
+            features, labels, head, rates, options, how, device=device, progress=not quiet
+        )
+    else:
+        assert model is not None and data is not None
+        table = table_from_model(
+            model,
+            data,
+            checkpoint or [],
+            rates,
+            {**options, "batch_size": batch_size, "device": device},
+            how,
+            progress=not quiet,
+        )
+    seconds = time.perf_counter() - start
+    table.save(output)
+    facts = table.provenance
+    result = {
+        "output": str(output),
+        "samples": len(table),
+        **describe(table.scores),
+        "checkpoints": len(facts["checkpoints"]),
+        "formula": formula,
+        "combine": combine,
+        "partition": facts["partition"],
+        "backend": facts["backend"],
+        "seconds": round(seconds, 3),
+    }
+    emit(result, as_json=json, quiet=quiet)
+
+
+def _check_mode(
+    by_file: dict[str, Any], by_path: dict[str, Any], needed: tuple[dict[str, Any], ...]
+) -> None:
+    """Raise ValueError unless exactly one complete set of sources is given."""
+    given = [[name for name, value in group.items() if value] for group in (by_file, by_path)]
+    if all(given):
+        raise ValueError(f"{given[0][0]} and {given[1][0]} exclude each other: files or a model")
+    if not any(given):
+        raise ValueError(
+            "nothing to score: give --features, --labels and --head, or --model and --data"
+        )
+    wanted = needed[0] if given[0] else needed[1]
+    missing = [name for name, value in wanted.items() if not value]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must go with {(given[0] or given[1])[0]}")
+
+
+def _check_rates(rates: list[float] | None, sources: list[str], option: str) -> list[float] | None:
+    if not rates:
+        return None
+    if len(rates) != len(sources):
+        raise ValueError(f"give one --lr for each {option}: got {len(rates)} for {len(sources)}")
+    for rate in rates:
+        if not 0.0 <= rate < float("inf"):
+            raise ValueError(f"--lr must be a number >= 0; got {rate}")
+    return rates
+
+
+def _check_device(name: str | None) -> None:
+    """Raise ValueError where torch knows no such device or has none here."""
+    if name is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from error
+
+
+def _partition(text: str | None) -> Any:
+    """Return a number of parts, ids from a file, or None."""
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    from ..arrays import read_labels
+
+    if not text.endswith(".npy"):
+        raise ValueError(f"--partition must be a number of parts or an .npy file; got {text!r}")
+    return read_labels(text)

@@ -6,9 +6,9 @@ from pathlib import Path as _Path
 
 __version__ = "0.1.0"
 
-# In a source tree (and a strict editable install) the Triton kernels lie in <root>/kernels; a wheel maps
-# that folder to moso_fast/kernels. setup.py marks the root as ours: without this check a missing folder
-# would make `moso_fast.kernels` resolve to whatever unrelated `kernels` lies in site-packages.
+# A wheel maps kernels/ to moso_fast/kernels; in a source tree it lies beside this package. setup.py
+# shows that the folder above is the source tree: in site-packages, appending it would let
+# `moso_fast.kernels` mean whatever unrelated `kernels` is installed there.
 _package = _Path(__file__).resolve().parent
 if not (_package / "kernels").is_dir() and (_package.parent / "setup.py").is_file():
     __path__.append(str(_package.parent))

@@ -34,10 +34,14 @@ def table_from_files(
     """Score memory-mapped features with the heads of several checkpoints."""
     import torch
 
+    shape_options = {k: v for k, v in options.items() if k not in ("backend", "chunk_size")}
+    ids = torch.zeros((0, 1) if options["loss"] in ("binary_cross_entropy", "mse") else 0)
+    ids = ids if ids.dim() == 2 else ids.long()
+    # An empty problem has every check of the options, before any file is opened.
+    build_problem(torch.zeros(0, 1), torch.zeros(1, 1), ids, **shape_options)
     features, labels = open_array(features_file), read_labels(labels_file)
     heads = [read_head(name) for name in head_files]
     lrs = rates if rates is not None else _rates_in_files(heads)
-    shape_options = {k: v for k, v in options.items() if k not in ("backend", "chunk_size")}
     for head in heads:  # every shape is checked before the first sweep, and named by its file
         try:
             build_problem(features, head.weight, labels, head.bias, **shape_options)

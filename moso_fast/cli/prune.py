@@ -88,7 +88,10 @@ def parse_keep(text: str) -> float:
     ValueError
         None of these, or a fraction outside [0, 1].
     """
-    wrong = f"--keep must be a fraction (0.5), a percentage (50%) or a count (25000); got {text!r}"
+    wrong = (
+        "--keep must be a fraction in [0, 1] (0.5), a percentage (50%) or a count (25000); "
+        f"got {text!r}"
+    )
     try:
         if text.isdecimal():
             return int(text)

@@ -39,7 +39,8 @@ def report(
 ) -> None:
     """Draw a score table: histogram, metrics, checkpoints, extremes, label errors.
 
-    Writes score_histogram.png, metrics.png and, of several checkpoints, checkpoints.png. --images (and --labels for the captions) adds extremes.png, --errors adds label_errors.png.
+    Writes score_histogram.png, metrics.png and, of several checkpoints, checkpoints.png; --images
+    (with --labels for the captions) adds extremes.png, --errors adds label_errors.png.
     """
     from ..table import ScoreTable
     from .prune import parse_keep

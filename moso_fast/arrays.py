@@ -179,5 +179,7 @@ def _safetensors_entries(path: Path) -> tuple[dict[str, Any], int]:
         header = json.loads(text)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a .safetensors file: its header is no JSON") from error
+        raise ValueError(
+            f"{path} is not a .safetensors file: its header is no JSON object"
+        ) from error
     return entries, 8 + length

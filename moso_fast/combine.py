@@ -85,7 +85,7 @@ def combine_checkpoints(
     else:
         combined = raw * rates
         if num_steps is not None:
-            counted = ~per_checkpoint["alignment"].isnan()
+            counted = (~per_checkpoint["alignment"].isnan()).double()
             for part in parts:
                 combined[:, part] *= num_steps / counted[:, part].sum(1, keepdim=True)
     metrics = {name: per_checkpoint[name].mean(0, dtype=torch.float64) for name in FIELDS}

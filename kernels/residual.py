@@ -1,0 +1,229 @@
+"""Launch of the residual kernels: which tile for how many classes, checks, pointers, strides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from moso_fast.problem import STATUS_SLOTS
+
+from .elementwise_residual import elementwise_residual_kernel
+from .softmax_residual import softmax_residual_kernel
+
+
+class RowOutputs(NamedTuple):
+    """Statistics of n rows under K heads: (K, n) float32, unit stride along the rows."""
+
+    loss: Tensor
+    residual_sqnorm: Tensor
+    margin: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """One tile, and the resources that every variant compiled for it keeps to.
+
+    ``registers`` (a thread) and ``shared_bytes`` (a block) bound all variants on sm_80, sm_90 and
+    sm_100, and none spills: tests/test_triton_aot.py compiles and looks.
+    """
+
+    max_classes: int | None  # serves up to this many classes; None: any number
+    block_rows: int
+    block_classes: int
+    num_warps: int
+    registers: int
+    shared_bytes: int
+
+
+# Chosen by the compiler's figures and the traffic model, not yet by a clock. Rows of up to 8192
+# classes stay in registers (16384 would spill). Longer rows: few blocks a multiprocessor, so that
+# the rows in flight still lie in L2 when they are walked again (132 rows of 50,257 logits: 27 MB).
+# A tile holds no fewer elements than the block has threads: no logit is held by two threads.
+_ONE_TILE = (
+    RowConfig(4, 256, 4, 4, 168, 2048),
+    RowConfig(16, 64, 16, 4, 168, 1024),
+    RowConfig(32, 32, 32, 4, 168, 1024),
+    RowConfig(128, 8, 128, 4, 168, 1024),
+    RowConfig(512, 2, 512, 4, 64, 1024),
+    RowConfig(1024, 1, 1024, 4, 64, 1024),
+    RowConfig(2048, 1, 2048, 8, 64, 1024),
+    RowConfig(4096, 1, 4096, 16, 72, 1024),
+    RowConfig(8192, 1, 8192, 32, 64, 1024),
+)
+IDS_CONFIGS = (*_ONE_TILE, RowConfig(None, 1, 4096, 16, 128, 1024))
+SOFT_CONFIGS = (*_ONE_TILE, RowConfig(None, 1, 1024, 4, 160, 1024))
+ELEMENTWISE_CONFIGS = (
+    RowConfig(4, 256, 4, 4, 128, 1024),
+    RowConfig(32, 32, 32, 4, 128, 1024),
+    RowConfig(None, 4, 256, 4, 120, 1024),
+)
+
+
+def choose_config(classes: int, *, loss: str = "cross_entropy", soft: bool = False) -> RowConfig:
+    """Return the tile for C = ``classes``: the smallest that holds a row, else one that loops."""
+    if loss != "cross_entropy":
+        configs = ELEMENTWISE_CONFIGS
+    else:
+        configs = SOFT_CONFIGS if soft else IDS_CONFIGS
+    return next(c for c in configs if c.max_classes is None or classes <= c.max_classes)
+
+
+def residual_rows(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    classes: int,
+    out: RowOutputs,
+    status: Tensor,
+    first_row: int = 0,
+    loss: str = "cross_entropy",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> None:
+    """Overwrite logits by residuals dloss/dlogits and write the statistics of every row.
+
+    Equals, with ``moso_fast.losses.row_statistics``::
+
+        stats = row_statistics(logits.view(n, -1, classes), labels, loss=loss, ...)
+        logits.copy_(stats.residual.view(n, -1))
+        for given, value in zip(out, stats[1:]):
+            given.copy_(value.T)
+
+    A row that does not count (its label is ``ignore_index``, or ``counted`` says so) gets
+    residual 0 and NaN statistics, and so does a row with a label out of range or, for
+    cross-entropy, a non-finite logit.
+
+    Parameters
+    ----------
+    logits
+        (n, K * C) float32, unit stride along the columns, any row stride; overwritten.
+    labels
+        (n,) integer class ids, contiguous, shared by the heads; or (n, C) targets of any real
+        dtype with unit column stride: probabilities for ``"cross_entropy"``, and the only form
+        for ``"binary_cross_entropy"`` and ``"mse"``.
+    classes
+        C.
+    out
+        Where the statistics go.
+    status
+        (STATUS_SLOTS,) int64, lowered to ``first_row`` + the smallest row with a label out of
+        range, a bad target, or a non-finite logit or result (slots as in ``moso_fast.problem``).
+    first_row
+        What row 0 is called in ``status``.
+    loss, label_smoothing, ignore_index
+        As in ``moso_fast.last_layer_stats``.
+    sample_weight
+        (n,) float32, contiguous: factors on loss and residual.
+    counted
+        (n,) bool, contiguous: rows that count; None: all.
+
+    Raises
+    ------
+    ValueError
+        A shape, stride, dtype or device other than the above, or an unknown loss.
+    """
+    soft = labels.dim() == 2
+    rows, heads = _check(logits, labels, classes, out, status, loss)
+    _check_vector("sample_weight", sample_weight, rows, torch.float32, logits.device)
+    _check_vector("counted", counted, rows, torch.bool, logits.device)
+    if rows == 0:
+        return
+    config = choose_config(classes, loss=loss, soft=soft)
+    items = rows * heads
+    grid = (triton.cdiv(items, config.block_rows),)
+    arguments = dict(
+        items=items,
+        first_row=first_row,
+        row_stride=logits.stride(0),
+        target_stride=labels.stride(0),
+        head_stride=out.loss.stride(0),
+        HEADS=heads,
+        CLASSES=classes,
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_CLASSES=config.block_classes,
+        CONTIGUOUS=logits.stride(0) == heads * classes,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,  # named, since Triton 3.10 changes the default
+    )
+    tensors = (logits, labels, sample_weight, counted, *out, status)
+    with torch.cuda.device_of(logits):
+        if loss == "cross_entropy":
+            softmax_residual_kernel[grid](
+                *tensors,
+                ignore_index=ignore_index,
+                smoothing=label_smoothing,
+                SOFT=soft,
+                SMOOTH=label_smoothing != 0.0,
+                **arguments,
+            )
+        else:
+            elementwise_residual_kernel[grid](
+                *tensors, BINARY=loss == "binary_cross_entropy", **arguments
+            )
+
+
+def _check(
+    logits: Tensor, labels: Tensor, classes: int, out: RowOutputs, status: Tensor, loss: str
+) -> tuple[int, int]:
+    """Return (n, K), or raise ValueError naming what the kernels cannot address."""
+    if loss not in ("cross_entropy", "binary_cross_entropy", "mse"):
+        raise ValueError(f"loss must be cross_entropy, binary_cross_entropy or mse; got {loss!r}")
+    if logits.dim() != 2 or logits.dtype != torch.float32 or classes < 1:
+        raise ValueError(
+            f"logits must be (n, K * C) float32 with C = classes >= 1; got {_describe(logits)} "
+            f"and classes = {classes}"
+        )
+    rows, columns = logits.shape
+    if columns == 0 or columns % classes:
+        raise ValueError(f"logits have {columns} columns, not a multiple of {classes} classes")
+    heads = columns // classes
+    if columns > 1 and logits.stride(1) != 1 or rows > 1 and logits.stride(0) < columns:
+        raise ValueError(
+            f"logits must have unit column stride and rows apart; got strides {logits.stride()}"
+        )
+    ids = loss == "cross_entropy" and labels.dim() == 1
+    shape = (rows,) if ids else (rows, classes)
+    if tuple(labels.shape) != shape or labels.is_complex():
+        raise ValueError(f"labels must have shape {shape} for {loss}; got {_describe(labels)}")
+    if ids and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise ValueError(f"labels of shape (n,) must be integers; got {_describe(labels)}")
+    if labels.shape[-1] > 1 and labels.stride(-1) != 1:
+        raise ValueError(
+            f"labels must have unit stride along their last axis; got {labels.stride()}"
+        )
+    for name, value in out._asdict().items():
+        if value.shape != (heads, rows) or value.dtype != torch.float32:
+            raise ValueError(f"out.{name} must be {(heads, rows)} float32; got {_describe(value)}")
+        if rows > 1 and value.stride(1) != 1 or value.stride(0) != out.loss.stride(0):
+            raise ValueError(
+                f"out.{name} must have unit row stride and the head stride of out.loss; "
+                f"got strides {value.stride()}"
+            )
+    if status.dtype != torch.int64 or status.shape != (STATUS_SLOTS,) or not status.is_contiguous():
+        raise ValueError(f"status must be ({STATUS_SLOTS},) int64; got {_describe(status)}")
+    for name, value in [("labels", labels), ("status", status), *out._asdict().items()]:
+        if value.device != logits.device:
+            raise ValueError(f"{name} must be on {logits.device} with logits, got {value.device}")
+    return rows, heads
+
+
+def _check_vector(
+    name: str, value: Tensor | None, rows: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    if value is None:
+        return
+    if value.shape != (rows,) or value.dtype != dtype or not value.is_contiguous():
+        raise ValueError(f"{name} must be a contiguous ({rows},) {dtype}; got {_describe(value)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} with logits, got {value.device}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

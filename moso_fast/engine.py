@@ -181,7 +181,19 @@ def run(
 
 
 def self_check(problem: Problem, results: Results) -> None:
-    """Raise RuntimeError unless sum_i a_i = N |G|^2 to the precision of the job."""
+    """Raise RuntimeError unless sum_i a_i = N |G|^2 to the precision of the job.
+
+    Every sample that counts must have a finite alignment and norm, and no other sample may.
+    """
+    valid = results.alignment.isfinite() & results.grad_sqnorm.isfinite()
+    missing = results.count - valid.sum(1)
+    if bool((missing != 0).any()):
+        head = int(missing.nonzero()[0])
+        raise RuntimeError(
+            f"self-check failed for head {head}: {int(missing[head])} of the {int(results.count)} "
+            "samples that count have no finite result; please report this with the output of "
+            "moso-fast doctor"
+        )
     key = "float64" if problem.compute_dtype == torch.float64 else problem.precision
     expected = results.mean_grad_sqnorm * results.count
     total = results.alignment.double().nansum(1)

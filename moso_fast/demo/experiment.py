@@ -34,7 +34,7 @@ class DemoConfig:
     """Size of the demonstration; the defaults are what `moso-fast demo` runs."""
 
     seed: int = 0
-    repeats: int = 5
+    repeats: int = 4
     keeps: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
     parts: int = 8
     epochs: int = 50

@@ -127,10 +127,13 @@ class ModelWeights:
             for target, source in exchange:
                 saved.append((target, target.data))
                 target.data = self._placed(source, target)
+            # Within a caller's autocast, 16-bit copies of weights are kept by their parameter.
+            torch.clear_autocast_cache()
             yield
         finally:
             for target, data in reversed(saved):
                 target.data = data
+            torch.clear_autocast_cache()
 
     def _placed(self, source: Tensor, target: Tensor) -> Tensor:
         device = self.device or target.device

@@ -17,6 +17,7 @@ from .report import report
 from .score import score
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_INTERRUPTED = "interrupted; unfinished results were not written"
 
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 # typer carries click inside or beside it, depending on its version: find the base classes by name.
@@ -70,9 +71,11 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="moso-fast", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # so do newer versions of typer tell of Ctrl-C
+            return _report(_INTERRUPTED, INTERRUPTED, debug=False)
         return code if isinstance(code, int) else DONE
     except (KeyboardInterrupt, typer.Abort):
-        return _report("interrupted; unfinished results were not written", INTERRUPTED, debug)
+        return _report(_INTERRUPTED, INTERRUPTED, debug)
     except typer.Exit as done:
         return done.exit_code
     except BrokenPipeError:

@@ -32,7 +32,7 @@ def emit(result: Mapping[str, Any], *, as_json: bool, quiet: bool) -> None:
     if as_json:
         print(json.dumps(jsonable(result), allow_nan=False))
     elif not quiet:
-        print_pairs(result)
+        print_pairs({name.replace("_", " "): value for name, value in result.items()})
 
 
 def jsonable(value: Any) -> Any:
@@ -50,7 +50,7 @@ def print_pairs(pairs: Mapping[str, Any]) -> None:
     """Print names and values in two aligned columns."""
     width = max((len(name) for name in pairs), default=0)
     for name, value in pairs.items():
-        print(f"{name.replace('_', ' ').ljust(width)}  {_show(value)}")
+        print(f"{name.ljust(width)}  {_show(value)}")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -99,7 +99,7 @@ def _print(facts: dict[str, Any], verbose: bool) -> None:
     print_table(("backend", "runs", "why"), rows)
     missing = {n: e["how"] for n, e in facts["backends"].items() if e["how"]}
     for name, entry in facts["native"].items():
-        if not entry["loaded"]:
+        if not entry["loaded"] and entry["how"] not in missing.values():
             missing[f"moso_fast.{name}"] = f"{entry['reason']}; {entry['how']}"
     if missing:
         print("\nhow to get the rest")

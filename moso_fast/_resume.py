@@ -60,11 +60,13 @@ class ResultStore:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"resume: {self.folder} is a file, not a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if manifest.exists():
+        results = any(self.folder.glob("group_*.npz"))
+        if results and not manifest.exists():
+            raise ValueError(f"resume: {self.folder} holds group_*.npz but no manifest.json")
+        if results:
             self._compare(manifest, wanted)
             return
-        if any(self.folder.glob("group_*.npz")):
-            raise ValueError(f"resume: {self.folder} holds group_*.npz but no manifest.json")
+        # Also over the manifest of a run that ended before its first result.
         with atomic_path(manifest) as path:
             path.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
 

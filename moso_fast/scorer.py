@@ -147,9 +147,10 @@ class MoSoScorer:
         Parameters
         ----------
         data
-            A loader that does not shuffle, or a data set; batches are (input, label) or dicts with
-            the key ``labels`` or ``label`` (the model is called with the other entries). Of an
-            iterable data set only the labels are compared from pass to pass.
+            A loader that does not shuffle, or a data set, without random augmentation; batches are
+            (input, label) or dicts with the key ``labels`` or ``label`` (the model is called with
+            the other entries). Whether an iterable data set keeps its order cannot be known
+            beforehand: its labels are compared from pass to pass.
         checkpoints
             `Checkpoint` objects, state dicts or paths, also from a generator (read one by one);
             None scores the model as it is, with learning rate 1. Where no checkpoint has a

@@ -209,6 +209,15 @@ def test_folder_of_a_different_run(tmp_path: Path, changes: dict, message: str) 
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_run_that_failed_before_its_first_result_binds_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        score(tmp_path, StopsAt(1))
+    changes = {"partition": 4, "label_smoothing": 0.1}
+    assert same(score(tmp_path, **changes), score(None, **changes))
+    with pytest.raises(ValueError, match=r"label_smoothing was 0\.1 and is now 0\.0"):
+        score(tmp_path, partition=4)
+
+
 def test_folders_that_are_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file, not a folder"):

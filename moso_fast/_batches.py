@@ -60,6 +60,13 @@ def sample_count(loader: DataLoader[Any]) -> int | None:
     return len(loader.dataset)
 
 
+def known_labels(data: Any) -> Tensor | None:
+    """Return the labels of ``data`` where they are at hand without going through it."""
+    if type(data) is TensorDataset and len(data.tensors) == 2:
+        return data.tensors[1]
+    return None
+
+
 def batch_count(loader: DataLoader[Any]) -> int | None:
     """Return the number of batches in a pass, or None where it is unknown."""
     try:

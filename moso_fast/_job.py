@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ._batches import batch_count, sample_count
+from ._batches import batch_count, known_labels, make_loader, sample_count
 from ._progress import progress_bar
 from ._resume import Group, ResultStore
 from ._weights import ModelWeights, Snapshot, digest, same_memory
@@ -41,7 +40,7 @@ class ScoringJob:
     def __init__(
         self,
         scorer: MoSoScorer,
-        loader: DataLoader[Any],
+        data: Any,
         checkpoints: Any,
         formula: str,
         partition: Any,
@@ -49,7 +48,8 @@ class ScoringJob:
         index: Tensor | None,
         resume: str | os.PathLike[str] | None,
     ) -> None:
-        self.scorer, self.loader, self.checkpoints = scorer, loader, checkpoints
+        self.scorer, self.checkpoints = scorer, checkpoints
+        self.loader = make_loader(data, scorer.batch_size)
         self.formula = formula
         self.partition, self.seed, self.index = partition, seed, index
         self.weights = ModelWeights(scorer.model, scorer.head, scorer.device, scorer.dtype)
@@ -57,7 +57,7 @@ class ScoringJob:
             scorer.model,
             scorer.head_name,
             scorer.head,
-            loader,
+            self.loader,
             cache=scorer.feature_cache,
             shift=scorer.shift,
             ignore_index=scorer.options["ignore_index"],
@@ -66,9 +66,12 @@ class ScoringJob:
         )
         self.ids: Tensor | None = None
         self.samples = -1
-        count = sample_count(loader)
+        count = sample_count(self.loader)
         if count is not None:
             self._know_samples(count)
+        labels = known_labels(data)
+        if labels is not None and labels.dim() == 1:
+            self._check_counted(labels != scorer.options["ignore_index"])
         self._stream = None if checkpoints is None else iterate(checkpoints)
         # A generator may go on training these very tensors before it yields the next ones.
         self._may_change = not isinstance(checkpoints, (list, tuple))
@@ -145,10 +148,7 @@ class ScoringJob:
         self._know_samples(features.samples)
         self.precision = default_precision(features.features)
         self.feature_dtype = str(features.features.dtype).removeprefix("torch.")
-        counted = features.counted(self.capture.ignore_index)
-        check_count(self.formula, int(counted.sum()))
-        if self.ids is not None:
-            check_part_sizes(self.ids, counted)
+        self._check_counted(features.counted(self.capture.ignore_index))
         if self.store is not None:
             self._know_labels(digest({"labels": features.labels}))
         return features
@@ -183,6 +183,11 @@ class ScoringJob:
             raise ValueError(
                 f"index must have one entry per sample, {count}, got {len(self.index)}"
             )
+
+    def _check_counted(self, counted: Tensor) -> None:
+        check_count(self.formula, int(counted.sum()))
+        if self.ids is not None:
+            check_part_sizes(self.ids, counted.cpu())
 
     def _know_labels(self, labels: str) -> None:
         assert self.store is not None

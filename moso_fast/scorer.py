@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._batches import make_loader
 from ._job import ScoringJob, with_scores
 from .backends import backends
 from .combine import check_combine, combine_checkpoints
@@ -185,10 +184,9 @@ class MoSoScorer:
         """
         check_formula(formula)
         check_combine(combine, num_steps)
-        loader = make_loader(data, self.batch_size)
         index = _check_index(index)
         with torch.inference_mode(False), torch.no_grad():
-            job = ScoringJob(self, loader, checkpoints, formula, partition, seed, index, resume)
+            job = ScoringJob(self, data, checkpoints, formula, partition, seed, index, resume)
             groups = job.run()
             stats = [one for group in groups for one in with_scores(group, formula, job.ids)]
         provenance = self._provenance(job, groups[0])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,18 +140,21 @@ def test_rates_of_a_generator_are_checked_as_they_come(model: SmallNet, states: 
         scorer(model).score(images(), stream)
 
 
-def test_too_few_counted_samples(model: SmallNet) -> None:
+def test_too_few_counted_samples() -> None:
+    model = SmallNet()
     with pytest.raises(ValueError, match="only 1 sample counts"):
         scorer(model).score(ONE_EACH)
-    table = scorer(model).score(ONE_EACH, formula="alignment")
-    assert table.scores.isnan().tolist() == [False, True, True]
     labels = torch.where(torch.arange(N) < 21, images().tensors[1], -100)
     data = TensorDataset(images().tensors[0], labels)
-    model = copy.deepcopy(model)
-    model.forwards = 0
+    partition = [0] * 20 + [1] * 3
     with pytest.raises(ValueError, match=r"samples that are not ignored .* part 1 has 1"):
-        scorer(model).score(data, partition=[0] * 20 + [1] * 3)
+        scorer(model).score(data, partition=partition)
+    assert model.forwards == 0, "these labels are at hand"
+    with pytest.raises(ValueError, match=r"samples that are not ignored .* part 1 has 1"):
+        scorer(model).score(list(data), [STATE, STATE], partition=partition)
     assert model.forwards == 3, "found right after the pass that shows the labels"
+    table = scorer(model).score(ONE_EACH, formula="alignment")
+    assert table.scores.isnan().tolist() == [False, True, True]
 
 
 def test_label_out_of_range_and_non_finite_input(model: SmallNet) -> None:

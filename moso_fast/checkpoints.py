@@ -201,9 +201,9 @@ def match_keys(state: Mapping[str, Any], names: Collection[str]) -> dict[str, An
     best, fewest = given, None
     for prefix in _PREFIXES:
         stripped = {k[len(prefix) :]: v for k, v in given.items() if k.startswith(prefix)}
-        wrong = len(expected.keys() ^ stripped.keys())
-        if fewest is None or wrong < fewest:
-            best, fewest = stripped, wrong
+        missing = len(expected.keys() - stripped.keys())
+        if fewest is None or missing < fewest:
+            best, fewest = stripped, missing
     return {expected.get(name, name): value for name, value in best.items()}
 
 

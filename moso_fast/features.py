@@ -231,9 +231,7 @@ class FeatureCapture:
             needed = rows * value.shape[1] * dtype.itemsize
             if needed > _GPU_CACHE_SHARE * torch.cuda.mem_get_info(device)[0]:
                 return torch.empty(shape, dtype=dtype, pin_memory=True)
-        # Not an inference tensor, whatever mode the caller is in.
-        with torch.inference_mode(False):
-            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def _finish(self) -> Features:
         if self._cache is None or not self._rows:

@@ -185,21 +185,22 @@ class MoSoScorer:
         check_formula(formula)
         check_combine(combine, num_steps)
         index = _check_index(index)
+        # Results that an inference-mode caller can still use anywhere afterwards.
         with torch.inference_mode(False), torch.no_grad():
             job = ScoringJob(self, data, checkpoints, formula, partition, seed, index, resume)
             groups = job.run()
             stats = [one for group in groups for one in with_scores(group, formula, job.ids)]
-        provenance = self._provenance(job, groups[0])
-        provenance |= {"formula": formula, "combine": combine, "num_steps": num_steps}
-        return combine_checkpoints(
-            stats,
-            lr=[1.0 if lr is None else lr for lr in job.rates],
-            partition=job.ids,
-            combine=combine,
-            num_steps=num_steps,
-            index=torch.arange(job.samples) if index is None else index,
-            provenance=provenance,
-        )
+            provenance = self._provenance(job, groups[0])
+            provenance |= {"formula": formula, "combine": combine, "num_steps": num_steps}
+            return combine_checkpoints(
+                stats,
+                lr=[1.0 if lr is None else lr for lr in job.rates],
+                partition=job.ids,
+                combine=combine,
+                num_steps=num_steps,
+                index=torch.arange(job.samples) if index is None else index,
+                provenance=provenance,
+            )
 
     def _provenance(self, job: ScoringJob, stats: PartStats) -> dict[str, Any]:
         from . import __version__

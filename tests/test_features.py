@@ -513,7 +513,9 @@ def test_forward_passes_that_are_refused(
 def test_compiled_model_runs_with_its_hook() -> None:
     model = net(a=nn.Linear(3, 3), fc=nn.Linear(3, 2))
     compiled = torch.compile(model, backend="eager")
-    compiled(torch.ones(2, 3))
+    with evaluating(model):
+        compiled(torch.ones(4, 3))
+        compiled(torch.ones(2, 3))
     name, head = find_head(compiled)
     assert (name, head) == ("_orig_mod.fc", model.fc)
     collected = FeatureCapture(compiled, name, head, make_loader(ITEMS, 4)).run()

@@ -215,6 +215,7 @@ def test_under_inference_mode_and_autocast(model: SmallNet, states: list) -> Non
     with torch.inference_mode():
         loaded = [{n: t.clone() for n, t in s.items()} for s in states]
         table = scorer(model).score(images(), checkpoints_of(loaded))
+    assert not table.scores.is_inference()
     assert same_table(table, expected)
     losses = []
     for state in states:

@@ -15,7 +15,6 @@ from torch import Tensor
 from . import engine, formulas
 from ._precision import own_precision
 from .backends import choose
-from .backends import get as get_backend
 from .problem import Problem, build_problem, compute_dtype
 
 
@@ -273,7 +272,8 @@ def _stats(
 ) -> LastLayerStats:
     """Run the operator on a checked problem; ``formula`` says how many samples it takes."""
     engine.check_chunk_size(chunk_size)
-    chosen, _ = choose(problem, backend)
+    if not torch.compiler.is_compiling():  # else the operator chooses when it runs
+        backend = choose(problem, backend)[0].name
     results = torch.ops.moso_fast.last_layer_stats(
         problem.features,
         weight.detach(),
@@ -286,17 +286,16 @@ def _stats(
         problem.ignore_index,
         problem.precision,
         problem.nonfinite,
-        chosen.name,
+        backend,
         chunk_size,
         formula,
     )
     alignment, grad_sqnorm, loss, el2n, margin, entropy, mean_grad_sqnorm, count = results
     return LastLayerStats(
-        alignment, grad_sqnorm, loss, el2n, margin, entropy, chosen.name, mean_grad_sqnorm, count
+        alignment, grad_sqnorm, loss, el2n, margin, entropy, backend, mean_grad_sqnorm, count
     )
 
 
-@torch.library.custom_op("moso_fast::last_layer_stats", mutates_args=())
 def _last_layer_stats_op(
     features: Tensor,
     weight: Tensor,
@@ -327,7 +326,7 @@ def _last_layer_stats_op(
         nonfinite=nonfinite,
     )
     with own_precision(problem):
-        results = engine.run(problem, get_backend(backend), chunk_size, formula)
+        results = engine.run(problem, choose(problem, backend)[0], chunk_size, formula)
     shape = results.alignment.shape if weight.dim() == 3 else results.alignment.shape[1:]
     return (
         results.alignment.reshape(shape),
@@ -341,8 +340,7 @@ def _last_layer_stats_op(
     )
 
 
-@_last_layer_stats_op.register_fake
-def _(
+def _last_layer_stats_fake(
     features: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -364,3 +362,15 @@ def _fake_result(features: Tensor, weight: Tensor, cu_seqlens: Tensor | None) ->
     samples = features.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (weight.shape[0], samples) if weight.dim() == 3 else (samples,)
     return features.new_empty(shape, dtype=compute_dtype(features))
+
+
+# The low-level registration: custom_op would import the compiler (a second) at the first call.
+_LIBRARY = torch.library.Library("moso_fast", "DEF")
+_LIBRARY.define(
+    "last_layer_stats" + torch.library.infer_schema(_last_layer_stats_op, mutates_args=()),
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("last_layer_stats", _last_layer_stats_op, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "moso_fast::last_layer_stats", _last_layer_stats_fake, lib=_LIBRARY
+)

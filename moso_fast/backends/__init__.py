@@ -6,15 +6,16 @@ import os
 
 from ..problem import Problem
 from .base import Availability, Backend
+from .cpu import CpuBackend
 from .torch import TorchBackend
 
 __all__ = ["Availability", "Backend", "backends", "choose", "get"]
 
 ENVIRONMENT_VARIABLE = "MOSO_FAST_BACKEND"
 
-_REGISTRY: dict[str, Backend] = {backend.name: backend for backend in (TorchBackend(),)}
+_REGISTRY: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), TorchBackend())}
 # What "auto" tries, in order, on each kind of device; "torch" is always there and comes last.
-_PREFERENCE = {"cpu": ("torch",), "cuda": ("torch",)}
+_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("torch",)}
 
 
 def backends() -> dict[str, Availability]:
@@ -51,7 +52,7 @@ def choose(problem: Problem, requested: str = "auto") -> tuple[Backend, list[str
         if reason is not None:
             raise ValueError(f"{source} cannot run this problem: {reason}")
         return backend, [f"{requested}: asked for by {source}"]
-    reasons = []
+    reasons: list[str] = []
     for name in _PREFERENCE.get(problem.device.type, ("torch",)):
         backend = get(name)
         reason = _refusal(backend, problem) or backend.not_by_default(problem)

@@ -16,8 +16,10 @@ from ..problem import (
 )
 from .base import Availability, Backend
 
-# A float32 partial of the mean gradient sums at most this many rows.
 _MAX_CHUNK_ROWS = 8192
+# A float32 partial of the mean gradient sums at most this many rows: BLAS adds them one by one,
+# and with rows all alike (duplicates) the rounding errors do not average out.
+_SLAB_ROWS = 2048
 # Bytes of one chunk's logits and its elementwise temporaries: what the last-level cache holds.
 _CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 
@@ -72,11 +74,12 @@ class TorchBackend(Backend):
         if problem.soft_labels:
             _note(out.status, STATUS_TARGET, _bad_target(problem, labels), rows)
         flat = residual.reshape(residual.shape[0], -1)
-        slabs = zip(flat.split(_MAX_CHUNK_ROWS), features.split(_MAX_CHUNK_ROWS), strict=True)
-        parts = [r.T @ h for r, h in slabs]
-        grad_sum = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0, dtype=torch.float64)
-        grad_sum = grad_sum.reshape(problem.weight.shape)
-        return FirstPass(grad_sum, residual.sum(0), residual if keep_residual else None)
+        grad_sum = _product_by_slabs(flat, features)
+        return FirstPass(
+            grad_sum.reshape(problem.weight.shape),
+            residual.sum(0),
+            residual if keep_residual else None,
+        )
 
     def second_pass(
         self,
@@ -102,6 +105,19 @@ class TorchBackend(Backend):
         if mean_bias_grad is not None:
             dots = dots + torch.einsum("nkc,kc->kn", residual, mean_bias_grad)
         alignment.copy_(dots)
+
+
+def _product_by_slabs(residual: Tensor, features: Tensor) -> Tensor:
+    """Sum r_i (outer) h_i over the rows, (K C, D): slabs of rows, added up in float64."""
+    slabs = list(zip(residual.split(_SLAB_ROWS), features.split(_SLAB_ROWS), strict=True))
+    if len(slabs) == 1:
+        return residual.T @ features
+    total = torch.zeros(
+        residual.shape[1], features.shape[1], dtype=torch.float64, device=features.device
+    )
+    for r, h in slabs:
+        total += r.T @ h
+    return total
 
 
 def _labels(problem: Problem, rows: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,379 @@
+// Few classes (all heads together up to kFewClasses): the features are read straight from where
+// they lie, once per pass.
+//
+//   first pass, a tile of rows at a time:
+//     z(row, class) = <h, w>   lanes along D; R rows x C classes of sums in registers
+//     softmax, residual        lanes along rows
+//     G(class, d) += r h       classes x 2 vectors of columns in registers, tile from L2
+//   second pass: a(row) = sum over classes of r <h, G>, one lane sum per row
+//
+// Bytes: each pass reads H once. FLOPs: 4 N C D and 2 N C D. With D columns of 4 bytes a row and
+// C classes the first pass does C FLOPs a byte: beyond 8 or so it is bound by arithmetic.
+
+constexpr int kFewClasses = 2 * kTileM;
+constexpr int kDotClasses = VL == 16 ? 12 : 5;
+constexpr int kTileRows = 96;  // divisible by every count of rows below, and by VL
+
+// Rows whose sums fit the registers beside C classes.
+constexpr int dot_rows(int classes) {
+  if (VL == 16) {
+    constexpr int rows[] = {8, 6, 6, 4, 4, 3, 3, 3, 2, 2, 2, 2};
+    return rows[classes - 1];
+  }
+  constexpr int rows[] = {4, 3, 2, 2, 2};
+  return rows[classes - 1];
+}
+
+// How far ahead features are asked for; about what two rows of work take to compute.
+constexpr int64_t kPrefetchBytes = 8192;
+
+// acc[r][c] = lane sums of <rows[r], w[c]>, and with Norm norm[r] those of |rows[r]|^2.
+template <int R, int C, bool Norm, bool Prefetch, class T>
+MOSO_INLINE void dots(const T* const* rows, const float* w, int64_t ldw, int64_t dim,
+                      vf (&acc)[R][C], vf (&norm)[R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    norm[r] = vf{};
+#pragma GCC unroll 12
+    for (int c = 0; c < C; ++c) acc[r][c] = vf{};
+  }
+  const auto step = [&](const vf(&h)[R], int64_t d) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+    for (int c = 0; c < C; ++c) {
+      const vf x = load(w + c * ldw + d);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][c] += h[r] * x;
+    }
+    if (Norm) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) norm[r] += h[r] * h[r];
+    }
+  };
+  vf h[R];
+  int64_t d = 0;
+  for (; d + VL <= dim; d += VL) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      if (Prefetch)
+        __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + d) + kPrefetchBytes);
+      h[r] = load(rows[r] + d);
+    }
+    step(h, d);
+  }
+  if (d < dim) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) h[r] = load_first(rows[r] + d, int(dim - d));
+    step(h, d);
+  }
+}
+
+// z[c * kTileRows + row] for C classes of every row, and the norms with the first classes.
+template <int C, bool First, class T>
+inline void dot_classes(const T* const* rows, int64_t count, const float* w, int64_t ldw,
+                        int64_t dim, float* z, float* norms) {
+  constexpr int R = dot_rows(C), kSums = R * C + (First ? R : 0);
+  for (int64_t row = 0; row < count; row += R) {
+    vf acc[R][C], norm[R];
+    dots<R, C, First, First>(rows + row, w, ldw, dim, acc, norm);
+    vf sums[(kSums + VL - 1) / VL * VL] = {};
+#pragma GCC unroll 12
+    for (int c = 0; c < C; ++c)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[c * R + r] = acc[r][c];
+    if (First) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[C * R + r] = norm[r];
+    }
+    float lanes[(kSums + VL - 1) / VL * VL];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; i += VL) store(lanes + i, sum_each(sums + i));
+    for (int c = 0; c < C; ++c) std::memcpy(z + c * kTileRows + row, lanes + c * R, R * 4);
+    if (First) std::memcpy(norms + row, lanes + C * R, R * 4);
+  }
+}
+
+// g[m * ldg + ...] += sum over rows of r[m * kTileRows + row] * rows[row][d ...].
+template <int M, class T>
+inline void add_outer_rows(const T* const* rows, int64_t count, int64_t d, const float* r,
+                           float* g, int64_t ldg, int lanes) {
+  vf acc[M][kTileV];
+  const bool whole = lanes == kPanel;
+#pragma GCC unroll 14
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileV; ++v)
+      acc[m][v] = load_n(g + m * ldg + v * VL, std::clamp(lanes - v * VL, 0, VL));
+  for (int64_t k = 0; k < count; ++k) {
+    vf h[kTileV];
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileV; ++v) {
+      const T* at = rows[k] + d + v * VL;
+      h[v] = whole || lanes >= (v + 1) * VL ? load(at)
+                                            : load_first(at, std::max(0, lanes - v * VL));
+    }
+#pragma GCC unroll 14
+    for (int m = 0; m < M; ++m) {
+      const vf x = splat(r[m * kTileRows + k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileV; ++v) acc[m][v] += x * h[v];
+    }
+  }
+#pragma GCC unroll 14
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileV; ++v)
+      store_n(g + m * ldg + v * VL, acc[m][v], std::clamp(lanes - v * VL, 0, VL));
+}
+
+// sums[row] += sum over C classes of r <h, G>.
+template <int C, class T>
+inline void weigh_classes(const T* const* rows, int64_t count, const float* mean_grad, int64_t ldw,
+                          int64_t dim, const float* r, float* sums) {
+  constexpr int R = dot_rows(C);
+  for (int64_t row = 0; row < count; row += R) {
+    vf acc[R][C], norm[R];
+    dots<R, C, false, true>(rows + row, mean_grad, ldw, dim, acc, norm);
+    for (int i = 0; i < R; ++i) {
+      vf weighted{};
+#pragma GCC unroll 12
+      for (int c = 0; c < C; ++c) weighted += splat(r[c * kTileRows + row + i]) * acc[i][c];
+      sums[row + i] += sum(weighted);
+    }
+  }
+}
+
+template <class T>
+struct FewClasses {
+  using Dot = void (*)(const T* const*, int64_t, const float*, int64_t, int64_t, float*, float*);
+  using Outer = void (*)(const T* const*, int64_t, int64_t, const float*, float*, int64_t, int);
+  using Weigh = void (*)(const T* const*, int64_t, const float*, int64_t, int64_t, const float*,
+                         float*);
+  template <bool First, int... I>
+  static constexpr std::array<Dot, sizeof...(I)> dot_table(std::integer_sequence<int, I...>) {
+    return {&dot_classes<I + 1, First, T>...};
+  }
+  template <int... I>
+  static constexpr std::array<Outer, sizeof...(I)> outer_table(std::integer_sequence<int, I...>) {
+    return {&add_outer_rows<I + 1, T>...};
+  }
+  template <int... I>
+  static constexpr std::array<Weigh, sizeof...(I)> weigh_table(std::integer_sequence<int, I...>) {
+    return {&weigh_classes<I + 1, T>...};
+  }
+  using DotRange = std::make_integer_sequence<int, kDotClasses>;
+  static constexpr auto kDotFirst = dot_table<true>(DotRange{});
+  static constexpr auto kDotNext = dot_table<false>(DotRange{});
+  static constexpr auto kOuter = outer_table(std::make_integer_sequence<int, kTileM>{});
+  static constexpr auto kWeigh = weigh_table(DotRange{});
+
+  const Problem& p;
+  const int64_t width, dim, ldw;
+  Buffer weight;
+  std::vector<T> zero_row;
+
+  explicit FewClasses(const Problem& problem)
+      : p(problem),
+        width(p.heads * p.classes),
+        dim(p.dim),
+        ldw((p.dim + VL - 1) / VL * VL),
+        zero_row(size_t(p.dim) + VL) {}
+
+  // Rows padded with zeros to whole vectors.
+  void pack(const float* source, Buffer* to) const {
+    to->reserve(size_t(width * ldw));
+    clear(to->get(), width * ldw);
+    for (int64_t c = 0; c < width; ++c)
+      std::memcpy(to->get() + c * ldw, source + c * dim, size_t(dim) * 4);
+  }
+
+  // One worker's tile.
+  struct Tile {
+    const T* rows[kTileRows];
+    bool counted[kTileRows];
+    int32_t label[kTileRows];
+    float weight[kTileRows];
+    float norms[kTileRows];
+    float sums[kTileRows];
+    Buffer residual;  // (width, kTileRows): logits, then residuals
+    StatusWord status;
+  };
+
+  // Pointers, labels and weights of rows [first, first + count); rows that do not count, and
+  // those behind the end, read zeros.
+  void choose_rows(Tile* t, int64_t first, int64_t count, const uint8_t* counted) const {
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const int64_t row = first + i;
+      const bool used = i < count && (counted ? counted[row] : takes_part(p, row, &t->status));
+      t->counted[i] = used;
+      t->rows[i] = used ? feature_row<T>(p, row) : zero_row.data();
+      t->label[i] = used ? int32_t(p.labels[row]) : 0;
+      t->weight[i] = !used ? 0.0f : p.sample_weight ? p.sample_weight[row] : 1.0f;
+    }
+  }
+
+  void logits(Tile* t, int64_t count) const {
+    const int64_t group = even_group(width);
+    for (int64_t c = 0; c < width; c += group) {
+      const auto n = size_t(std::min(group, width - c));
+      (c == 0 ? kDotFirst : kDotNext)[n - 1](t->rows, count, weight.get() + c * ldw, ldw, dim,
+                                             t->residual.get() + c * kTileRows, t->norms);
+    }
+  }
+
+  // Leaves out rows with non-finite features; their logits become those of a zero row.
+  void leave_out_nonfinite(Tile* t, int64_t first, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      if (finite(t->norms[i])) continue;
+      if (!has_nonfinite(p, first + i, t->rows[i], &t->status)) continue;
+      t->rows[i] = zero_row.data();
+      t->counted[i] = false;
+      t->weight[i] = t->norms[i] = 0.0f;
+      for (int64_t c = 0; c < width; ++c) t->residual.get()[c * kTileRows + i] = 0.0f;
+    }
+  }
+
+  // Logits to residuals; statistics to out where it is given (its rows start at `first`).
+  void residuals(Tile* t, int64_t first, int64_t count, const FirstPass* out) const {
+    for (int64_t head = 0; head < p.heads; ++head) {
+      for (int64_t i = 0; i < count; i += VL) {
+        float* z = t->residual.get() + head * p.classes * kTileRows + i;
+        if (p.bias)
+          for (int64_t c = 0; c < p.classes; ++c)
+            store(z + c * kTileRows,
+                  load(z + c * kTileRows) + splat(p.bias[head * p.classes + c]));
+        vi label;
+        std::memcpy(&label, t->label + i, sizeof label);
+        const LaneStats stats = cross_entropy_lanes(z, kTileRows, p.classes, label,
+                                                    p.label_smoothing, load(t->weight + i));
+        if (!out) continue;
+        const int lanes = int(std::min<int64_t>(VL, count - i));
+        const int64_t at = head * out->stat_stride + first + i;
+        store_n(out->loss + at, stats.loss, lanes);
+        store_n(out->residual_sqnorm + at, stats.residual_sqnorm, lanes);
+        store_n(out->margin + at, stats.margin, lanes);
+        store_n(out->entropy + at, stats.entropy, lanes);
+        const vf ones = splat(p.bias ? 1.0f : 0.0f);
+        const vf size = stats.residual_sqnorm * (load(t->norms + i) + ones) + stats.loss;
+        for (int lane = 0; lane < lanes; ++lane)
+          if (!finite(size[lane]) && t->counted[i + lane])
+            t->status.note(kStatusLogits, p.first_row + first + i + lane);
+      }
+    }
+  }
+
+  void first_pass(const FirstPass& job) {
+    pack(p.weight, &weight);
+    const int64_t slab = slab_rows(p.rows, kTileRows), slabs = (p.rows + slab - 1) / slab;
+    const int threads = int(std::min<int64_t>(p.threads, slabs));
+    std::vector<Tile> tiles(static_cast<size_t>(threads));
+    std::vector<Buffer> grads(tiles.size());
+    for (size_t i = 0; i < tiles.size(); ++i) {
+      tiles[i].residual.reserve(size_t(width * kTileRows));
+      grads[i].reserve(size_t(width * (dim + 1)));
+    }
+    Turnstile order;
+    run_tasks(threads, slabs, [&](int64_t index, int worker) {
+      Tile* t = &tiles[size_t(worker)];
+      float* grad = grads[size_t(worker)].get();
+      clear(grad, width * (dim + 1));
+      const int64_t end = std::min(p.rows, (index + 1) * slab);
+      for (int64_t first = index * slab; first < end; first += kTileRows) {
+        const int64_t count = std::min<int64_t>(kTileRows, end - first);
+        choose_rows(t, first, count, nullptr);
+        logits(t, count);
+        leave_out_nonfinite(t, first, count);
+        residuals(t, first, count, &job);
+        finish_tile(job, *t, first, count);
+        add_gradients(*t, count, grad);
+      }
+      order.pass(index, [&] {
+        add_to_total(job.grad_sum, grad, width * dim);
+        add_to_total(job.bias_grad_sum, grad + width * dim, width);
+      });
+    });
+    for (const Tile& t : tiles) t.status.merge_into(job.status);
+  }
+
+  void finish_tile(const FirstPass& job, const Tile& t, int64_t first, int64_t count) const {
+    std::memcpy(job.feature_sqnorm + first, t.norms, size_t(count) * 4);
+    for (int64_t i = 0; i < count; ++i) job.counted[first + i] = t.counted[i];
+    if (!job.residual) return;
+    for (int64_t c = 0; c < width; ++c)
+      for (int64_t i = 0; i < count; ++i)
+        job.residual[(first + i) * width + c] = t.residual.get()[c * kTileRows + i];
+  }
+
+  void add_gradients(const Tile& t, int64_t count, float* grad) const {
+    const int64_t group = class_group(width);
+    for (int64_t c = 0; c < width; c += group) {
+      const auto outer = kOuter[size_t(std::min(group, width - c) - 1)];
+      for (int64_t d = 0; d < dim; d += kPanel)
+        outer(t.rows, count, d, t.residual.get() + c * kTileRows, grad + c * dim + d, dim,
+              int(std::min<int64_t>(kPanel, dim - d)));
+    }
+    for (int64_t c = 0; c < width; ++c) {
+      const float* r = t.residual.get() + c * kTileRows;
+      float total = 0.0f;
+      for (int64_t i = 0; i < count; ++i) total += r[i];
+      grad[width * dim + c] += total;
+    }
+  }
+
+  void second_pass(const SecondPass& job) {
+    if (!job.residual) pack(p.weight, &weight);
+    Buffer mean_grad;
+    pack(job.mean_grad, &mean_grad);
+    const int64_t slab = slab_rows(p.rows, kTileRows), slabs = (p.rows + slab - 1) / slab;
+    const int threads = int(std::min<int64_t>(p.threads, slabs));
+    std::vector<Tile> tiles(static_cast<size_t>(threads));
+    for (Tile& t : tiles) t.residual.reserve(size_t(width * kTileRows));
+    run_tasks(threads, slabs, [&](int64_t index, int worker) {
+      Tile* t = &tiles[size_t(worker)];
+      const int64_t end = std::min(p.rows, (index + 1) * slab);
+      for (int64_t first = index * slab; first < end; first += kTileRows) {
+        const int64_t count = std::min<int64_t>(kTileRows, end - first);
+        choose_rows(t, first, count, job.counted);
+        if (job.residual) {
+          load_residuals(job, t, first, count);
+        } else {
+          logits(t, count);
+          residuals(t, first, count, nullptr);
+        }
+        alignments(job, t, mean_grad.get(), first, count);
+      }
+    });
+  }
+
+  void load_residuals(const SecondPass& job, Tile* t, int64_t first, int64_t count) const {
+    clear(t->residual.get(), width * kTileRows);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < width; ++c)
+        t->residual.get()[c * kTileRows + i] = job.residual[(first + i) * width + c];
+  }
+
+  void alignments(const SecondPass& job, Tile* t, const float* mean_grad, int64_t first,
+                  int64_t count) const {
+    const int64_t group = even_group(p.classes);
+    for (int64_t head = 0; head < p.heads; ++head) {
+      clear(t->sums, kTileRows);
+      for (int64_t in_head = 0; in_head < p.classes; in_head += group) {
+        const int64_t c = head * p.classes + in_head;
+        const auto n = size_t(std::min(group, p.classes - in_head));
+        const float* r = t->residual.get() + c * kTileRows;
+        kWeigh[n - 1](t->rows, count, mean_grad + c * ldw, ldw, dim, r, t->sums);
+        if (!job.mean_bias_grad) continue;
+        for (size_t m = 0; m < n; ++m)
+          for (int64_t i = 0; i < count; ++i)
+            t->sums[i] += r[m * kTileRows + size_t(i)] * job.mean_bias_grad[c + int64_t(m)];
+      }
+      std::memcpy(job.alignment + head * job.alignment_stride + first, t->sums,
+                  size_t(count) * 4);
+    }
+  }
+
+  // Even groups of at most kDotClasses classes.
+  static int64_t even_group(int64_t classes) {
+    const int64_t groups = (classes + kDotClasses - 1) / kDotClasses;
+    return (classes + groups - 1) / groups;
+  }
+};

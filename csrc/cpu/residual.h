@@ -1,0 +1,245 @@
+// Residual dl/dz in place of the logits, and the statistics of a row. Two layouts:
+// one row with lanes along its classes (any loss), and VL rows at once with lanes along the rows
+// (class ids, few classes). moso_fast/losses.py is the definition of both.
+//
+// The label's residual is -(sum of the other exponentials) / S, never p - 1, and the loss of a
+// label that wins is log1p(sum of the others): exact for losses far below 1e-8.
+
+struct RowStats {
+  float loss, residual_sqnorm, margin, entropy;
+};
+
+// Calls body(vector index, lanes in use) over n numbers; lanes < VL only for the last.
+template <class Body>
+inline void for_lanes(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) body(i, VL);
+  if (i < n) body(i, int(n - i));
+}
+inline vf load_n(const float* p, int n, float fill = 0.0f) {
+  return n == VL ? load(p) : load_first(p, n, fill);
+}
+inline void store_n(float* p, vf v, int n) {
+  if (n == VL)
+    store(p, v);
+  else
+    store_first(p, v, n);
+}
+
+// Sums of long rows go through double every so often: float32 lanes alone drift with C.
+constexpr int64_t kSumBlock = 4096;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+inline float row_max(const float* z, int64_t n) {
+  vf top = splat(-kInfinity);
+  for_lanes(n, [&](int64_t i, int lanes) { top = max(top, load_n(z + i, lanes, -kInfinity)); });
+  return max(top);
+}
+
+// exp(z - top) in place; its sum and the sum of exp(z - top) (z - top).
+inline void exponentials(float* z, int64_t n, float top, double* total, double* weighted) {
+  *total = *weighted = 0.0;
+  for (int64_t start = 0; start < n; start += kSumBlock) {
+    vf e_sum{}, ex_sum{};
+    for_lanes(std::min(kSumBlock, n - start), [&](int64_t i, int lanes) {
+      const vf x = load_n(z + start + i, lanes, -kInfinity) - splat(top);
+      const vf e = exp(x);
+      store_n(z + start + i, e, lanes);
+      e_sum += e;
+      ex_sum += e * max(x, splat(-100.0f));  // 0 * -inf must stay 0
+    });
+    *total += sum(e_sum);
+    *weighted += sum(ex_sum);
+  }
+}
+
+inline double row_sum(const float* z, int64_t n, float less) {
+  double total = 0.0;
+  for (int64_t start = 0; start < n; start += kSumBlock) {
+    vf part{};
+    for_lanes(std::min(kSumBlock, n - start), [&](int64_t i, int lanes) {
+      part += load_n(z + start + i, lanes, less) - splat(less);
+    });
+    total += sum(part);
+  }
+  return total;
+}
+
+// z <- z * factor - offset; returns the sum of squares.
+inline double scale_shift(float* z, int64_t n, float factor, float offset) {
+  double total = 0.0;
+  for (int64_t start = 0; start < n; start += kSumBlock) {
+    vf part{};
+    for_lanes(std::min(kSumBlock, n - start), [&](int64_t i, int lanes) {
+      vf r = load_n(z + start + i, lanes) * splat(factor) - splat(offset);
+      store_n(z + start + i, r, lanes);
+      if (lanes < VL) r = load_n(z + start + i, lanes);  // zeros behind the end
+      part += r * r;
+    });
+    total += sum(part);
+  }
+  return total;
+}
+
+inline RowStats cross_entropy_id(float* z, int64_t classes, int64_t label, float smoothing,
+                                 float weight) {
+  const float label_logit = z[label];
+  z[label] = -kInfinity;
+  const float rival = row_max(z, classes), top = std::max(rival, label_logit);
+  const float shift = label_logit - top;
+  double mean_shift = 0.0;
+  if (smoothing != 0.0f) {
+    z[label] = label_logit;
+    mean_shift = row_sum(z, classes, top) / double(classes);
+    z[label] = -kInfinity;
+  }
+  double others, weighted;
+  exponentials(z, classes, top, &others, &weighted);
+  const double label_exp = std::exp(double(shift)), total = others + label_exp;
+  const double log_total = shift == 0.0f ? std::log1p(others) : std::log(total);
+  RowStats stats;
+  double loss = log_total - shift;
+  stats.entropy =
+      float(std::max(0.0, log_total - (weighted + label_exp * double(shift)) / total));
+  stats.margin = label_logit - rival;
+  if (smoothing != 0.0f) loss = (1.0 - smoothing) * loss + smoothing * (log_total - mean_shift);
+  stats.loss = float(loss * weight);
+  const float offset = smoothing / float(classes) * weight;
+  z[label] = 0.0f;
+  double squares = scale_shift(z, classes, float(weight / total), offset);
+  const float label_residual = float((-others / total + smoothing) * weight) - offset;
+  squares += double(label_residual) * label_residual - double(offset) * offset;
+  z[label] = label_residual;
+  stats.residual_sqnorm = float(squares);
+  return stats;
+}
+
+inline RowStats cross_entropy_soft(float* z, const float* target, int64_t classes, float smoothing,
+                                   float weight) {
+  const int64_t label = std::max_element(target, target + classes) - target;
+  const float label_logit = z[label];
+  z[label] = -kInfinity;
+  const float rival = row_max(z, classes), top = std::max(rival, label_logit);
+  z[label] = label_logit;
+  const float keep = 1.0f - smoothing, spread = smoothing / float(classes);
+  double dot = 0.0, mass = 0.0;
+  for (int64_t c = 0; c < classes; ++c) {
+    const float t = keep * target[c] + spread;
+    dot += double(t) * (z[c] - top);
+    mass += t;
+  }
+  double total, weighted;
+  exponentials(z, classes, top, &total, &weighted);
+  const double log_total = std::log(total);
+  double squares = 0.0;
+  const float factor = float(mass / total);
+  for (int64_t c = 0; c < classes; ++c) {
+    z[c] = weight * (z[c] * factor - (keep * target[c] + spread));
+    squares += double(z[c]) * z[c];
+  }
+  return {float(weight * (mass * log_total - dot)), float(squares), label_logit - rival,
+          float(std::max(0.0, log_total - weighted / total))};
+}
+
+inline RowStats binary_cross_entropy(float* z, const float* target, int64_t classes,
+                                     float weight) {
+  double loss = 0.0, squares = 0.0, entropy = 0.0;
+  float margin = kInfinity;
+  for (int64_t c = 0; c < classes; ++c) {
+    const float x = z[c], t = target[c], e = exp(-std::fabs(x)), tail = log1p(e);
+    const float small = e / (1.0f + e), large = 1.0f / (1.0f + e);
+    const float p = x >= 0.0f ? large : small, not_p = x >= 0.0f ? small : large;
+    const float if_off = std::max(x, 0.0f) + tail, if_on = std::max(-x, 0.0f) + tail;
+    margin = std::min(margin, t >= 0.5f ? x : -x);
+    loss += (1.0 - t) * if_off + double(t) * if_on;
+    entropy += double(p) * if_on + double(not_p) * if_off;
+    z[c] = weight * ((1.0f - t) * p - t * not_p);
+    squares += double(z[c]) * z[c];
+  }
+  return {float(loss * weight), float(squares), margin, float(entropy)};
+}
+
+inline RowStats mean_squared_error(float* z, const float* target, int64_t classes, float weight) {
+  double loss = 0.0;
+  for (int64_t c = 0; c < classes; ++c) {
+    const float error = z[c] - target[c];
+    loss += double(error) * error;
+    z[c] = 2.0f * weight * error;
+  }
+  const double squares = 4.0 * double(weight) * weight * loss;
+  return {float(loss * weight), float(squares), kNaN, kNaN};
+}
+
+// Whether a row of targets may be used (NaN never passes).
+inline bool good_target(const Problem& p, const float* target) {
+  double total = 0.0;
+  for (int64_t c = 0; c < p.classes; ++c) {
+    const float t = target[c];
+    if (p.loss == Loss::kMse ? !finite(t) : !(t >= 0.0f && t <= 1.0f)) return false;
+    total += t;
+  }
+  return p.loss != Loss::kCrossEntropy || std::fabs(total - 1.0) <= p.target_tolerance;
+}
+
+inline RowStats row_stats(const Problem& p, int64_t row, float* z) {
+  const float weight = p.sample_weight ? p.sample_weight[row] : 1.0f;
+  if (!p.targets) return cross_entropy_id(z, p.classes, p.labels[row], p.label_smoothing, weight);
+  const float* target = p.targets + row * p.classes;
+  if (p.loss == Loss::kCrossEntropy)
+    return cross_entropy_soft(z, target, p.classes, p.label_smoothing, weight);
+  if (p.loss == Loss::kBinaryCrossEntropy)
+    return binary_cross_entropy(z, target, p.classes, weight);
+  return mean_squared_error(z, target, p.classes, weight);
+}
+
+// VL rows at once: z[c * stride + lane] is the logit of class c in row `lane`, overwritten by the
+// residual; labels and weights of the rows in label[], weight.
+struct LaneStats {
+  vf loss, residual_sqnorm, margin, entropy;
+};
+
+inline LaneStats cross_entropy_lanes(float* z, int64_t stride, int64_t classes, vi label,
+                                     float smoothing, vf weight) {
+  vf label_logit{}, rival = splat(-kInfinity), raw_sum{};
+  for (int64_t c = 0; c < classes; ++c) {
+    const vf x = load(z + c * stride);
+    const vi mine = label == splat_int(int32_t(c));
+    label_logit = select(mine, x, label_logit);
+    rival = select(mine, rival, max(rival, x));
+    raw_sum += x;
+  }
+  const vf top = max(rival, label_logit), shift = label_logit - top;
+  vf others{}, weighted{};
+  for (int64_t c = 0; c < classes; ++c) {
+    const vf x = load(z + c * stride) - top, e_all = exp(x);
+    const vf e = select(label == splat_int(int32_t(c)), vf{}, e_all);
+    store(z + c * stride, e);
+    others += e;
+    weighted += e * max(x, splat(-100.0f));
+  }
+  const vf label_exp = exp(shift), total = others + label_exp;
+  const vf log_total = select(shift == vf{}, log1p(others), log(total));
+  LaneStats stats;
+  vf loss = log_total - shift;
+  stats.entropy = max(vf{}, log_total - (weighted + label_exp * max(shift, splat(-100.0f))) / total);
+  stats.margin = label_logit - rival;
+  const float spread = smoothing / float(classes);
+  if (smoothing != 0.0f) {
+    const vf mean_shift = raw_sum / splat(float(classes)) - top;
+    loss = splat(1.0f - smoothing) * loss + splat(smoothing) * (log_total - mean_shift);
+  }
+  stats.loss = loss * weight;
+  const vf factor = weight / total, offset = weight * splat(spread);
+  const vf label_residual = (splat(smoothing) - others / total) * weight - offset;
+  vf squares{};
+  for (int64_t c = 0; c < classes; ++c) {
+    const vf other = load(z + c * stride) * factor - offset;
+    const vf r = select(label == splat_int(int32_t(c)), label_residual, other);
+    store(z + c * stride, r);
+    squares += r * r;
+  }
+  stats.residual_sqnorm = squares;
+  return stats;
+}

@@ -1,0 +1,194 @@
+// Vectors of VL floats, on GCC's and Clang's vector extensions: one source for every instruction
+// set. Included once per variant, inside its namespace.
+
+typedef float vf __attribute__((vector_size(4 * VL), may_alias));
+typedef float vf_unaligned __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * VL), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * VL), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+template <int... I>
+inline vf splat_lanes(float x, std::integer_sequence<int, I...>) {
+  return vf{((void)I, x)...};
+}
+inline vf splat(float x) { return splat_lanes(x, std::make_integer_sequence<int, VL>{}); }
+inline vi splat_int(int32_t x) { return vi{} + x; }
+
+inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+inline void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
+
+inline vf load(const bf16* p) {
+  const vh narrow = *reinterpret_cast<const vh*>(p);
+  return reinterpret_cast<vf>(__builtin_convertvector(narrow, vi) << 16);
+}
+
+// Exact for every half-precision number, infinities and NaN included.
+inline float widen(fp16 h) {
+  const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16, rest = h.bits & 0x7fffu;
+  uint32_t bits;
+  if (rest >= 0x7c00u) {
+    bits = 0x7f800000u | (rest & 0x3ffu) << 13;
+  } else if (rest >= 0x400u) {
+    bits = (rest << 13) + 0x38000000u;
+  } else {
+    const float value = float(rest) * 5.9604644775390625e-8f;  // 2^-24: subnormal halves
+    std::memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+inline float widen(bf16 h) {
+  const uint32_t bits = uint32_t(h.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+inline float widen(float x) { return x; }
+
+inline vf load(const fp16* p) {
+#if VL == 16
+  return reinterpret_cast<vf>(
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif VL == 8 && defined(__F16C__)
+  return reinterpret_cast<vf>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  vf v;
+  for (int i = 0; i < VL; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+// The first n < VL numbers, zeros behind them.
+template <class T>
+inline vf load_first(const T* p, int n) {
+  T lanes[VL] = {};
+  std::memcpy(lanes, p, size_t(n) * sizeof(T));
+  return load(lanes);
+}
+inline vf load_first(const float* p, int n, float fill) {
+#if VL == 16
+  return reinterpret_cast<vf>(
+      _mm512_mask_loadu_ps(_mm512_set1_ps(fill), __mmask16((1u << n) - 1u), p));
+#else
+  vf v = splat(fill);
+  std::memcpy(&v, p, size_t(n) * 4);
+  return v;
+#endif
+}
+inline void store_first(float* p, vf v, int n) {
+#if VL == 16
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), reinterpret_cast<__m512>(v));
+#else
+  std::memcpy(p, &v, size_t(n) * 4);
+#endif
+}
+
+inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+inline vf min(vf a, vf b) { return a < b ? a : b; }
+
+inline float sum(vf v) {
+  float lanes[VL];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = VL / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+inline float max(vf v) {
+  float top = v[0];
+  for (int i = 1; i < VL; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+template <int Step, int... I>
+inline vf interleave_low(vf x, vf y, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, y, ((I & Step) ? VL + I - Step : I)...);
+}
+template <int Step, int... I>
+inline vf interleave_high(vf x, vf y, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, y, ((I & Step) ? VL + I : I + Step)...);
+}
+// Lane i of the result is the sum of the lanes of v[i]; v holds VL vectors and is overwritten.
+template <int Step = 1>
+inline vf sum_each(vf* v) {
+  if constexpr (Step == VL) {
+    return v[0];
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, VL>{};
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i += 2 * Step)
+      v[i] = interleave_low<Step>(v[i], v[i + Step], lanes) +
+             interleave_high<Step>(v[i], v[i + Step], lanes);
+    return sum_each<2 * Step>(v);
+  }
+}
+
+// e^x for x <= 88; 0 below -87.3 (-inf too). Within 2 units in the last place.
+inline vf exp(vf x) {
+  const vf kept = max(x, splat(-87.3f));
+  // Rounds to nearest by adding and taking away 1.5 * 2^23.
+  const vf shifted = kept * splat(1.44269504f) + splat(12582912.0f);
+  const vf n = shifted - splat(12582912.0f);
+  const vf r = (kept - n * splat(0.693145752f)) - n * splat(1.42860677e-6f);
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.0f);
+  const vi power = (reinterpret_cast<vi>(shifted) - splat_int(0x4b400000)) << 23;
+  const vf result = reinterpret_cast<vf>(reinterpret_cast<vi>(p) + power);
+  return select(x < splat(-87.3f), vf{}, result);
+}
+
+// log x for normal x > 0 (Cephes' minimax polynomial). Within 2 units in the last place.
+inline vf log(vf x) {
+  const vi bits = reinterpret_cast<vi>(x);
+  vi exponent = ((bits >> 23) & 0xff) - 126;
+  vf m = reinterpret_cast<vf>((bits & 0x007fffff) | 0x3f000000);
+  const vi small = m < splat(0.707106781f);
+  exponent += small;
+  m = select(small, m + m, m) - splat(1.0f);
+  const vf z = m * m, e = __builtin_convertvector(exponent, vf);
+  vf p = splat(7.0376836292e-2f);
+  p = p * m - splat(1.1514610310e-1f);
+  p = p * m + splat(1.1676998740e-1f);
+  p = p * m - splat(1.2420140846e-1f);
+  p = p * m + splat(1.4249322787e-1f);
+  p = p * m - splat(1.6668057665e-1f);
+  p = p * m + splat(2.0000714765e-1f);
+  p = p * m - splat(2.4999993993e-1f);
+  p = p * m + splat(3.3333331174e-1f);
+  vf y = p * m * z - e * splat(2.12194440e-4f) - z * splat(0.5f);
+  return m + y + e * splat(0.693359375f);
+}
+
+// log(1 + x) for x >= 0, accurate for tiny x: log(u) x / (u - 1) with u = 1 + x rounded.
+inline vf log1p(vf x) {
+  const vf u = splat(1.0f) + x, d = u - splat(1.0f);
+  const vi tiny = d == vf{};
+  return select(tiny, x, log(u) * x / select(tiny, splat(1.0f), d));
+}
+
+inline float exp(float x) { return exp(splat(x))[0]; }
+inline float log(float x) { return log(splat(x))[0]; }
+inline float log1p(float x) { return log1p(splat(x))[0]; }
+
+inline bool finite(float x) { return std::isfinite(x); }
+
+template <class T>
+inline bool all_finite(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; ++d)
+    if (!finite(widen(row[d]))) return false;
+  return true;
+}

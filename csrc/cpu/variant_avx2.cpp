@@ -1,0 +1,3 @@
+#define MOSO_FAST_VARIANT avx2
+#define VL 8
+#include "variant.inc"

@@ -1,0 +1,3 @@
+#define MOSO_FAST_VARIANT baseline
+#define VL 4
+#include "variant.inc"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_support import CPU_BACKENDS, random_case
+from core_support import CPU_BACKENDS, assert_stats_match, random_case
 
 from moso_fast import engine
 from moso_fast.functional import explain, last_layer_stats, moso_scores
@@ -262,12 +262,6 @@ SHOWN_BY_DATA = table(
      "logits, loss or gradient of row 2 overflow float32 although features and weights are "
      "finite; scale them down or pass float64 features",
      changed("features", (2, 0), 1e30, weight=torch.full((C, D), 1e30))),
-    ("one logit of -inf", ValueError,
-     "logits, loss or gradient of row 1 overflow float32 although features and weights are "
-     "finite; scale them down or pass float64 features",
-     {"features": torch.diag(torch.tensor([1.0, 10, 1, 1, 1, 1]))[:, :D],
-      "labels": zeros(N, dtype=LONG),
-      "weight": torch.tensor([[0.0, 0, 0, 0], [0, 1, 0, 0], [0, -3e38, 0, 0]])}),
     ("squared norm overflows", ValueError,
      "logits, loss or gradient of row 0 overflow float32 although features and weights are "
      "finite; scale them down or pass float64 features",
@@ -311,6 +305,20 @@ def test_shapes_dtypes_and_options_are_refused_before_any_work(bad, call, monkey
 def test_bad_data_is_refused(bad, backend, chunk_size):
     assert_refused(bad, moso_scores, backend=backend, chunk_size=chunk_size)
     assert_refused(bad, last_layer_stats, backend=backend, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_logit_of_minus_infinity_is_right_or_refused(backend):
+    """Only the logit of another class overflows: the true probability there is 0."""
+    features = torch.diag(torch.tensor([1.0, 10.0, 1.0, 1.0]))
+    weight = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, -3e38, 0.0, 0.0]])
+    labels = torch.zeros(4, dtype=torch.long)
+    try:
+        stats = last_layer_stats(features, weight, labels, backend=backend)
+    except ValueError as error:
+        assert re.match("logits, loss or gradient of row 1 overflow float32 although", str(error))
+    else:
+        assert_stats_match(stats, explicit_stats(features, weight, labels), 1e-5)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

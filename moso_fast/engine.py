@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # Relative to |G| * sum_i |g_i|, the scale of the rounding in sum_i a_i = N |G|^2.
 _SELF_CHECK_TOLERANCE = {"float64": 1e-10, "highest": 1e-4, "high": 2e-3, "medium": 2e-2}
 
+# Numbers that one sum takes, fewer than PyTorch ever splits among threads.
+_SUM_BLOCK = 4096
+
 _CPU_RESIDUAL_SHARE = 0.25
 _CUDA_RESIDUAL_SHARE = 0.5
 
@@ -162,9 +165,9 @@ def run(
         check_count(formula, int(count))
     grad /= count.clamp_min(1)
     bias_grad /= count.clamp_min(1)
-    mean_grad_sqnorm = grad.square().sum((1, 2))
+    mean_grad_sqnorm = _sqnorm(grad.flatten(1))
     if problem.bias is not None:
-        mean_grad_sqnorm = mean_grad_sqnorm + bias_grad.square().sum(1)
+        mean_grad_sqnorm = mean_grad_sqnorm + _sqnorm(bias_grad)
     alignment = torch.empty_like(rows.loss)
     mean_grad = grad.to(problem.compute_dtype)
     mean_bias_grad = bias_grad.to(problem.compute_dtype) if problem.bias is not None else None
@@ -209,6 +212,19 @@ def self_check(problem: Problem, results: Results) -> None:
             f"but N |G|^2 is {float(expected[head]):.9g} (allowed difference "
             f"{float(bound[head]):.3g}); please report this with the output of moso-fast doctor"
         )
+
+
+def _sqnorm(values: Tensor) -> Tensor:
+    """Sum of squares of every row of (K, M): (K,), the same bits for any number of threads.
+
+    PyTorch splits one long sum among its threads; sums of a block each it leaves whole.
+    """
+    sums = values.square()
+    while sums.shape[1] > 1:
+        blocks = -(-sums.shape[1] // _SUM_BLOCK)
+        padding = blocks * _SUM_BLOCK - sums.shape[1]
+        sums = torch.nn.functional.pad(sums, (0, padding)).view(-1, blocks, _SUM_BLOCK).sum(2)
+    return sums[:, 0]
 
 
 def _capturing(problem: Problem) -> bool:

@@ -59,10 +59,8 @@ def elementwise_residual_kernel(
     exists = item < items
     row = item // HEADS
     head = item % HEADS
-    if CONTIGUOUS:
-        base = logits + item * CLASSES
-    else:
-        base = logits + row * row_stride + head * CLASSES
+    start_of_row = item * CLASSES if CONTIGUOUS else row * row_stride + head * CLASSES
+    base = logits + start_of_row
     live = exists
     if counted is not None:
         live &= tl.load(counted + row, mask=exists, other=0).to(tl.int1)

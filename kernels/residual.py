@@ -184,7 +184,7 @@ def _check(
     if columns == 0 or columns % classes:
         raise ValueError(f"logits have {columns} columns, not a multiple of {classes} classes")
     heads = columns // classes
-    if columns > 1 and logits.stride(1) != 1 or rows > 1 and logits.stride(0) < columns:
+    if (columns > 1 and logits.stride(1) != 1) or (rows > 1 and logits.stride(0) < columns):
         raise ValueError(
             f"logits must have unit column stride and rows apart; got strides {logits.stride()}"
         )
@@ -201,7 +201,7 @@ def _check(
     for name, value in out._asdict().items():
         if value.shape != (heads, rows) or value.dtype != torch.float32:
             raise ValueError(f"out.{name} must be {(heads, rows)} float32; got {_describe(value)}")
-        if rows > 1 and value.stride(1) != 1 or value.stride(0) != out.loss.stride(0):
+        if (rows > 1 and value.stride(1) != 1) or value.stride(0) != out.loss.stride(0):
             raise ValueError(
                 f"out.{name} must have unit row stride and the head stride of out.loss; "
                 f"got strides {value.stride()}"

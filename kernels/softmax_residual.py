@@ -124,10 +124,8 @@ def softmax_residual_kernel(
     exists = item < items
     row = item // HEADS
     head = item % HEADS
-    if CONTIGUOUS:
-        base = logits + item * CLASSES
-    else:
-        base = logits + row * row_stride + head * CLASSES
+    start_of_row = item * CLASSES if CONTIGUOUS else row * row_stride + head * CLASSES
+    base = logits + start_of_row
 
     # Which rows count, and the class that plays the label.
     live = exists

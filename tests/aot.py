@@ -18,9 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from moso_fast.kernels.elementwise_residual import elementwise_residual_kernel
 from moso_fast.kernels.residual import (
     ELEMENTWISE_CONFIGS,
@@ -29,6 +26,8 @@ from moso_fast.kernels.residual import (
     RowConfig,
 )
 from moso_fast.kernels.softmax_residual import softmax_residual_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -40,6 +39,7 @@ class Resources:
     registers: int  # a thread
     stack: int  # bytes a thread: spills and arrays in local memory
     shared: int  # bytes a block, static and dynamic
+    ttgir: str
     ptx: str
 
 
@@ -75,7 +75,11 @@ def compile_kernel(
     )
     registers, stack, static_shared = _resource_usage(compiled.asm["cubin"])
     return Resources(
-        registers, stack, max(static_shared, compiled.metadata.shared), compiled.asm["ptx"]
+        registers,
+        stack,
+        max(static_shared, compiled.metadata.shared),
+        compiled.asm["ttgir"],
+        compiled.asm["ptx"],
     )
 
 

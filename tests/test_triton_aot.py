@@ -51,10 +51,11 @@ def test_logarithm_is_the_accurate_one() -> None:
 
 
 def test_barrier_lies_between_reading_and_overwriting() -> None:
+    # In Triton's own code, before layout changes add barriers of theirs that may come and go.
     case = next(c for c in PLAIN if c.kernel.__name__.startswith("softmax"))
-    ptx = case.compile(90).ptx
-    first_store = ptx.index("st.global")
-    assert ptx.rindex("ld.global", 0, first_store) < ptx.rindex("bar", 0, first_store)
+    code = case.compile(90).ttgir
+    before = code[: code.index("tt.store")]
+    assert "barrier" in before[before.rindex("tt.load") :]
 
 
 def test_spills_are_seen() -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from moso_fast.kernels.residual import RowOutputs, residual_rows
 from torch import Tensor
 
-from moso_fast.kernels.residual import RowOutputs, residual_rows
 from moso_fast.problem import STATUS_SLOTS
 
 GUARD = 96

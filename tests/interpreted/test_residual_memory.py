@@ -6,11 +6,10 @@ import mmap
 
 import pytest
 import torch
-from residual_support import FIELDS, launch
-
 from moso_fast.kernels.elementwise_residual import elementwise_residual_kernel
 from moso_fast.kernels.residual import RowOutputs, residual_rows
 from moso_fast.kernels.softmax_residual import softmax_residual_kernel
+from residual_support import FIELDS, launch
 
 # Two strides are 2^32 - 128: cut to 32 bits, the third row lies 128 elements before the first.
 STRIDE = 2**31 - 64

@@ -142,7 +142,7 @@ def test_confident_model_keeps_its_digits(
     z = logits[:, 0].double()
     others = torch.where(torch.nn.functional.one_hot(labels, classes).bool(), -torch.inf, z)
     odds = (others - z.gather(1, labels[:, None])).exp().sum(1)
-    assert 1e-10 < odds.min() and odds.max() < 1e-5
+    assert odds.min() > 1e-10 and odds.max() < 1e-5
     p = torch.softmax(others, 1) * (odds / (1 + odds))[:, None]
     r_label = result.residual[torch.arange(rows), 0, labels].double()
     entropy = odds.log1p() - (p * (z - z.gather(1, labels[:, None]))).sum(1)

@@ -163,7 +163,8 @@ def residual_case(kernel: Any, config: RowConfig, *, plain: bool, **constants: b
     aligned = tuple(name for name, kind in types.items() if kind.startswith("*"))
     if plain:
         aligned += ("row_stride", "target_stride")
-    flags = ",".join(name for name, value in constants.items() if value) or "IDS"
+    plainest = "IDS" if "SOFT" in constants else "MSE"
+    flags = ",".join(name for name, value in constants.items() if value) or plainest
     limit = config.max_classes or "any"
     name = f"{kernel.__name__}-C{limit}-{flags}-{'plain' if plain else 'full'}"
     return Case(name, kernel, config, types, values, aligned)

@@ -67,6 +67,12 @@ def test_margin_and_entropy_of_binary_cross_entropy(kind):
     torch.testing.assert_close(stats.entropy, entropy, rtol=1e-12, atol=1e-14)
 
 
+def test_a_binary_target_of_one_half_counts_as_on():
+    logits, targets = torch.tensor([[[3.0, -2.0]]]), torch.tensor([[0.5, 0.0]])
+    stats = row_statistics(logits, targets, loss="binary_cross_entropy")
+    assert float(stats.margin) == 2.0
+
+
 def test_mse_has_neither_margin_nor_entropy():
     case = random_case("mse", dtype=torch.float64)
     stats = statistics(logits_of(case), case)

@@ -13,7 +13,9 @@ __all__ = ["Availability", "Backend", "backends", "choose", "get"]
 
 ENVIRONMENT_VARIABLE = "MOSO_FAST_BACKEND"
 
-_REGISTRY: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), TorchBackend())}
+_REGISTRY: dict[str, Backend] = {
+    backend.name: backend for backend in (CpuBackend(), TorchBackend())
+}
 # What "auto" tries, in order, on each kind of device; "torch" is always there and comes last.
 _PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("torch",)}
 

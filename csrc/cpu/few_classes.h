@@ -54,8 +54,7 @@ MOSO_INLINE void dots(const T* const* rows, const float* w, int64_t ldw, int64_t
   for (; d + VL <= dim; d += VL) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      if (Prefetch)
-        __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + d) + kPrefetchBytes);
+      if (Prefetch) __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + d) + kPrefetchBytes);
       h[r] = load(rows[r] + d);
     }
     step(h, d);
@@ -94,8 +93,8 @@ inline void dot_classes(const T* const* rows, int64_t count, const float* w, int
 
 // g[m * ldg + ...] += sum over rows of r[m * kTileRows + row] * rows[row][d ...].
 template <int M, class T>
-inline void add_outer_rows(const T* const* rows, int64_t count, int64_t d, const float* r,
-                           float* g, int64_t ldg, int lanes) {
+inline void add_outer_rows(const T* const* rows, int64_t count, int64_t d, const float* r, float* g,
+                           int64_t ldg, int lanes) {
   vf acc[M][kTileV];
   const bool whole = lanes == kPanel;
 #pragma GCC unroll 14
@@ -108,8 +107,8 @@ inline void add_outer_rows(const T* const* rows, int64_t count, int64_t d, const
 #pragma GCC unroll 2
     for (int v = 0; v < kTileV; ++v) {
       const T* at = rows[k] + d + v * VL;
-      h[v] = whole || lanes >= (v + 1) * VL ? load(at)
-                                            : load_first(at, std::max(0, lanes - v * VL));
+      h[v] =
+          whole || lanes >= (v + 1) * VL ? load(at) : load_first(at, std::max(0, lanes - v * VL));
     }
 #pragma GCC unroll 14
     for (int m = 0; m < M; ++m) {
@@ -239,8 +238,7 @@ struct FewClasses {
         float* z = t->residual.get() + head * p.classes * kTileRows + i;
         if (p.bias)
           for (int64_t c = 0; c < p.classes; ++c)
-            store(z + c * kTileRows,
-                  load(z + c * kTileRows) + splat(p.bias[head * p.classes + c]));
+            store(z + c * kTileRows, load(z + c * kTileRows) + splat(p.bias[head * p.classes + c]));
         vi label;
         std::memcpy(&label, t->label + i, sizeof label);
         const LaneStats stats = cross_entropy_lanes(z, kTileRows, p.classes, label,
@@ -366,8 +364,7 @@ struct FewClasses {
           for (int64_t i = 0; i < count; ++i)
             t->sums[i] += r[m * kTileRows + size_t(i)] * job.mean_bias_grad[c + int64_t(m)];
       }
-      std::memcpy(job.alignment + head * job.alignment_stride + first, t->sums,
-                  size_t(count) * 4);
+      std::memcpy(job.alignment + head * job.alignment_stride + first, t->sums, size_t(count) * 4);
     }
   }
 

@@ -29,10 +29,7 @@ struct ManyClasses {
   Buffer bias;
 
   explicit ManyClasses(const Problem& problem)
-      : p(problem),
-        width(p.heads * p.classes),
-        dim(p.dim),
-        tile_rows(rows_of_tile(p.dim)) {}
+      : p(problem), width(p.heads * p.classes), dim(p.dim), tile_rows(rows_of_tile(p.dim)) {}
 
   // Bias padded to whole panels, zeros without one.
   static void pack_bias(const float* source, const Panels& panels, Buffer* to) {

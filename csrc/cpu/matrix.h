@@ -69,8 +69,7 @@ inline void multiply_store(const float* a, int64_t step_m, int64_t step_k, const
 using MultiplyStore = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int64_t,
                                const float*, float*, int64_t, int);
 template <int V, int... M>
-constexpr std::array<MultiplyStore, sizeof...(M)> multiply_table(
-    std::integer_sequence<int, M...>) {
+constexpr std::array<MultiplyStore, sizeof...(M)> multiply_table(std::integer_sequence<int, M...>) {
   return {&multiply_store<M + 1, V>...};
 }
 constexpr auto kMultiply1 = multiply_table<1>(std::make_integer_sequence<int, kTileM>{});
@@ -135,9 +134,7 @@ struct Panels {
   int64_t panels() const { return (width + kPanel - 1) / kPanel; }
   int lanes(int64_t panel) const { return int(std::min<int64_t>(kPanel, width - panel * kPanel)); }
   int vectors(int64_t panel) const { return lanes(panel) > VL ? kTileV : 1; }
-  int64_t padded() const {
-    return (panels() - 1) * kPanel + vectors(panels() - 1) * VL;
-  }
+  int64_t padded() const { return (panels() - 1) * kPanel + vectors(panels() - 1) * VL; }
   const float* panel(int64_t block, int64_t index) const {
     const int64_t depth = std::min(kBlockD, dim - block * kBlockD);
     return data.get() + block * kBlockD * padded() + index * kPanel * depth;

@@ -32,10 +32,22 @@ constexpr int64_t kSumBlock = 4096;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-inline float row_max(const float* z, int64_t n) {
-  vf top = splat(-kInfinity);
+// The logit of the label, the largest of the others and of all; poison is NaN where any logit is
+// not finite, which a maximum and e^-inf = 0 would hide.
+struct RowMax {
+  float label, rival, top, poison;
+};
+inline RowMax row_max(float* z, int64_t n, int64_t label) {
+  RowMax result{z[label], 0.0f, 0.0f, 0.0f};
+  vf poison{}, top = splat(-kInfinity);
+  for_lanes(n, [&](int64_t i, int lanes) { poison += load_n(z + i, lanes) * splat(0.0f); });
+  z[label] = -kInfinity;
   for_lanes(n, [&](int64_t i, int lanes) { top = max(top, load_n(z + i, lanes, -kInfinity)); });
-  return max(top);
+  z[label] = result.label;
+  result.rival = max(top);
+  result.top = std::max(result.rival, result.label);
+  result.poison = sum(poison);
+  return result;
 }
 
 // exp(z - top) in place; its sum and the sum of exp(z - top) (z - top).
@@ -85,27 +97,20 @@ inline double scale_shift(float* z, int64_t n, float factor, float offset) {
 
 inline RowStats cross_entropy_id(float* z, int64_t classes, int64_t label, float smoothing,
                                  float weight) {
-  const float label_logit = z[label];
-  z[label] = -kInfinity;
-  const float rival = row_max(z, classes), top = std::max(rival, label_logit);
+  const auto [label_logit, rival, top, poison] = row_max(z, classes, label);
   const float shift = label_logit - top;
-  double mean_shift = 0.0;
-  if (smoothing != 0.0f) {
-    z[label] = label_logit;
-    mean_shift = row_sum(z, classes, top) / double(classes);
-    z[label] = -kInfinity;
-  }
+  const double mean_shift = smoothing != 0.0f ? row_sum(z, classes, top) / double(classes) : 0.0;
+  z[label] = -kInfinity;
   double others, weighted;
   exponentials(z, classes, top, &others, &weighted);
   const double label_exp = std::exp(double(shift)), total = others + label_exp;
   const double log_total = shift == 0.0f ? std::log1p(others) : std::log(total);
   RowStats stats;
   double loss = log_total - shift;
-  stats.entropy =
-      float(std::max(0.0, log_total - (weighted + label_exp * double(shift)) / total));
+  stats.entropy = float(std::max(0.0, log_total - (weighted + label_exp * double(shift)) / total));
   stats.margin = label_logit - rival;
   if (smoothing != 0.0f) loss = (1.0 - smoothing) * loss + smoothing * (log_total - mean_shift);
-  stats.loss = float(loss * weight);
+  stats.loss = float(loss * weight) + poison;
   const float offset = smoothing / float(classes) * weight;
   z[label] = 0.0f;
   double squares = scale_shift(z, classes, float(weight / total), offset);
@@ -119,32 +124,34 @@ inline RowStats cross_entropy_id(float* z, int64_t classes, int64_t label, float
 inline RowStats cross_entropy_soft(float* z, const float* target, int64_t classes, float smoothing,
                                    float weight) {
   const int64_t label = std::max_element(target, target + classes) - target;
-  const float label_logit = z[label];
-  z[label] = -kInfinity;
-  const float rival = row_max(z, classes), top = std::max(rival, label_logit);
-  z[label] = label_logit;
+  const auto [label_logit, rival, top, poison] = row_max(z, classes, label);
   const float keep = 1.0f - smoothing, spread = smoothing / float(classes);
-  double dot = 0.0, mass = 0.0;
+  const int64_t winner = std::max_element(z, z + classes) - z;
+  double dot = 0.0, rest = 0.0;  // targets of all but the winner
   for (int64_t c = 0; c < classes; ++c) {
     const float t = keep * target[c] + spread;
     dot += double(t) * (z[c] - top);
-    mass += t;
+    if (c != winner) rest += t;
   }
-  double total, weighted;
-  exponentials(z, classes, top, &total, &weighted);
-  const double log_total = std::log(total);
+  const double winner_target = keep * target[winner] + spread, mass = rest + winner_target;
+  z[winner] = -kInfinity;
+  double others, weighted;
+  exponentials(z, classes, top, &others, &weighted);
+  const double total = 1.0 + others, log_total = std::log1p(others);
   double squares = 0.0;
   const float factor = float(mass / total);
   for (int64_t c = 0; c < classes; ++c) {
     z[c] = weight * (z[c] * factor - (keep * target[c] + spread));
-    squares += double(z[c]) * z[c];
+    if (c != winner) squares += double(z[c]) * z[c];
   }
-  return {float(weight * (mass * log_total - dot)), float(squares), label_logit - rival,
+  // Of the winner p may round to 1: (other targets) p - t (1 - p) loses nothing.
+  z[winner] = weight * float(rest / total - winner_target * (others / total));
+  squares += double(z[winner]) * z[winner];
+  return {float(weight * (mass * log_total - dot)) + poison, float(squares), label_logit - rival,
           float(std::max(0.0, log_total - weighted / total))};
 }
 
-inline RowStats binary_cross_entropy(float* z, const float* target, int64_t classes,
-                                     float weight) {
+inline RowStats binary_cross_entropy(float* z, const float* target, int64_t classes, float weight) {
   double loss = 0.0, squares = 0.0, entropy = 0.0;
   float margin = kInfinity;
   for (int64_t c = 0; c < classes; ++c) {
@@ -202,13 +209,14 @@ struct LaneStats {
 
 inline LaneStats cross_entropy_lanes(float* z, int64_t stride, int64_t classes, vi label,
                                      float smoothing, vf weight) {
-  vf label_logit{}, rival = splat(-kInfinity), raw_sum{};
+  vf label_logit{}, rival = splat(-kInfinity), raw_sum{}, poison{};
   for (int64_t c = 0; c < classes; ++c) {
     const vf x = load(z + c * stride);
     const vi mine = label == splat_int(int32_t(c));
     label_logit = select(mine, x, label_logit);
     rival = select(mine, rival, max(rival, x));
     raw_sum += x;
+    poison += x * splat(0.0f);  // NaN where a logit is not finite: max and exp would hide it
   }
   const vf top = max(rival, label_logit), shift = label_logit - top;
   vf others{}, weighted{};
@@ -223,14 +231,15 @@ inline LaneStats cross_entropy_lanes(float* z, int64_t stride, int64_t classes, 
   const vf log_total = select(shift == vf{}, log1p(others), log(total));
   LaneStats stats;
   vf loss = log_total - shift;
-  stats.entropy = max(vf{}, log_total - (weighted + label_exp * max(shift, splat(-100.0f))) / total);
+  stats.entropy =
+      max(vf{}, log_total - (weighted + label_exp * max(shift, splat(-100.0f))) / total);
   stats.margin = label_logit - rival;
   const float spread = smoothing / float(classes);
   if (smoothing != 0.0f) {
     const vf mean_shift = raw_sum / splat(float(classes)) - top;
     loss = splat(1.0f - smoothing) * loss + splat(smoothing) * (log_total - mean_shift);
   }
-  stats.loss = loss * weight;
+  stats.loss = loss * weight + poison;
   const vf factor = weight / total, offset = weight * splat(spread);
   const vf label_residual = (splat(smoothing) - others / total) * weight - offset;
   vf squares{};

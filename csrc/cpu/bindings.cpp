@@ -62,7 +62,7 @@ Problem read_problem(const py::dict& job) {
   p.target_tolerance = job["target_tolerance"].cast<float>();
   p.ignore_index = job["ignore_index"].cast<int64_t>();
   p.exclude_nonfinite = job["exclude_nonfinite"].cast<bool>();
-  p.threads = job["threads"].cast<int>();
+  p.threads = {job["threads"].cast<int>(), job["own_threads"].cast<bool>()};
   p.few_classes = job["few_classes"].cast<bool>();
   p.split_grad = job["split_grad"].cast<bool>();
   return p;
@@ -116,6 +116,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "few_classes", [](const std::string& name) { return variant_named(name).few_classes; },
       py::arg("variant"), "Classes of all heads together that the few-classes kernels take.");
+  m.def("shares_pool", &shares_pool, "Whether the thread pool that PyTorch loaded is used.");
   m.def("first_pass", &first_pass, py::arg("variant"), py::arg("job"));
   m.def("second_pass", &second_pass, py::arg("variant"), py::arg("job"));
 }

@@ -262,7 +262,7 @@ struct FewClasses {
   void first_pass(const FirstPass& job) {
     pack(p.weight, &weight);
     const int64_t slab = slab_rows(p.rows, kTileRows), slabs = (p.rows + slab - 1) / slab;
-    const int threads = int(std::min<int64_t>(p.threads, slabs));
+    const int threads = int(std::min<int64_t>(p.threads.count, slabs));
     std::vector<Tile> tiles(static_cast<size_t>(threads));
     std::vector<Buffer> grads(tiles.size());
     for (size_t i = 0; i < tiles.size(); ++i) {
@@ -270,7 +270,7 @@ struct FewClasses {
       grads[i].reserve(size_t(width * (dim + 1)));
     }
     Turnstile order;
-    run_tasks(threads, slabs, [&](int64_t index, int worker) {
+    run_tasks(p.threads, slabs, [&](int64_t index, int worker) {
       Tile* t = &tiles[size_t(worker)];
       float* grad = grads[size_t(worker)].get();
       clear(grad, width * (dim + 1));
@@ -322,10 +322,10 @@ struct FewClasses {
     Buffer mean_grad;
     pack(job.mean_grad, &mean_grad);
     const int64_t slab = slab_rows(p.rows, kTileRows), slabs = (p.rows + slab - 1) / slab;
-    const int threads = int(std::min<int64_t>(p.threads, slabs));
+    const int threads = int(std::min<int64_t>(p.threads.count, slabs));
     std::vector<Tile> tiles(static_cast<size_t>(threads));
     for (Tile& t : tiles) t.residual.reserve(size_t(width * kTileRows));
-    run_tasks(threads, slabs, [&](int64_t index, int worker) {
+    run_tasks(p.threads, slabs, [&](int64_t index, int worker) {
       Tile* t = &tiles[size_t(worker)];
       const int64_t end = std::min(p.rows, (index + 1) * slab);
       for (int64_t first = index * slab; first < end; first += kTileRows) {

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "parallel.h"
+
 namespace moso_fast {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -34,7 +36,7 @@ struct Problem {
   float target_tolerance;  // allowed deviation of label probabilities from sum 1
   int64_t ignore_index;
   bool exclude_nonfinite;
-  int threads;
+  Threads threads;
   // How the work is cut; never depends on the number of threads.
   bool few_classes;  // tile kernels that keep all classes of a row in registers
   bool split_grad;   // mean gradient in blocks of classes x columns instead of slabs of rows

@@ -48,7 +48,7 @@ struct ManyClasses {
   Tile tile_of(const Worker& w) const { return {tile_rows, dim, w.tile.get()}; }
 
   std::vector<Worker> make_workers(int64_t tasks, bool product) const {
-    std::vector<Worker> workers(size_t(std::min<int64_t>(p.threads, tasks)));
+    std::vector<Worker> workers(size_t(std::min<int64_t>(p.threads.count, tasks)));
     for (Worker& w : workers) {
       w.tile.reserve(tile_numbers(tile_rows, dim));
       w.residual.reserve(size_t(tile_rows * width));
@@ -155,7 +155,7 @@ struct ManyClasses {
     struct Scratch {
       Buffer tile, outer, grad;
     };
-    std::vector<Scratch> scratch(size_t(std::min<int64_t>(p.threads, tasks)));
+    std::vector<Scratch> scratch(size_t(std::min<int64_t>(p.threads.count, tasks)));
     for (Scratch& s : scratch) {
       s.tile.reserve(tile_numbers(kRowsMax, kGradColumns));
       s.outer.reserve(size_t(kRowsMax * kTileM));

@@ -140,7 +140,7 @@ struct Panels {
     return data.get() + block * kBlockD * padded() + index * kPanel * depth;
   }
 
-  void pack(const float* source, int64_t width_, int64_t dim_, int threads) {
+  void pack(const float* source, int64_t width_, int64_t dim_, Threads threads) {
     width = width_;
     dim = dim_;
     data.reserve(size_t(padded() * dim));

@@ -1,34 +1,40 @@
-// Threads for one call: started, joined, gone. Nothing survives the call, so fork is safe, and
-// several callers do not share state.
+// Sharing out tasks among threads, and taking results in a fixed order.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace moso_fast {
 
+// Runs body(data) once on each of `threads` threads, the caller's among them (threads.cpp).
+void run_team(int threads, bool own_threads, void (*body)(void*), void* data);
+
+// Whether run_team uses the pool that PyTorch has loaded.
+bool shares_pool();
+
+struct Threads {
+  int count;
+  bool own;  // never the loaded pool
+};
+
 // Runs task(index, worker) for every index in [0, count), handed out in ascending order.
 template <class Task>
-void run_tasks(int threads, int64_t count, const Task& task) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int worker) {
-    for (int64_t index = next++; index < count; index = next++) task(index, worker);
+void run_tasks(Threads threads, int64_t count, const Task& task) {
+  struct Shared {
+    const Task& task;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> workers{0};
+  } shared{task, count, {}, {}};
+  const auto body = [](void* data) {
+    Shared& s = *static_cast<Shared*>(data);
+    const int worker = s.workers++;
+    for (int64_t index = s.next++; index < s.count; index = s.next++) s.task(index, worker);
   };
-  std::vector<std::thread> helpers;
-  for (int worker = 1; worker < threads && worker < count; ++worker) {
-    try {
-      helpers.emplace_back(work, worker);
-    } catch (const std::system_error&) {
-      break;  // the system is out of threads: those that run share the work
-    }
-  }
-  work(0);
-  for (auto& helper : helpers) helper.join();
+  run_team(int(std::min<int64_t>(threads.count, count)), threads.own, body, &shared);
 }
 
 // Lets task 0, 1, 2, ... through in that order: sums come out the same for any thread count.

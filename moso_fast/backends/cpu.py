@@ -6,6 +6,7 @@ taken in a fixed order.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from types import ModuleType
 from typing import Any
@@ -204,6 +205,8 @@ def _job(problem: Problem, rows: slice) -> tuple[list[Tensor | None], dict[str, 
         "ignore_index": problem.ignore_index,
         "exclude_nonfinite": problem.nonfinite == "exclude",
         "threads": _threads(problem, features.shape[0]),
+        # A pool that a forked parent left behind would hang.
+        "own_threads": multiprocessing.parent_process() is not None,
         "few_classes": _few_classes(problem),
         "split_grad": _split_grad(problem),
     }

@@ -14,14 +14,30 @@ if not (_package / "kernels").is_dir() and (_package.parent / "setup.py").is_fil
     __path__.append(str(_package.parent))
 
 from .backends import Availability, backends
+from .checkpoints import Checkpoint
+from .formulas import FORMULAS
 from .functional import LastLayerStats, explain, last_layer_stats, moso_scores
+from .partition import partition_ids
+from .scorer import MoSoScorer
+from .select import select
+from .surrogate import Surrogate, score_surrogates, train_surrogates
+from .table import ScoreTable
 
 __all__ = [
+    "FORMULAS",
     "Availability",
+    "Checkpoint",
     "LastLayerStats",
+    "MoSoScorer",
+    "ScoreTable",
+    "Surrogate",
     "__version__",
     "backends",
     "explain",
     "last_layer_stats",
     "moso_scores",
+    "partition_ids",
+    "score_surrogates",
+    "select",
+    "train_surrogates",
 ]

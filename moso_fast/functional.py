@@ -371,6 +371,4 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("last_layer_stats", _last_layer_stats_op, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "moso_fast::last_layer_stats", _last_layer_stats_fake, lib=_LIBRARY
-)
+torch.library.register_fake("moso_fast::last_layer_stats", _last_layer_stats_fake, lib=_LIBRARY)

@@ -15,6 +15,7 @@ from ..problem import (
     Problem,
 )
 from .base import Availability, Backend
+from .common import alignments, gradient_sum, logits_of, note, safe_features, safe_labels
 
 _MAX_CHUNK_ROWS = 8192
 # A float32 partial of the mean gradient sums at most this many rows: BLAS adds them one by one,
@@ -50,8 +51,10 @@ class TorchBackend(Backend):
         self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
     ) -> FirstPass:
         """See :class:`moso_fast.backends.base.Backend`."""
-        labels, counted, bad_label = _labels(problem, rows)
-        features, finite, sqnorm = _features(problem, rows)
+        labels, counted, bad_label = safe_labels(problem, rows)
+        features, finite, sqnorm = safe_features(
+            problem, rows, problem.compute_dtype, look_first=problem.device.type == "cpu"
+        )
         bad_feature = counted & ~finite
         if problem.nonfinite == "exclude":
             counted = counted & finite
@@ -68,13 +71,13 @@ class TorchBackend(Backend):
         if problem.loss != "mse":
             total = total + stats.entropy  # NaN where some logit is -inf, the others being finite
         overflow = counted & finite & ~torch.isfinite(total).all(1)
-        _note(out.status, STATUS_LABEL, bad_label, rows)
-        _note(out.status, STATUS_FEATURE, bad_feature, rows)
-        _note(out.status, STATUS_LOGITS, overflow, rows)
+        note(out.status, STATUS_LABEL, bad_label, rows)
+        note(out.status, STATUS_FEATURE, bad_feature, rows)
+        note(out.status, STATUS_LOGITS, overflow, rows)
         if problem.soft_labels:
-            _note(out.status, STATUS_TARGET, _bad_target(problem, labels), rows)
+            note(out.status, STATUS_TARGET, _bad_target(problem, labels), rows)
         flat = residual.reshape(residual.shape[0], -1)
-        grad_sum = _product_by_slabs(flat, features)
+        grad_sum = gradient_sum(flat, features, _SLAB_ROWS)
         return FirstPass(
             grad_sum.reshape(problem.weight.shape),
             residual.sum(0),
@@ -92,67 +95,20 @@ class TorchBackend(Backend):
         alignment: Tensor,
     ) -> None:
         """See :class:`moso_fast.backends.base.Backend`."""
-        features, _, _ = _features(problem, rows)
+        # Rows that do not count may hold anything; each touches its own result alone.
+        features = problem.features[rows].to(problem.compute_dtype)
+        counted = out.counted[rows]
         if residual is None:
-            labels, _, _ = _labels(problem, rows)
-            residual, _ = _residual(problem, rows, features, labels, out.counted[rows])
-        if problem.classes <= problem.dim:
-            projected = features @ mean_grad.reshape(-1, problem.dim).T
-            dots = (residual * projected.reshape(residual.shape)).sum(-1).T
-        else:
-            pulled = residual.transpose(0, 1) @ mean_grad
-            dots = (pulled * features).sum(-1)
-        if mean_bias_grad is not None:
-            dots = dots + torch.einsum("nkc,kc->kn", residual, mean_bias_grad)
-        alignment.copy_(dots)
-
-
-def _product_by_slabs(residual: Tensor, features: Tensor) -> Tensor:
-    """Sum r_i (outer) h_i over the rows, (K C, D): slabs of rows, added up in float64."""
-    slabs = list(zip(residual.split(_SLAB_ROWS), features.split(_SLAB_ROWS), strict=True))
-    if len(slabs) == 1:
-        return residual.T @ features
-    total = torch.zeros(
-        residual.shape[1], features.shape[1], dtype=torch.float64, device=features.device
-    )
-    for r, h in slabs:
-        total += r.T @ h
-    return total
-
-
-def _labels(problem: Problem, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Safe labels (or targets) of the rows, the mask of counted rows, the mask of bad ones."""
-    counted = problem.counted(rows)
-    if problem.soft_labels:
-        targets = problem.labels[rows].to(problem.compute_dtype)
-        return targets, counted, torch.zeros_like(counted)
-    labels = problem.labels[rows].long()
-    bad = counted & ((labels < 0) | (labels >= problem.classes))
-    return torch.where(counted & ~bad, labels, 0), counted, bad
-
-
-def _features(problem: Problem, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Features in the compute dtype, non-finite rows as zeros, their mask, squared norms."""
-    features = problem.features[rows].to(problem.compute_dtype)
-    sqnorm = torch.linalg.vector_norm(features, dim=1).square()
-    finite = torch.isfinite(sqnorm)
-    if problem.device.type != "cpu" or not bool(finite.all()):
-        # A norm may overflow although the row is finite: look at the numbers themselves.
-        finite = torch.isfinite(features).all(1)
-        features = torch.where(finite[:, None], features, 0)
-        sqnorm = torch.where(finite, sqnorm, 0)
-    return features, finite, sqnorm
+            labels, _, _ = safe_labels(problem, rows)
+            residual, _ = _residual(problem, rows, features, labels, counted)
+        dots = alignments(features, residual, mean_grad, mean_bias_grad)
+        alignment.copy_(torch.where(counted, dots, 0))
 
 
 def _residual(problem, rows, features, labels, counted):  # type: ignore[no-untyped-def]
-    flat = problem.weight.reshape(-1, problem.dim)
-    if problem.bias is None:
-        logits = features @ flat.T
-    else:
-        logits = torch.addmm(problem.bias.reshape(-1), features, flat.T)
     weights = None if problem.sample_weight is None else problem.sample_weight[rows]
     stats = row_statistics(
-        logits.reshape(-1, problem.heads, problem.classes),
+        logits_of(problem, features).reshape(-1, problem.heads, problem.classes),
         labels,
         loss=problem.loss,
         label_smoothing=problem.label_smoothing,
@@ -168,10 +124,3 @@ def _bad_target(problem: Problem, targets: Tensor) -> Tensor:
     if problem.loss == "cross_entropy":
         bad |= (targets.sum(1) - 1).abs() > SOFT_LABEL_TOLERANCE
     return bad
-
-
-def _note(status: Tensor, slot: int, bad: Tensor, rows: slice) -> None:
-    """Keep the smallest bad row in the slot, without a device synchronisation."""
-    index = torch.arange(rows.start, rows.stop, device=bad.device)
-    first = torch.where(bad, index, status[slot]).amin() if bad.numel() else status[slot]
-    status[slot] = torch.minimum(status[slot], first)

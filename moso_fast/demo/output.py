@@ -147,13 +147,13 @@ def _pruning_table(summary: dict[str, Any]) -> list[str]:
 
 
 def _timing_table(timing: dict[str, Any]) -> list[str]:
-    measured = f"extrapolated from {timing['measured_samples']} samples at 1 checkpoint"
+    measured = f"extrapolated from {timing['measured_samples']} samples at 1 checkpoint in memory"
 
     def row(name: str, seconds: float, how: str) -> list[str]:
         return [name, f"{seconds:.2f} s", f"{seconds / timing['moso_fast']:.1f}x", how]
 
     rows = [
-        row("moso_fast", timing["moso_fast"], "measured; all metrics"),
+        row("moso_fast", timing["moso_fast"], "measured, data loader included; all metrics"),
         row("autograd, batch size 1", timing["autograd_loop"], f"{measured}; alignment only"),
         row("closed form, batched", timing["closed_form"], f"{measured}; alignment only"),
     ]

@@ -31,7 +31,7 @@ from moso_fast.demo.output import (
     text_report,
     write_files,
 )
-from moso_fast.demo.summary import compare, findings, spread, summarise
+from moso_fast.demo.summary import compare, findings, spread, summarise, verdict
 from moso_fast.demo.timing import autograd_alignment, closed_form_alignment
 from moso_fast.table import ScoreTable
 
@@ -234,6 +234,10 @@ def test_findings_say_who_won():
         {"loss": 0.95, MOSO: 0.61},
         {"loss": 0.97, NOTHING: 0.93, FLIPPED: 0.98},
     )
+    assert verdict(summary) == (
+        "In this run EL2N served pruning best, loss found flipped labels best, and loss served "
+        "cleaning before training best."
+    )
     pruning, flipped, cleaning = findings(summary)
     assert pruning == (
         "Pruning: EL2N served best, 1.3 points above random on average; MoSo as in the paper was "
@@ -256,6 +260,11 @@ def test_findings_claim_no_gain_that_the_numbers_do_not_show():
         {"margin": 0.92, NOTHING: 0.93, FLIPPED: 0.98},
     )
     summary["pruning_against_random"]["EL2N"]["clear"] = False
+    assert verdict(summary) == (
+        "In this run no score served pruning clearly better than random (best: EL2N), MoSo found "
+        "flipped labels best, and dropping by no score was clearly better than dropping nothing "
+        "(best: margin)."
+    )
     pruning, flipped, cleaning = findings(summary)
     assert pruning.startswith(
         "Pruning: no score beat random clearly on average; the best, EL2N, was 0.1 points below "
@@ -302,10 +311,13 @@ def test_interrupted_writing_leaves_no_half_written_file(run, tmp_path, monkeypa
 
 def test_report_names_everything_measured(run):
     _, summary, _ = run
-    text = text_report(summary)
-    for words in (*PRUNING_METHODS, *SUSPICION_SCORES, NOTHING, FLIPPED, *summary["findings"]):
+    printed = text_report(summary)
+    assert max(map(len, printed.splitlines())) <= 100
+    text = " ".join(printed.split())
+    sentences = (summary["verdict"], *summary["findings"])
+    for words in (*PRUNING_METHODS, *SUSPICION_SCORES, NOTHING, FLIPPED, *sentences):
         assert words in text
-    assert "extrapolated from 600 samples at 1 checkpoint" in text
+    assert "extrapolated from 600 images at 1 checkpoint" in text
     assert f"{100 * summary['pruning'][MOSO]['0.2']['mean']:.1f} +- " in text
 
 

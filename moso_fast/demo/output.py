@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,8 +118,7 @@ def text_report(summary: dict[str, Any]) -> str:
     lines = [
         f"{data['name']}: {data['train']:,} to train on, {data['test']} held out.",
         f"{config['parts']} surrogates of {part} images each, {config['epochs']} epochs, "
-        f"{config['samples']} of their checkpoints sampled; scores of the last layer; "
-        f"{config['repeats']} repeats.",
+        f"{config['samples']} checkpoints sampled; last-layer scores; {config['repeats']} repeats.",
         "",
         *_pruning_table(summary),
         "",
@@ -127,8 +127,8 @@ def text_report(summary: dict[str, Any]) -> str:
         *_label_table(summary),
         "",
         "What this run shows",
-        *(f"  {sentence}" for sentence in summary["findings"]),
-        "  (Within the noise: the mean paired difference is below two standard errors.)",
+        *(_wrapped(sentence) for sentence in (summary["verdict"], *summary["findings"])),
+        "  Within the noise: the mean paired difference is at most two standard errors.",
     ]
     return "\n".join(lines)
 
@@ -147,22 +147,23 @@ def _pruning_table(summary: dict[str, Any]) -> list[str]:
 
 
 def _timing_table(timing: dict[str, Any]) -> list[str]:
-    measured = f"extrapolated from {timing['measured_samples']} samples at 1 checkpoint in memory"
-
-    def row(name: str, seconds: float, how: str) -> list[str]:
-        return [name, f"{seconds:.2f} s", f"{seconds / timing['moso_fast']:.1f}x", how]
-
+    named = (
+        ("moso_fast, all metrics, with data loader", "moso_fast"),
+        ("autograd at batch size 1 (*)", "autograd_loop"),
+        ("closed form in plain PyTorch, batched (*)", "closed_form"),
+    )
     rows = [
-        row("moso_fast", timing["moso_fast"], "measured, data loader included; all metrics"),
-        row("autograd, batch size 1", timing["autograd_loop"], f"{measured}; alignment only"),
-        row("closed form, batched", timing["closed_form"], f"{measured}; alignment only"),
+        [name, f"{timing[key]:.2f} s", f"{timing[key] / timing['moso_fast']:.1f}x"]
+        for name, key in named
     ]
     return [
         f"Time to score {timing['num_samples']:,} images at {timing['num_checkpoints']} "
-        "checkpoints, same head, one thread, forward passes included",
-        *_aligned(rows, left=(0, 3)),
-        f"  (alignments of moso_fast and autograd differ by at most {timing['difference']:.0e} "
-        "of the largest)",
+        "checkpoints: same head, one thread, forward passes included",
+        *_aligned(rows),
+        f"  (*) alignment only; extrapolated from {timing['measured_samples']} images at 1 "
+        "checkpoint, in memory.",
+        f"  Alignments of moso_fast and autograd differ by at most {timing['difference']:.0e} "
+        "of the largest.",
     ]
 
 
@@ -194,13 +195,17 @@ def _percent(entry: dict[str, Any]) -> str:
     return f"{100 * entry['mean']:.1f} +- {100 * entry['std']:.1f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]], left: tuple[int, ...] = (0,)) -> list[str]:
-    """Columns padded to their widest cell, those in ``left`` to the left."""
+def _wrapped(sentence: str) -> str:
+    return textwrap.fill(sentence, 98, initial_indent="  ", subsequent_indent="    ")
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns padded to their widest cell, the first to the left and the others to the right."""
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(width) if c in left else cell.rjust(width)
+            cell.rjust(width) if c else cell.ljust(width)
             for c, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append(("  " + "  ".join(cells)).rstrip())

@@ -76,8 +76,24 @@ def summarise(result: DemoResult) -> dict[str, Any]:
         },
         "seconds": result.seconds,
     }
+    summary["verdict"] = verdict(summary)
     summary["findings"] = findings(summary)
     return summary
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """Say in one sentence which score served which purpose, and where that proves nothing."""
+    pruning, cleaning = summary["pruning_against_random"], summary["cleaning_against_nothing"]
+    keeper = max(pruning, key=lambda name: pruning[name]["mean"])
+    finder = _best_finder(summary)
+    cleaner = max(SUSPICION_SCORES, key=lambda name: summary["cleaning"][name]["mean"])
+    first = f"{keeper} served pruning best"
+    if not _helps(pruning[keeper]):
+        first = f"no score served pruning clearly better than random (best: {keeper})"
+    last = f"{cleaner} served cleaning before training best"
+    if not _helps(cleaning[cleaner]):
+        last = f"dropping by no score was clearly better than dropping nothing (best: {cleaner})"
+    return f"In this run {first}, {finder} found flipped labels best, and {last}."
 
 
 def findings(summary: dict[str, Any]) -> list[str]:
@@ -92,7 +108,7 @@ def _about_pruning(summary: dict[str, Any]) -> str:
     winners = [
         max(PRUNING_METHODS, key=lambda m: summary["pruning"][m][keep]["mean"]) for keep in keeps
     ]
-    if against[best]["mean"] > 0 and against[best]["clear"]:
+    if _helps(against[best]):
         text = f"{best} served best, {_difference(against[best], 'random on average')}"
     else:
         text = (
@@ -107,7 +123,7 @@ def _about_pruning(summary: dict[str, Any]) -> str:
 
 def _about_flipped(summary: dict[str, Any]) -> str:
     auroc = {name: entry["auroc"]["mean"] for name, entry in summary["label_errors"].items()}
-    best = max(auroc, key=auroc.__getitem__)
+    best = _best_finder(summary)
     end = "low" if best in SUSPICIOUS_WHEN_LOW else "high"
     text = f"{end} {best} found them best (AUROC {auroc[best]:.3f})"
     if best != MOSO:
@@ -120,7 +136,7 @@ def _about_cleaning(summary: dict[str, Any]) -> str:
     share = f"{summary['config']['dropped']:.0%}"
     best = max(SUSPICION_SCORES, key=lambda name: cleaning[name]["mean"])
     accuracy = f"{100 * cleaning[best]['mean']:.1f}%"
-    if against[best]["mean"] > 0 and against[best]["clear"]:
+    if _helps(against[best]):
         text = f"dropping the worst {share} by {best} served best, {accuracy}"
     else:
         text = (
@@ -131,6 +147,15 @@ def _about_cleaning(summary: dict[str, Any]) -> str:
         f"Cleaning: {text}, {_difference(against[best], 'dropping nothing')}; dropping exactly "
         f"{FLIPPED} gave {100 * cleaning[FLIPPED]['mean']:.1f}%."
     )
+
+
+def _best_finder(summary: dict[str, Any]) -> str:
+    errors = summary["label_errors"]
+    return max(errors, key=lambda name: errors[name]["auroc"]["mean"])
+
+
+def _helps(change: dict[str, Any]) -> bool:
+    return change["mean"] > 0 and change["clear"]
 
 
 def _difference(change: dict[str, Any], baseline: str) -> str:

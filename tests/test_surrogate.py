@@ -160,7 +160,7 @@ def test_it_learns():
         assert (net(inputs[own]).argmax(1) == labels[own]).float().mean() > 0.9
 
 
-@pytest.mark.parametrize(("num_samples", "batch_size"), [(9, 4), (5, 4), (8, 4), (3, 256)])
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(9, 4), (5, 4), (10, 3), (3, 256)])
 def test_no_batch_of_a_single_sample(num_samples, batch_size):
     sizes = []
 

@@ -1,0 +1,298 @@
+"""Every backend that "auto" may take on a GPU, on the GPU, against the definition in float64.
+
+Names that end in ``_small`` are what benches/gpu_check.py runs under compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_support import (
+    FIELDS,
+    KINDS,
+    Case,
+    assert_close,
+    assert_stats_match,
+    confident_case,
+    generator,
+    random_case,
+    rank_correlation,
+    relative_error,
+)
+
+from moso_fast import backends
+from moso_fast.backends import _PREFERENCE, choose, get
+from moso_fast.functional import LastLayerStats, explain, last_layer_stats, moso_scores
+from moso_fast.problem import build_problem
+from moso_fast.reference import closed_form_stats, explicit_stats
+
+pytestmark = pytest.mark.gpu
+
+each_backend = pytest.mark.parametrize("backend", _PREFERENCE["cuda"])
+SCORE_ERROR = {"highest": 1e-5, "high": 5e-3, "medium": 1e-2}
+
+
+def on_gpu(case: Case, device: str = "cuda") -> Case:
+    options = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in case.options.items()
+    }
+    moved = [None if tensor is None else tensor.to(device) for tensor in case.args]
+    return Case(*moved, options)
+
+
+def score(backend: str, case: Case, **options) -> LastLayerStats:
+    """Score on the GPU; skip, with the backend's own reason, what it says it cannot run."""
+    found = backends()[backend]
+    if not found.available:
+        pytest.skip(f"{backend}: {found.reason}")
+    options = {**case.options, **options}
+    checked = {name: value for name, value in options.items() if name != "chunk_size"}
+    reason = get(backend).supports(build_problem(*case.args, **checked))
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    stats = last_layer_stats(*case.args, backend=backend, **options)
+    assert stats.backend == backend and stats.loss.is_cuda
+    return stats
+
+
+def assert_matches(stats: LastLayerStats, exact, tolerance: float, floor: float = 0.0) -> None:
+    """Compare a GPU's result with a reference that lies on the CPU."""
+    moved = {name: getattr(stats, name).cpu() for name in FIELDS}
+    norm = torch.as_tensor(stats.mean_grad_sqnorm).cpu()
+    stats = LastLayerStats(**moved, backend="", _mean_grad_sqnorm=norm.reshape(-1),
+                           _count=torch.tensor(stats.count))  # fmt: skip
+    assert_stats_match(stats, exact, tolerance, floor)
+
+
+def exact_scores(exact) -> torch.Tensor:
+    return (exact.count * exact.alignment - exact.grad_sqnorm) / (exact.count - 1)
+
+
+def test_auto_takes_triton_where_it_is_proven() -> None:
+    case = on_gpu(random_case("ids"))
+    chosen, reasons = choose(build_problem(*case.args))
+    major = torch.cuda.get_device_capability()[0]
+    if backends()["triton"].available and major in (8, 9, 10):
+        assert chosen.name == "triton", reasons
+    assert f"backend   {chosen.name}" in explain(*case.args)
+
+
+@pytest.mark.parametrize("heads", [None, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@each_backend
+def test_every_loss_small(backend, kind, heads) -> None:
+    case = random_case(kind, n=37, heads=heads)
+    exact = explicit_stats(*case.args, **case.options)
+    for options in ({}, {"chunk_size": 16}):
+        assert_matches(score(backend, on_gpu(case), **options), exact, 1e-5, floor=1e-6)
+
+
+@pytest.mark.parametrize("classes, dim", [(1, 3), (2, 1), (33, 8), (129, 65), (1025, 40)])
+@each_backend
+def test_shapes_off_every_tile_small(backend, classes, dim) -> None:
+    case = random_case("ids", n=67, c=classes, d=dim)
+    assert_matches(score(backend, on_gpu(case)), closed_form_stats(*case.args), 1e-5)
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1000, 9000, 50_257])
+@pytest.mark.parametrize("precision", SCORE_ERROR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@each_backend
+def test_dtypes_and_precisions(backend, dtype, precision, classes) -> None:
+    case = random_case("ids", n=400 if classes > 1000 else 5000, c=classes, d=192, dtype=dtype)
+    exact = closed_form_stats(*case.args)
+    tolerance = SCORE_ERROR[precision] if dtype != torch.float64 else 1e-11
+    case = on_gpu(case)
+    stats = score(backend, case, precision=precision)
+    assert stats.loss.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    assert_matches(stats, exact, tolerance)
+    assert relative_error(stats.scores().cpu(), exact_scores(exact)[0]) <= tolerance
+    again = score(backend, case, precision=precision, chunk_size=1000)
+    assert_matches(again, exact, tolerance)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("chunk_size", [None, 600])
+@each_backend
+def test_sequences_small(backend, chunk_size, precision) -> None:
+    offsets = torch.tensor([0, 7, 7, 300, 1000])
+    case = random_case("ids", n=1000, c=20, d=64, cu_seqlens=offsets, dtype=torch.bfloat16)
+    exact = explicit_stats(*case.args, **case.options)
+    stats = score(backend, on_gpu(case), chunk_size=chunk_size, precision=precision)
+    assert_matches(stats, exact, SCORE_ERROR[precision])
+
+
+@each_backend
+def test_confident_model(backend) -> None:
+    case = confident_case()
+    exact = closed_form_stats(*case.args)
+    stats = score(backend, on_gpu(case))
+    assert_matches(stats, exact, 1e-5)
+    for value, truth in (
+        (stats.loss, exact.loss[0]),
+        (stats.grad_sqnorm, exact.grad_sqnorm[0]),
+        (stats.scores(), exact_scores(exact)[0]),
+    ):
+        assert rank_correlation(value.cpu(), truth) > 0.9999
+
+
+@each_backend
+def test_many_equal_rows(backend) -> None:
+    case = Case(
+        torch.randn(1, 6, generator=generator(1)).expand(100_000, 6),
+        torch.randn(3, 6, generator=generator(2)),
+        torch.zeros(100_000, dtype=torch.long),
+        torch.ones(3),
+    )
+    assert_matches(score(backend, on_gpu(case)), closed_form_stats(*case.args), 1e-5)
+
+
+@pytest.mark.raw_memory
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [10, 1000])
+@each_backend
+def test_bitwise_equal_over_runs(backend, classes, dtype) -> None:
+    case = on_gpu(random_case("ids", n=30_001, c=classes, d=128, dtype=dtype))
+    first = score(backend, case)
+    for _ in range(3):
+        again = score(backend, case)
+        for name in FIELDS:
+            assert torch.equal(getattr(again, name), getattr(first, name)), name
+        assert torch.equal(again.scores(), first.scores())
+
+
+@pytest.mark.raw_memory
+@each_backend
+def test_follows_the_current_stream(backend) -> None:
+    case = on_gpu(random_case("ids", n=5000, c=100, d=256))
+    expected = score(backend, case)
+    stream = torch.cuda.Stream()
+    late = torch.full_like(case.features, float("nan"))
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(case.features)  # right only for what runs behind it on this stream
+        stats = score(backend, Case(late, *case.args[1:], case.options))
+    torch.cuda.current_stream().wait_stream(stream)
+    for name in FIELDS:
+        assert_close(getattr(stats, name), getattr(expected, name), 1e-6, what=name)
+
+
+@each_backend
+def test_under_torch_compile(backend) -> None:
+    case = on_gpu(random_case("ids", n=500, c=20, d=64))
+    expected = score(backend, case).scores()
+
+    def function(features):
+        return 2.0 * moso_scores(features, *case.args[1:], backend=backend)
+
+    compiled = torch.compile(function, fullgraph=True)
+    assert_close(compiled(case.features), 2.0 * expected, 1e-6)
+
+
+@each_backend
+def test_a_device_that_is_not_the_current_one(backend) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    case = random_case("ids", n=500, c=20, d=64)
+    stats = score(backend, on_gpu(case, "cuda:1"))
+    assert stats.loss.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    assert_matches(stats, closed_form_stats(*case.args), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_backend
+def test_more_than_2_to_the_31_features(backend, dtype) -> None:
+    """One row of features behind every row: N D exceeds 32 bits and no memory is needed for it."""
+    rows, dim, classes = 1_100_000, 2048, 4
+    row = torch.randn(1, dim, generator=generator(5)).to(dtype)
+    weight = (torch.randn(classes, dim, generator=generator(6)) / dim**0.5).to(dtype).float()
+    labels = torch.arange(rows) % classes
+    case = Case(row.expand(rows, dim), weight, labels, None)
+    stats = score(backend, on_gpu(case), precision="highest")
+    # One row of every label tells all: rows with equal labels are equal, counts are equal.
+    exact = closed_form_stats(row.expand(classes, dim), weight, torch.arange(classes))
+    index = torch.tensor([0, 1, 2, 3, rows - 4, rows - 3, rows - 2, rows - 1])
+    for name in FIELDS:
+        expected = getattr(exact, name)[0].repeat(2)
+        assert_close(getattr(stats, name).cpu()[index], expected, 1e-4, what=name)
+    assert stats.count == rows
+
+
+@each_backend
+def test_more_than_2_to_the_31_logits(backend) -> None:
+    rows, dim, classes = 1_100_000, 8, 2048
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of free device memory")
+    row = torch.randn(1, dim, generator=generator(5))
+    weight = torch.randn(classes, dim, generator=generator(6))
+    labels = torch.arange(rows) % classes
+    case = Case(row.expand(rows, dim), weight, labels, None)
+    stats = score(backend, on_gpu(case))
+    exact = closed_form_stats(row.expand(classes, dim), weight, torch.arange(classes))
+    last = slice(rows - 5, rows)
+    for name in ("loss", "el2n", "margin", "entropy", "grad_sqnorm"):
+        expected = getattr(exact, name)[0][labels[last]]
+        assert_close(getattr(stats, name)[last].cpu(), expected, 1e-5, what=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_size", [None, 8])
+@each_backend
+def test_ignored_rows_may_hold_anything_small(backend, chunk_size, dtype) -> None:
+    case = random_case("ids", n=30, dtype=dtype)
+    labels, features = case.labels.clone(), case.features.clone()
+    labels[[3, 29]] = -100
+    features[3], features[29, 2] = float("nan"), float("inf")
+    kept = labels != -100
+    exact = closed_form_stats(features[kept], case.weight, labels[kept], case.bias)
+    moved = on_gpu(Case(features, case.weight, labels, case.bias))
+    stats = score(backend, moved, chunk_size=chunk_size, precision="highest")
+    for name in FIELDS:
+        value = getattr(stats, name).cpu()
+        assert value[~kept].isnan().all(), name
+        assert_close(value[kept], getattr(exact, name)[0], 1e-5, what=name)
+
+
+@each_backend
+def test_excluded_rows_small(backend) -> None:
+    case = random_case("ids", n=30, nonfinite="exclude")
+    case.features[4, 1] = float("nan")
+    exact = closed_form_stats(*case.args, **case.options)
+    assert exact.count == 29
+    assert_matches(score(backend, on_gpu(case)), exact, 1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 8])
+@each_backend
+def test_bad_rows_are_named_small(backend, chunk_size) -> None:
+    case = on_gpu(random_case("ids", n=30))
+    for label in (5, -1, 2**40):
+        labels = case.labels.clone()
+        labels[21] = label
+        with pytest.raises(ValueError, match=rf"^labels\[21\] is {label}, outside \[0, 5\)"):
+            score(backend, Case(case.features, case.weight, labels, case.bias),
+                  chunk_size=chunk_size)  # fmt: skip
+    features = case.features.clone()
+    features[17, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"^features\[17, 2\] is nan; row 17 is the first"):
+        score(backend, Case(features, *case.args[1:]), chunk_size=chunk_size)
+    soft = on_gpu(random_case("soft", n=30))
+    soft.labels[19, 1] = 1.5
+    with pytest.raises(ValueError, match=r"^labels\[19\] holds 1.5 at class 1"):
+        score(backend, soft, chunk_size=chunk_size)
+
+
+@each_backend
+def test_strided_inputs_small(backend) -> None:
+    case = random_case("ids", n=30)
+    exact = closed_form_stats(*case.args)
+    moved = on_gpu(case)
+    wide = torch.full((30, 17), float("nan"), device="cuda")
+    wide[:, 1:15:2] = moved.features
+    for features in (wide[:, 1:15:2], moved.features.T.contiguous().T):
+        labels = moved.labels.repeat_interleave(2)[::2]
+        assert_matches(
+            score(backend, Case(features, moved.weight, labels, moved.bias)), exact, 1e-5
+        )

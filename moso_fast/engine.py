@@ -35,6 +35,9 @@ _SELF_CHECK_TOLERANCE = {"float64": 1e-10, "highest": 1e-4, "high": 2e-3, "mediu
 # Numbers that one sum takes, fewer than PyTorch ever splits among threads.
 _SUM_BLOCK = 4096
 
+# Numbers that PyTorch's elementwise operations leave to one thread.
+_ONE_THREAD = 2**15 - 1
+
 _CPU_RESIDUAL_SHARE = 0.25
 _CUDA_RESIDUAL_SHARE = 0.5
 
@@ -188,8 +191,13 @@ def self_check(problem: Problem, results: Results) -> None:
 
     Every sample that counts must have a finite alignment and norm, and no other sample may.
     """
-    valid = results.alignment.isfinite() & results.grad_sqnorm.isfinite()
-    missing = results.count - valid.sum(1)
+    total, norms, finite = (torch.zeros_like(results.mean_grad_sqnorm) for _ in range(3))
+    for block in _blocks(results.alignment):
+        alignment, grad_sqnorm = results.alignment[:, block], results.grad_sqnorm[:, block]
+        total += alignment.nansum(1, dtype=torch.float64)
+        norms += grad_sqnorm.sqrt().nansum(1, dtype=torch.float64)
+        finite += (alignment + grad_sqnorm).isfinite().sum(1)
+    missing = results.count - finite
     if bool((missing != 0).any()):
         head = int(missing.nonzero()[0])
         raise RuntimeError(
@@ -199,8 +207,6 @@ def self_check(problem: Problem, results: Results) -> None:
         )
     key = "float64" if problem.compute_dtype == torch.float64 else problem.precision
     expected = results.mean_grad_sqnorm * results.count
-    total = results.alignment.double().nansum(1)
-    norms = results.grad_sqnorm.double().sqrt().nansum(1)
     scale = results.mean_grad_sqnorm.sqrt() * norms
     bound = _SELF_CHECK_TOLERANCE[key] * scale + 1e-30
     error = (total - expected).abs()
@@ -212,6 +218,18 @@ def self_check(problem: Problem, results: Results) -> None:
             f"but N |G|^2 is {float(expected[head]):.9g} (allowed difference "
             f"{float(bound[head]):.3g}); please report this with the output of moso-fast doctor"
         )
+
+
+def _blocks(values: Tensor) -> Iterator[slice]:
+    """Columns of (K, samples) at a time: all on a GPU, on a CPU what one thread does alone.
+
+    PyTorch shares out larger operations, and for one addition a number waking the threads costs
+    more than the work, on a busy machine many times more.
+    """
+    samples = values.shape[1]
+    step = samples if values.device.type != "cpu" else max(1, _ONE_THREAD // values.shape[0])
+    for start in range(0, samples, max(1, step)):
+        yield slice(start, start + step)
 
 
 def _sqnorm(values: Tensor) -> Tensor:
@@ -284,20 +302,26 @@ def _finish(
 ) -> Results:
     fields: dict[str, Tensor]
     if offsets is None:
+        grad_sqnorm, el2n = torch.empty_like(alignment), torch.empty_like(alignment)
         ones = 1.0 if problem.bias is not None else 0.0
+        for block in _blocks(alignment):
+            sqnorm = rows.residual_sqnorm[:, block]
+            torch.mul(sqnorm, rows.feature_sqnorm[block] + ones, out=grad_sqnorm[:, block])
+            torch.sqrt(sqnorm, out=el2n[:, block])
         fields = {
             "alignment": alignment,
-            "grad_sqnorm": rows.residual_sqnorm * (rows.feature_sqnorm + ones),
+            "grad_sqnorm": grad_sqnorm,
             "loss": rows.loss,
-            "el2n": rows.residual_sqnorm.sqrt(),
+            "el2n": el2n,
             "margin": rows.margin,
             "entropy": rows.entropy,
         }
     else:
         fields = _sum_sequences(problem, rows, alignment, sequence_norms, offsets)
     ignored = ~counted
-    for values in fields.values():
-        values.masked_fill_(ignored, float("nan"))
+    if _capturing(problem) or bool(ignored.any()):
+        for values in fields.values():
+            values.masked_fill_(ignored, float("nan"))
     return Results(mean_grad_sqnorm=mean_grad_sqnorm, count=count, status=rows.status, **fields)
 
 

@@ -1,14 +1,17 @@
 # The interpreter of the virtual environment that is active; override with `make PYTHON=...`.
 PYTHON ?= python
-CXX_SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CXX_SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*.inc)
 
-.PHONY: build test lint format clean
+.PHONY: build test gpu-check lint format clean
 
 build:  ## native modules into moso_fast/, for `python -m pytest` in the source tree
 	$(PYTHON) setup.py --quiet build_ext --inplace
 
 test: build
 	$(PYTHON) -m pytest
+
+gpu-check:  ## at most nine minutes: tests and timings that need a GPU; without one, says what it skipped
+	$(PYTHON) benches/gpu_check.py
 
 lint:
 	$(PYTHON) -m ruff check .

@@ -70,7 +70,9 @@ class BuildNative(build_ext):
 
     def build_extensions(self) -> None:
         """Build each module and put it where setuptools expects it."""
-        ninja = Ninja(Path(self.build_temp).resolve())
+        # Not build_temp: editable installs get an empty one each time and would start over.
+        folder = f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        ninja = Ninja(ROOT / "build" / folder)
         add_cpu(ninja, PLAN, ROOT / "csrc" / "cpu")
         if "_cuda" in PLAN.modules:
             add_cuda(ninja, PLAN, ROOT / "csrc" / "cuda")

@@ -33,7 +33,7 @@ _INSTALL = 'pip install "triton>=3.6"'
 _PROVEN = (8, 9, 10)
 # Bytes of one chunk's logits, products and copies. Large on a GPU, where a chunk costs some thirty
 # launches; small in the interpreter, whose only purpose is to test.
-_CHUNK_BYTES = {"cuda": 2**31, "cpu": 2**19}
+_CHUNK_BYTES = {"cuda": 2**31, "cpu": 2**18}
 # Rows of one float32 partial of the mean gradient: rounding of equal rows does not average out,
 # and matters only where the operands themselves are not rounded.
 _SLAB_ROWS = {"highest": 2048, "high": 8192, "medium": 8192}

@@ -1,7 +1,8 @@
 """C++ kernels for CPUs (csrc/cpu): features read once a pass, one code for every instruction set.
 
 Results do not depend on the number of threads: the work is cut by the problem alone and sums are
-taken in a fixed order.
+taken in a fixed order. The kernels may run in a forked child; PyTorch's own parallel operations
+hang there once the parent has used them, so call ``torch.set_num_threads(1)`` in such a child.
 """
 
 from __future__ import annotations

@@ -1,0 +1,181 @@
+"""The C++ kernels: every instruction set, threads, forks, memory maps, strides."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from moso_fast import backends, last_layer_stats, moso_scores
+from moso_fast._native import load_native
+from moso_fast.backends.cpu import SIMD_VARIABLE, CpuBackend
+from moso_fast.reference import closed_form_stats
+
+CPU = sys.modules[CpuBackend.__module__]
+MODULE = load_native("_cpu").module
+pytestmark = pytest.mark.skipif(MODULE is None, reason="moso_fast._cpu is not built here")
+VARIANTS = () if MODULE is None else MODULE.variants()
+FIELDS = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")
+
+
+def problem(rows, classes, dim, heads=0, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + 7 * rows + 31 * classes + dim)
+    shape = (heads, classes, dim) if heads else (classes, dim)
+    features = torch.randn(rows, dim, generator=generator).to(dtype)
+    weight = torch.randn(shape, generator=generator) / dim**0.5
+    bias = torch.randn(shape[:-1], generator=generator)
+    labels = torch.randint(0, classes, (rows,), generator=generator)
+    labels[::5] = -100
+    return features, weight, labels, bias
+
+
+def assert_exact(stats, args, tolerance=1e-5, **options):
+    expected = closed_form_stats(*args, **options)
+    for name in FIELDS:
+        value, exact = getattr(stats, name).double(), getattr(expected, name)
+        exact = exact.reshape(value.shape)
+        assert torch.equal(value.isnan(), exact.isnan()), name
+        same = (value == exact) | exact.isnan()
+        error = torch.where(same, 0.0, value - exact).norm()
+        assert error <= tolerance * torch.where(exact.isfinite(), exact, 0.0).norm(), name
+
+
+# On both sides of the limit of the few-classes kernels, their groups, the panels, the column
+# blocks (256), and the row tiles (48, 96, 252) of every instruction set.
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "classes", "dim"),
+    [
+        *[(97, 1, 5), (95, 2, 256), (193, 10, 257), (49, 13, 33), (253, 28, 64), (300, 29, 511)],
+        *[(251, 32, 16), (505, 33, 17), (64, 100, 300), (40, 257, 770)],
+    ],
+)
+def test_every_instruction_set(monkeypatch, variant, dtype, rows, classes, dim):
+    monkeypatch.setenv(SIMD_VARIABLE, variant)
+    args = problem(rows, classes, dim, dtype=dtype)
+    stats = last_layer_stats(*args, backend="cpu")
+    assert_exact(stats, args)
+    again = last_layer_stats(*args, backend="cpu", chunk_size=61)
+    assert_exact(again, args)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("heads", "classes", "dim"), [(3, 4, 40), (12, 10, 64), (2, 70, 5000)])
+def test_heads_share_a_sweep(monkeypatch, variant, heads, classes, dim):
+    monkeypatch.setenv(SIMD_VARIABLE, variant)
+    args = problem(130, classes, dim, heads)
+    assert_exact(
+        last_layer_stats(*args, backend="cpu", label_smoothing=0.1), args, 1e-5, label_smoothing=0.1
+    )
+
+
+def test_the_gradient_in_blocks_equals_the_gradient_in_slabs(monkeypatch):
+    args = problem(700, 60, 300)
+    whole = last_layer_stats(*args, backend="cpu")
+    monkeypatch.setattr(CPU, "_SPLIT_GRAD_NUMBERS", 1)
+    split = last_layer_stats(*args, backend="cpu")
+    assert_exact(split, args)
+    assert split.mean_grad_sqnorm == pytest.approx(whole.mean_grad_sqnorm, rel=1e-6)
+
+
+@pytest.mark.parametrize(("classes", "dim", "split"), [(10, 64, None), (60, 64, None), (60, 64, 1)])
+def test_bits_do_not_depend_on_threads(monkeypatch, classes, dim, split):
+    if split:
+        monkeypatch.setattr(CPU, "_SPLIT_GRAD_NUMBERS", split)
+    monkeypatch.setattr(CPU, "_SINGLE_THREAD_WORK", 0)
+    args = problem(9000, classes, dim)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(last_layer_stats(*args, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name in FIELDS:
+            assert getattr(other, name).equal(getattr(results[0], name)) or torch.equal(
+                getattr(other, name).nan_to_num(7.0), getattr(results[0], name).nan_to_num(7.0)
+            )
+        assert other.mean_grad_sqnorm == results[0].mean_grad_sqnorm
+
+
+def _score_in_child(queue, args):
+    torch.set_num_threads(1)
+    CPU._threads = lambda problem, rows: 2
+    queue.put(moso_scores(*args, backend="cpu").nan_to_num(7.0).tolist())
+
+
+def test_a_forked_child_can_score():
+    """A pool of threads does not survive fork: the kernels must not wait for the parent's.
+
+    PyTorch's own parallel operations do wait, for ever: a child wants torch.set_num_threads(1),
+    which DataLoader sets in its workers.
+    """
+    args = problem(9000, 40, 64)
+    expected = moso_scores(*args, backend="cpu").nan_to_num(7.0)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_score_in_child, args=(queue, args))
+    child.start()
+    try:
+        scores = queue.get(timeout=60)
+    finally:
+        child.join(10)
+        child.kill()
+    assert torch.equal(torch.tensor(scores), expected)
+
+
+def test_several_python_threads_at_once():
+    problems = [problem(5000, classes, 64, seed=classes) for classes in (3, 10, 40, 90)] * 3
+    expected = [moso_scores(*args, backend="cpu").nan_to_num(7.0) for args in problems]
+    with ThreadPoolExecutor(6) as pool:
+        scores = list(pool.map(lambda args: moso_scores(*args, backend="cpu"), problems))
+    for value, exact in zip(scores, expected, strict=True):
+        assert torch.equal(value.nan_to_num(7.0), exact)
+
+
+def test_features_in_a_read_only_memory_map(tmp_path):
+    features, weight, labels, bias = problem(3000, 10, 64)
+    path = tmp_path / "features.npy"
+    np.save(path, features.numpy())
+    mapped = np.load(path, mmap_mode="r")
+    with pytest.warns(UserWarning, match="not writable"):
+        view = torch.from_numpy(mapped)
+    scores = moso_scores(view, weight, labels, bias, backend="cpu")
+    exact = moso_scores(features, weight, labels, bias, backend="cpu")
+    assert torch.equal(scores.nan_to_num(7.0), exact.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("classes", [10, 60])
+@pytest.mark.parametrize("layout", ["transposed", "every other column", "offset", "expanded"])
+def test_strides(layout, classes):
+    features, weight, labels, bias = problem(600, classes, 48)
+    view = {
+        "transposed": lambda: features.T.contiguous().T,
+        "every other column": lambda: features.repeat_interleave(2, 1)[:, ::2],
+        "offset": lambda: torch.cat([torch.zeros(1), features.flatten()])[1:].view(600, 48),
+        "expanded": lambda: features[:1].expand(600, 48),
+    }[layout]()
+    args = (view, weight, labels, bias)
+    assert_exact(last_layer_stats(*args, backend="cpu"), args)
+
+
+def test_an_instruction_set_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv(SIMD_VARIABLE, "neon2")
+    availability = backends()["cpu"]
+    assert not availability.available
+    assert availability.reason == "MOSO_FAST_SIMD=neon2 is not among what this processor runs"
+    with pytest.raises(ValueError, match=r"^backend='cpu' cannot run this problem: MOSO_FAST_SIMD"):
+        moso_scores(*problem(10, 3, 4), backend="cpu")
+
+
+def test_the_job_says_what_it_cannot_take():
+    features, *rest = problem(10, 3, 4)
+    with pytest.raises(ValueError, match="float64 features need float64 accumulators"):
+        moso_scores(features.double(), *rest, backend="cpu")
+    assert moso_scores(features.double(), *rest).dtype == torch.float64

@@ -118,7 +118,7 @@ def _print(facts: dict[str, Any], verbose: bool) -> None:
             "c++": facts["tools"]["c++"] or "no compiler found",
             "nvcc": facts["tools"]["nvcc"] or "not found",
             "cpu": f"{cpu['model']}, {cpu['threads']} threads, torch {cpu['torch_simd']}"
-            + (f", moso_fast {cpu['simd']}" if cpu["simd"] else ""),
+            + (f", moso_fast {cpu['simd']} ({cpu['thread_pool']} threads)" if cpu["simd"] else ""),
             "cuda": facts["cuda"],
         }
     )
@@ -191,7 +191,8 @@ def _cpu(native: Any) -> dict[str, Any]:
         "model": model,
         "threads": torch.get_num_threads(),
         "torch_simd": torch.backends.cpu.get_cpu_capability(),
-        "simd": str(native.simd_level()) if hasattr(native, "simd_level") else None,
+        "simd": ", ".join(native.variants()) if native else None,
+        "thread_pool": ("PyTorch's" if native.shares_pool() else "own") if native else None,
     }
 
 

@@ -82,19 +82,23 @@ def _cross_entropy_ids(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     classes = z.shape[-1]
     index = y[:, None, None].expand(-1, z.shape[1], 1)
-    top = z.amax(-1, keepdim=True)
-    shifted = z - top
+    top = z.argmax(-1, keepdim=True)
+    shifted = z - z.gather(-1, top)
     residual = shifted.exp()
     label_exp = residual.gather(-1, index).squeeze(-1)
-    residual.scatter_(-1, index, 0.0)
-    others = residual.sum(-1)
-    total = others + label_exp
     label_shift = shifted.gather(-1, index).squeeze(-1)
-    log_total = torch.where(label_shift == 0, others.log1p(), total.log())
+    # S = 1 + rest, its largest term set aside: log S keeps its digits where S rounds to 1.
+    residual.scatter_(-1, index, 0.0).scatter_(-1, top, 0.0)
+    neither = residual.sum(-1)
+    wins = (top == index).squeeze(-1)
+    others = torch.where(wins, neither, neither + 1.0)
+    rest = torch.where(wins, neither, neither + label_exp)
+    total, log_total = 1.0 + rest, rest.log1p()
     loss = log_total - label_shift
     entropy = (
         log_total - ((residual * shifted).sum(-1) + label_exp * label_shift) / total
     ).clamp_min(0.0)
+    residual.scatter_(-1, top, 1.0)
     residual /= total[..., None]
     residual.scatter_(-1, index, -(others / total)[..., None])
     if smoothing:

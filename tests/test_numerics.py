@@ -53,6 +53,28 @@ def textbook(case: Case) -> tuple[Tensor, Tensor]:
     return loss, (n * a - q) / (n - 1)
 
 
+@pytest.mark.parametrize("classes", [3, 10, 100])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@each_backend
+def test_entropy_of_a_confident_row_keeps_its_digits_whatever_its_label(
+    backend, classes, smoothing
+):
+    """One class far ahead: the entropy, down to 1e-20, has the digits of float32."""
+    gaps = torch.linspace(5, 45, 60)
+    logits = -gaps[:, None] - torch.rand(60, classes, generator=generator(5))
+    winner = torch.randint(classes, (60,), generator=generator(6))
+    logits[torch.arange(60), winner] = 0.0
+    labels = (winner + torch.arange(60) % 3) % classes  # right, wrong, wrong, right, ...
+    weight = torch.eye(classes)  # the features are the logits, exactly
+    stats = last_layer_stats(logits, weight, labels, label_smoothing=smoothing, backend=backend)
+    # log S - <z> with log S = log1p(the others): even float64 rounds S itself to 1.
+    e = logits.double().exp()
+    others = e.scatter(1, winner[:, None], 0.0).sum(1)
+    exact = others.log1p() - (e * logits.double()).sum(1) / (1 + others)
+    error = (stats.entropy.double() - exact).abs() / exact
+    assert float(error.max()) < 1e-5
+
+
 @pytest.mark.parametrize("labels", ["ids", "one_hot"])
 @each_backend
 def test_confident_model(backend, labels):

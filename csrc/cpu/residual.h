@@ -50,21 +50,31 @@ inline RowMax row_max(float* z, int64_t n, int64_t label) {
   return result;
 }
 
-// exp(z - top) in place; its sum and the sum of exp(z - top) (z - top).
-inline void exponentials(float* z, int64_t n, float top, double* total, double* weighted) {
-  *total = *weighted = 0.0;
+// Sums over a row of e = exp(z - top): over those below the top, of e (z - top), and how many are
+// at the top. Apart, because 1 + rest would lose the digits of a small rest.
+struct Exponentials {
+  double below = 0.0, weighted = 0.0, ties = 0.0;
+};
+
+// exp(z - top) in place.
+inline Exponentials exponentials(float* z, int64_t n, float top) {
+  Exponentials result;
   for (int64_t start = 0; start < n; start += kSumBlock) {
-    vf e_sum{}, ex_sum{};
+    vf e_sum{}, ex_sum{}, tie_sum{};
     for_lanes(std::min(kSumBlock, n - start), [&](int64_t i, int lanes) {
       const vf x = load_n(z + start + i, lanes, -kInfinity) - splat(top);
       const vf e = exp(x);
       store_n(z + start + i, e, lanes);
-      e_sum += e;
+      const vi tie = x == vf{};
+      e_sum += select(tie, vf{}, e);
+      tie_sum += select(tie, splat(1.0f), vf{});
       ex_sum += e * max(x, splat(-100.0f));  // 0 * -inf must stay 0
     });
-    *total += sum(e_sum);
-    *weighted += sum(ex_sum);
+    result.below += sum(e_sum);
+    result.ties += sum(tie_sum);
+    result.weighted += sum(ex_sum);
   }
+  return result;
 }
 
 inline double row_sum(const float* z, int64_t n, float less) {
@@ -101,10 +111,10 @@ inline RowStats cross_entropy_id(float* z, int64_t classes, int64_t label, float
   const float shift = label_logit - top;
   const double mean_shift = smoothing != 0.0f ? row_sum(z, classes, top) / double(classes) : 0.0;
   z[label] = -kInfinity;
-  double others, weighted;
-  exponentials(z, classes, top, &others, &weighted);
-  const double label_exp = std::exp(double(shift)), total = others + label_exp;
-  const double log_total = shift == 0.0f ? std::log1p(others) : std::log(total);
+  const auto [below, weighted, ties] = exponentials(z, classes, top);
+  const double label_exp = std::exp(double(shift)), others = below + ties;
+  const double rest = shift == 0.0f ? others : below + (ties - 1.0) + label_exp;
+  const double total = 1.0 + rest, log_total = std::log1p(rest);
   RowStats stats;
   double loss = log_total - shift;
   stats.entropy = float(std::max(0.0, log_total - (weighted + label_exp * double(shift)) / total));
@@ -135,9 +145,8 @@ inline RowStats cross_entropy_soft(float* z, const float* target, int64_t classe
   }
   const double winner_target = keep * target[winner] + spread, mass = rest + winner_target;
   z[winner] = -kInfinity;
-  double others, weighted;
-  exponentials(z, classes, top, &others, &weighted);
-  const double total = 1.0 + others, log_total = std::log1p(others);
+  const auto [below, weighted, ties] = exponentials(z, classes, top);
+  const double others = below + ties, total = 1.0 + others, log_total = std::log1p(others);
   double squares = 0.0;
   const float factor = float(mass / total);
   for (int64_t c = 0; c < classes; ++c) {
@@ -219,16 +228,19 @@ inline LaneStats cross_entropy_lanes(float* z, int64_t stride, int64_t classes, 
     poison += x * splat(0.0f);  // NaN where a logit is not finite: max and exp would hide it
   }
   const vf top = max(rival, label_logit), shift = label_logit - top;
-  vf others{}, weighted{};
+  vf below{}, ties{}, weighted{};
   for (int64_t c = 0; c < classes; ++c) {
     const vf x = load(z + c * stride) - top, e_all = exp(x);
     const vf e = select(label == splat_int(int32_t(c)), vf{}, e_all);
     store(z + c * stride, e);
-    others += e;
+    const vi tie = e == splat(1.0f);
+    below += select(tie, vf{}, e);
+    ties += select(tie, splat(1.0f), vf{});
     weighted += e * max(x, splat(-100.0f));
   }
-  const vf label_exp = exp(shift), total = others + label_exp;
-  const vf log_total = select(shift == vf{}, log1p(others), log(total));
+  const vf one = splat(1.0f), others = below + ties, label_exp = exp(shift);
+  const vf rest = select(shift == vf{}, others, below + (ties - one) + label_exp);
+  const vf total = one + rest, log_total = log1p(rest);
   LaneStats stats;
   vf loss = log_total - shift;
   stats.entropy =

@@ -192,7 +192,8 @@ def softmax_residual_kernel(
     squares = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
     spread = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
     cost = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
-    TILES: tl.constexpr = tl.cdiv(CLASSES, BLOCK_CLASSES)
+    # Plain arithmetic: in Triton 3.6 tl.cdiv of two constants is no constant.
+    TILES: tl.constexpr = (CLASSES + BLOCK_CLASSES - 1) // BLOCK_CLASSES
     for step in range(0, TILES):
         column = (TILES - 1 - step) * BLOCK_CLASSES + lane
         stored = (column < CLASSES) & exists[:, None]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class RowBuffers:
     feature_sqnorm: Tensor  # (rows,)
     counted: Tensor  # (rows,) bool
     status: Tensor  # (STATUS_SLOTS,) int64, see problem.py
+    scratch: dict[str, Any] = field(default_factory=dict)  # for the backend's second pass alone
 
 
 @dataclass

@@ -255,7 +255,10 @@ def explain(
         f"{problem.device}, loss={problem.loss}, precision={problem.precision}",
         f"backend   {chosen.name}",
         *(f"          {reason}" for reason in reasons),
-        f"plan      {chosen.describe(problem)}",
+        *(
+            f"{'' if line else 'plan':<10}{text}"
+            for line, text in enumerate(chosen.explain(problem, plan))
+        ),
         f"passes    2 over the features, {chunks} chunk(s) of up to {plan.chunk_rows} rows",
         f"residuals {residuals}; budget {plan.budget_bytes / 2**20:.0f} MiB",
     ]

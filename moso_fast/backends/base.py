@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..engine import FirstPass, RowBuffers
+    from ..engine import FirstPass, Plan, RowBuffers
     from ..problem import Problem
 
 
@@ -49,6 +49,10 @@ class Backend(ABC):
     def describe(self, problem: Problem) -> str:
         """One line on how this problem would run: regime, tiles, products."""
         return f"{self.name}: chunked closed form"
+
+    def explain(self, problem: Problem, plan: Plan) -> list[str]:
+        """Lines for ``explain``: how this problem would run under this plan, and why so."""
+        return [self.describe(problem)]
 
     @abstractmethod
     def first_pass(

@@ -20,8 +20,7 @@ from core_support import (
 )
 
 from moso_fast import backends, engine
-from moso_fast.backends import common
-from moso_fast.backends import triton as triton_backend
+from moso_fast.backends import _triton_blas, _triton_regime, common
 from moso_fast.backends.triton import TritonBackend
 from moso_fast.functional import explain, last_layer_stats, moso_scores
 from moso_fast.reference import closed_form_stats, explicit_stats
@@ -38,7 +37,7 @@ def test_interpreter_makes_it_available_on_a_cpu() -> None:
     assert TRITON in CPU_BACKENDS
     assert "interpreter" in backends()[TRITON].reason
     text = explain(*random_case("ids").args, backend=TRITON)
-    assert "backend   triton" in text and "float32 products, residuals in place" in text
+    assert "backend   triton" in text and "triton: regime " in text
     assert "backend   triton" not in explain(*random_case("ids").args)
 
 
@@ -100,7 +99,7 @@ def test_self_term_is_as_exact_as_the_norm(classes: int, dim: int, monkeypatch) 
     n = exact.count
     truth = (n * exact.alignment[0] - exact.grad_sqnorm[0]) / (n - 1)
     with_term = relative_error(score_with(TRITON, case).scores(), truth)
-    monkeypatch.setattr(triton_backend, "_lost_self_term", lambda *args: 0.0)
+    monkeypatch.setattr(_triton_blas, "lost_self_term", lambda *args: 0.0)
     without = relative_error(score_with(TRITON, case).scores(), truth)
     assert with_term < 1e-2
     assert with_term < 0.6 * without
@@ -117,7 +116,7 @@ def test_confident_model() -> None:
 
 def test_many_equal_rows(monkeypatch) -> None:
     """Slabs, batched and left over: a sum in one go would lose two digits."""
-    monkeypatch.setattr(triton_backend, "_CHUNK_BYTES", {"cpu": 2**30})
+    monkeypatch.setattr(_triton_regime, "CHUNK_BYTES", {"cpu": 2**30})
     row = torch.randn(1, 6, generator=generator(1))
     case = Case(
         row.expand(20_001, 6),

@@ -1,0 +1,94 @@
+"""Which regime of the Triton backend a problem gets, and why: one table, read from the top.
+
+A rule applies where the problem lies within its bounds, a regime runs where ``fits`` says so.
+The bounds come from a work model (bytes at the memory's rate, products at the tensor cores'
+rate; figures of an H200), not from a clock: every line says so, and what it is modelled on.
+
+The capability decides what is proven (8, 9 and 10, see ``triton.py``) and how much shared memory
+a tile may take; the dtype and the precision decide operands and tiles within a regime.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..problem import Problem
+from ._triton_blas import BlasRegime
+from ._triton_regime import Regime
+
+REGIME_VARIABLE = "MOSO_FAST_TRITON_REGIME"
+
+REGIMES: dict[str, Regime] = {regime.name: regime for regime in (BlasRegime(),)}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Take ``regime`` where the problem lies within the bounds (None: no bound)."""
+
+    regime: str
+    why: str
+    max_width: int | None = None  # K * C
+    max_dim: int | None = None  # D
+    residuals_kept: bool | None = None  # whether they stay in memory between the passes
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("blas", "cuBLAS is as fast as a product of our own here; modelled, not measured"),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A regime, and one line for it and for each that was passed over."""
+
+    regime: Regime
+    reasons: tuple[str, ...]
+
+
+def forced_regime(named: str | None = None) -> str | None:
+    """Name asked for by argument or environment, or None; ValueError for an unknown one."""
+    source, name = "regime", named
+    if name is None:
+        source, name = REGIME_VARIABLE, os.environ.get(REGIME_VARIABLE) or None
+    if name is not None and name not in REGIMES:
+        raise ValueError(f"{source} must be one of {', '.join(REGIMES)}; got {name!r}")
+    return name
+
+
+def choose_regime(
+    problem: Problem, residuals_kept: bool, forced: str | None = None, rules: Sequence[Rule] = RULES
+) -> Choice:
+    """Return the first regime of the table that fits; ``forced`` names one instead.
+
+    Raises
+    ------
+    ValueError
+        The forced regime cannot run this problem.
+    """
+    if forced is not None:
+        reason = REGIMES[forced].fits(problem)
+        if reason is not None:
+            raise ValueError(f"regime {forced!r} cannot run this problem: {reason}")
+        return Choice(REGIMES[forced], (f"{forced}: asked for",))
+    reasons: list[str] = []
+    for rule in rules:
+        regime = REGIMES[rule.regime]
+        reason = _outside(rule, problem, residuals_kept) or regime.fits(problem)
+        if reason is None:
+            return Choice(regime, (*reasons, f"{rule.regime}: chosen, {rule.why}"))
+        reasons.append(f"{rule.regime}: not used, {reason}")
+    raise RuntimeError("no regime can run this problem: " + "; ".join(reasons))
+
+
+def _outside(rule: Rule, problem: Problem, residuals_kept: bool) -> str | None:
+    """Say which bound of the rule the problem breaks, or None."""
+    width = problem.heads * problem.classes
+    if rule.max_width is not None and width > rule.max_width:
+        return f"K C = {width} is above {rule.max_width}"
+    if rule.max_dim is not None and problem.dim > rule.max_dim:
+        return f"D = {problem.dim} is above {rule.max_dim}"
+    if rule.residuals_kept is not None and residuals_kept != rule.residuals_kept:
+        return "residuals are kept" if residuals_kept else "residuals are not kept"
+    return None

@@ -1,0 +1,132 @@
+"""What a regime of the Triton backend is: one way through the two passes, for some problems."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+
+if TYPE_CHECKING:
+    from ..engine import FirstPass, RowBuffers
+
+# Bytes of one chunk's logits, products and copies. Large on a GPU, where a chunk costs some thirty
+# launches; small in the interpreter, whose only purpose is to test.
+CHUNK_BYTES = {"cuda": 2**31, "cpu": 2**18}
+
+# Rows of one float32 partial of the mean gradient: rounding of equal rows does not average out,
+# and matters only where the operands themselves are not rounded.
+SLAB_ROWS = {"highest": 2048, "high": 8192, "medium": 8192}
+
+# Shared memory of a block that a kernel may ask for (CUDA C++ Programming Guide, table of
+# technical specifications): what the interpreter stands in for, compute capability 9.0.
+_SHARED_BYTES_OF_90 = 227 * 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device offers a block: bytes of shared memory, and its compute capability."""
+
+    shared_bytes: int
+    capability: tuple[int, int]
+
+
+class Regime(ABC):
+    """First and second pass over a chunk, as :class:`moso_fast.backends.base.Backend` has them.
+
+    Both passes of one job run in the same regime; the choice is made in ``_triton_choice.py``.
+    """
+
+    name: str
+    #: Times the features are read from device memory, both passes together.
+    feature_reads: int
+
+    @abstractmethod
+    def fits(self, problem: Problem) -> str | None:
+        """Why this problem cannot run in this regime, or None."""
+
+    @abstractmethod
+    def row_bytes(self, problem: Problem) -> int:
+        """Bytes of working memory that every row of a chunk takes."""
+
+    def fixed_bytes(self, problem: Problem) -> int:
+        """Bytes of working memory that a chunk takes whatever its rows: partial sums."""
+        return 0
+
+    def chunk_rows(self, problem: Problem) -> int:
+        """Rows whose working memory fits the chunk's budget."""
+        budget = CHUNK_BYTES.get(problem.device.type, CHUNK_BYTES["cpu"])
+        return max(1, budget // max(1, self.row_bytes(problem)))
+
+    @abstractmethod
+    def describe(self, problem: Problem) -> str:
+        """Operands, kernels and tiles, in one line."""
+
+    @abstractmethod
+    def first_pass(
+        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
+    ) -> FirstPass:
+        """See :class:`moso_fast.backends.base.Backend`."""
+
+    @abstractmethod
+    def second_pass(
+        self,
+        problem: Problem,
+        rows: slice,
+        out: RowBuffers,
+        mean_grad: Tensor,
+        mean_bias_grad: Tensor | None,
+        residual: Tensor | None,
+        alignment: Tensor,
+    ) -> None:
+        """See :class:`moso_fast.backends.base.Backend`."""
+
+
+def operand_dtype(problem: Problem) -> torch.dtype:
+    """Return the dtype in which this problem's features enter the products."""
+    if problem.precision == "medium" and problem.features.dtype == torch.bfloat16:
+        return torch.bfloat16
+    return torch.float32
+
+
+def operand_name(problem: Problem) -> str:
+    """What cuBLAS multiplies: bfloat16, tf32 or float32."""
+    if operand_dtype(problem) == torch.bfloat16:
+        return "bfloat16"
+    return "float32" if problem.precision == "highest" else "tf32"
+
+
+def limits_of(device: torch.device) -> Limits:
+    """Return the limits of a CUDA device; of compute capability 9.0 where there is none."""
+    if device.type != "cuda":
+        return Limits(_SHARED_BYTES_OF_90, (9, 0))
+    properties = torch.cuda.get_device_properties(device)
+    return Limits(properties.shared_memory_per_block_optin, (properties.major, properties.minor))
+
+
+def kernel_targets(problem: Problem, rows: slice) -> Tensor:
+    """Labels or targets of the rows as the kernels read them: contiguous, floating if soft."""
+    labels = problem.labels[rows]
+    if problem.soft_labels and not labels.is_floating_point():
+        labels = labels.to(torch.float32)
+    return labels.contiguous()
+
+
+def kernel_weights(problem: Problem, rows: slice) -> Tensor | None:
+    """Sample weights of the rows, contiguous, or None."""
+    return None if problem.sample_weight is None else problem.sample_weight[rows].contiguous()
+
+
+def capturing(problem: Problem) -> bool:
+    """Whether this runs under CUDA graph capture, where nothing may wait for the device."""
+    return problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,18 +96,22 @@ def operand_dtype(problem: Problem) -> torch.dtype:
 
 
 def operand_name(problem: Problem) -> str:
-    """What cuBLAS multiplies: bfloat16, tf32 or float32."""
+    """Return what cuBLAS multiplies: bfloat16, tf32 or float32."""
     if operand_dtype(problem) == torch.bfloat16:
         return "bfloat16"
     return "float32" if problem.precision == "highest" else "tf32"
 
 
+@cache
 def limits_of(device: torch.device) -> Limits:
     """Return the limits of a CUDA device; of compute capability 9.0 where there is none."""
     if device.type != "cuda":
         return Limits(_SHARED_BYTES_OF_90, (9, 0))
-    properties = torch.cuda.get_device_properties(device)
-    return Limits(properties.shared_memory_per_block_optin, (properties.major, properties.minor))
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return Limits(shared, torch.cuda.get_device_capability(device))
 
 
 def kernel_targets(problem: Problem, rows: slice) -> Tensor:

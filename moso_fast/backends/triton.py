@@ -143,7 +143,7 @@ class TritonBackend(Backend):
         regime.second_pass(problem, rows, out, mean_grad, mean_bias_grad, residual, alignment)
 
     def _regime(self, problem: Problem) -> Regime:
-        """The regime of a job whose chunks nobody has fixed."""
+        """Return the regime of a job whose chunks nobody has fixed."""
         return self._choose(problem, _residuals_fit(problem)).regime
 
     def _choose(self, problem: Problem, residuals_kept: bool) -> Choice:

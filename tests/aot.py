@@ -41,6 +41,7 @@ class Resources:
     shared: int  # bytes a block, static and dynamic
     ttgir: str
     ptx: str
+    cubin: bytes
 
 
 def compile_kernel(
@@ -50,6 +51,7 @@ def compile_kernel(
     *,
     arch: int,
     num_warps: int,
+    num_stages: int = 3,
     divisible: tuple[str, ...] = (),
 ) -> Resources:
     """Compile ``kernel`` for sm_``arch``.
@@ -71,7 +73,7 @@ def compile_kernel(
             attrs={position[name]: [["tt.divisibility", 16]] for name in divisible},
         ),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps, "enable_fp_fusion": True},
+        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
     )
     registers, stack, static_shared = _resource_usage(compiled.asm["cubin"])
     return Resources(
@@ -80,6 +82,7 @@ def compile_kernel(
         max(static_shared, compiled.metadata.shared),
         compiled.asm["ttgir"],
         compiled.asm["ptx"],
+        compiled.asm["cubin"],
     )
 
 

@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
-
 import pytest
 import torch
+from far_memory import STRIDE, Sparse
 from moso_fast.kernels.elementwise_residual import elementwise_residual_kernel
 from moso_fast.kernels.residual import RowOutputs, residual_rows
 from moso_fast.kernels.softmax_residual import softmax_residual_kernel
 from residual_support import FIELDS, launch
-
-# Two strides are 2^32 - 128: cut to 32 bits, the third row lies 128 elements before the first.
-STRIDE = 2**31 - 64
-FRONT = 1024
-MAP_NORESERVE = 0x4000  # in Python's mmap from 3.13 on
-
-
-class Sparse:
-    """Three float32 rows ``STRIDE`` elements (8 GiB) apart, in pages that exist once touched."""
-
-    def __init__(self, columns: int) -> None:
-        self._map = mmap.mmap(
-            -1,
-            4 * (2 * FRONT + 2 * STRIDE),
-            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE,
-        )
-        starts = [FRONT + i * STRIDE for i in range(3)]
-        self.rows = [
-            torch.frombuffer(self._map, dtype=torch.float32, offset=4 * start, count=columns)
-            for start in starts
-        ]
-
-    def fill(self, values: torch.Tensor) -> None:
-        for row, value in zip(self.rows, values, strict=True):
-            row.copy_(value)
-
-    def stacked(self) -> torch.Tensor:
-        return torch.stack([row.clone() for row in self.rows])
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])

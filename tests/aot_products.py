@@ -1,0 +1,122 @@
+"""Cases for the ahead-of-time tests of the product kernels; ``python tests/aot_products.py`` lists.
+
+A case is a shipped tile with the variant of its kernel that needs most.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aot import ARCHITECTURES, Resources, compile_kernel, cuobjdump
+from moso_fast.kernels import gradient_sum
+from moso_fast.kernels.tiles import Tile
+
+
+@dataclass(frozen=True)
+class ProductCase:
+    """One variant of a kernel under one tile."""
+
+    name: str
+    kernel: Any
+    tile: Tile
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    divisible: tuple[str, ...]
+
+    def compile(self, arch: int) -> Resources:
+        """Compile for sm_``arch``."""
+        return compile_kernel(
+            self.kernel,
+            self.types,
+            self.constants,
+            arch=arch,
+            num_warps=self.tile.num_warps,
+            num_stages=self.tile.num_stages,
+            divisible=self.divisible,
+        )
+
+
+def sass(cubin: bytes) -> str:
+    """Disassemble a cubin with the tool that comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = cuobjdump().with_name("nvdisasm")
+        return subprocess.run(
+            [tool, "-c", file.name], check=True, capture_output=True, text=True
+        ).stdout
+
+
+def instructions(cubin: bytes) -> set[str]:
+    """Return the names of all instructions in the code."""
+    return set(re.findall(r"\b(HGMMA|HMMA|FFMA|LDGSTS|UTCHMMA|STL|LDL)\b", sass(cubin)))
+
+
+def gradient_sum_cases() -> Iterator[ProductCase]:
+    """Every tile with a mask, a bias sum and each dtype of features it serves."""
+    for choice in gradient_sum.TILES:
+        tile = choice.tile
+        odd = 0 if choice.aligned else 1
+        for features in ("bf16",) if choice.rounded else ("fp32", "bf16", "fp16"):
+            types = {
+                "residual": "*fp32",
+                "features": f"*{features}",
+                "counted": "*i1",
+                "partial": "*fp32",
+                "bias_partial": "*fp32",
+                "rows": "i64",
+                "first_slab": "i32",
+                "slab_rows": "i32",
+            }
+            constants = {
+                "CLASSES": 1000 + odd,
+                "DIM": 512 + odd,
+                "RESIDUAL_STRIDE": 1000 + odd,
+                "FEATURE_STRIDE": 512 + odd,
+                "BLOCK_ROWS": tile.rows,
+                "BLOCK_CLASSES": tile.classes,
+                "BLOCK_DIM": tile.dim,
+                "ROUND": choice.rounded,
+                "PRECISION": "tf32" if features == "fp16" else "tf32x3",  # "medium", "highest"
+                "UPCAST": False,
+            }
+            yield ProductCase(
+                f"gradient_sum-{_shape(tile)}-{features}{'' if choice.aligned else '-unaligned'}",
+                gradient_sum.gradient_sum_kernel,
+                tile,
+                types,
+                constants,
+                (*(name for name, kind in types.items() if kind[0] == "*"), "slab_rows"),
+            )
+
+
+def _shape(tile: Tile) -> str:
+    return f"{tile.rows}x{tile.classes}x{tile.dim}"
+
+
+def product_cases() -> list[ProductCase]:
+    """All of the cases."""
+    return [*gradient_sum_cases()]
+
+
+def main() -> None:
+    """Print registers, stack and shared memory of every case on every architecture."""
+    heads = "".join(f"{f'sm_{arch} reg/stack/smem':>26}" for arch in ARCHITECTURES)
+    print(f"{'case':<52} warps stages{heads}")
+    for case in product_cases():
+        cells = ""
+        for arch in ARCHITECTURES:
+            used = case.compile(arch)
+            cells += f"{f'{used.registers}/{used.stack}/{used.shared}':>26}"
+        print(
+            f"{case.name:<52}{case.tile.num_warps:>6}{case.tile.num_stages:>7}{cells}", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Rows so far apart that 32-bit offsets between them overflow, in memory that a laptop has."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+# Two strides are 2^32 - 128: cut to 32 bits, the third row lies 128 elements before the first.
+STRIDE = 2**31 - 64
+FRONT = 1024
+MAP_NORESERVE = 0x4000  # in Python's mmap from 3.13 on
+
+
+class Sparse:
+    """Three rows ``STRIDE`` elements (float32: 8 GiB) apart, in pages that exist once touched."""
+
+    def __init__(self, columns: int, dtype: torch.dtype = torch.float32) -> None:
+        self._map = mmap.mmap(
+            -1,
+            dtype.itemsize * (2 * FRONT + 2 * STRIDE),
+            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE,
+        )
+        starts = [FRONT + i * STRIDE for i in range(3)]
+        self.rows = [
+            torch.frombuffer(self._map, dtype=dtype, offset=dtype.itemsize * start, count=columns)
+            for start in starts
+        ]
+        self._columns, self._dtype = columns, dtype
+
+    def fill(self, values: Tensor) -> None:
+        """Write three rows."""
+        for row, value in zip(self.rows, values, strict=True):
+            row.copy_(value)
+
+    def stacked(self) -> Tensor:
+        """Return the three rows as one small matrix."""
+        return torch.stack([row.clone() for row in self.rows])
+
+    def matrix(self) -> Tensor:
+        """Return the (3, columns) view of row stride ``STRIDE``."""
+        whole = torch.frombuffer(self._map, dtype=self._dtype)
+        return whole.as_strided((3, self._columns), (STRIDE, 1), FRONT)

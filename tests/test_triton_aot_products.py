@@ -1,0 +1,28 @@
+"""Every tile of the product kernels compiles without spills, for tensor cores, within its budget.
+
+``python tests/aot_products.py`` prints the table.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from aot import ARCHITECTURES
+from aot_products import ProductCase, instructions, product_cases
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("case", product_cases(), ids=lambda case: case.name)
+def test_keeps_to_its_budget_and_uses_tensor_cores(case: ProductCase, arch: int) -> None:
+    used = case.compile(arch)
+    assert used.stack == 0, f"spills {used.stack} bytes"
+    assert used.registers <= case.tile.registers
+    assert used.shared <= case.tile.shared_bytes
+    if arch == 90:
+        assert case.tile.instruction in instructions(used.cubin)

@@ -271,7 +271,8 @@ class HeadGroup:
 
     def add(self, head: torch.nn.Linear, name: str) -> None:
         """Copy the weights that ``head`` has now; ``name`` is the digest of the checkpoint."""
-        device = self.features.features.device
+        # Features that do not fit on the model's GPU lie in main memory, and are streamed to it.
+        device = self.features.features.device if not head.weight.is_cuda else head.weight.device
         self._weights.append(head.weight.detach().to(device, copy=True))
         if head.bias is not None:
             self._biases.append(head.bias.detach().to(device, copy=True))

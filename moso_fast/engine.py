@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from .problem import (
     sequence_offsets,
 )
 from .sequences import segment_sum, sequence_grad_sqnorm
+from .streaming import CHUNK_BYTES, CudaLane, Feed, StreamedFeed
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -40,6 +42,11 @@ _ONE_THREAD = 2**15 - 1
 
 _CPU_RESIDUAL_SHARE = 0.25
 _CUDA_RESIDUAL_SHARE = 0.5
+
+# Of the free memory of a GPU, what residuals and features from main memory may take together; and
+# what else a chunk needs.
+_CUDA_KEPT_SHARE = 0.8
+_CUDA_WORKING_BYTES = 3 * 2**30
 
 
 @dataclass
@@ -67,12 +74,16 @@ class FirstPass:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a problem is cut: rows a chunk, and whether residuals are kept between the passes."""
+    """How a problem is cut: rows a chunk, and whether residuals are kept between the passes.
+
+    ``resident_bytes`` of features that come from main memory may stay on the device.
+    """
 
     chunk_rows: int
     keep_residual: bool
     residual_bytes: int
     budget_bytes: int
+    resident_bytes: int = 0
 
 
 @dataclass
@@ -102,7 +113,12 @@ def make_plan(problem: Problem, backend: Backend, chunk_size: int | None) -> Pla
     check_chunk_size(chunk_size)
     if chunk_size is not None:
         return Plan(chunk_size, False, residual_bytes, budget)
-    return Plan(backend.chunk_rows(problem), residual_bytes <= budget, residual_bytes, budget)
+    rows, keep = backend.chunk_rows(problem), residual_bytes <= budget
+    if not problem.streamed:
+        return Plan(rows, keep, residual_bytes, budget)
+    rows = max(1, min(rows, CHUNK_BYTES // (problem.dim * problem.features.dtype.itemsize)))
+    resident = _resident_budget(problem.device, residual_bytes if keep else 0)
+    return Plan(rows, keep, residual_bytes, budget, resident)
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
@@ -121,6 +137,19 @@ def residual_budget(device: torch.device) -> int:
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return int(_CPU_RESIDUAL_SHARE * physical)
     return 2**30
+
+
+def _resident_budget(device: torch.device, residual_bytes: int) -> int:
+    """Bytes of streamed features that may stay on a GPU beside residuals and a chunk's work."""
+    free = torch.cuda.mem_get_info(device)[0]
+    return max(0, int(_CUDA_KEPT_SHARE * free) - residual_bytes - _CUDA_WORKING_BYTES)
+
+
+def make_feed(problem: Problem, chunks: list[slice], plan: Plan) -> Feed:
+    """Walk through the chunks where they lie, or bring them to the device."""
+    if not problem.streamed:
+        return Feed(problem, chunks)
+    return StreamedFeed(problem, chunks, CudaLane(problem.device), plan.resident_bytes)
 
 
 def run(
@@ -143,14 +172,36 @@ def run(
     capturing = _capturing(problem)
     if not capturing:
         check_parameters(problem)
+    elif problem.streamed:
+        raise ValueError(
+            f"features must be on {problem.device} under CUDA graph capture, got "
+            f"{problem.features.device}"
+        )
     offsets = None if problem.cu_seqlens is None else sequence_offsets(problem)
     chunks = list(_chunks(problem.rows, plan.chunk_rows, offsets))
+    with closing(make_feed(problem, chunks, plan)) as feed:
+        results = _two_passes(feed, backend, plan, offsets, formula, capturing)
+    if not capturing:
+        self_check(problem, results)
+    return results
+
+
+def _two_passes(
+    feed: Feed,
+    backend: Backend,
+    plan: Plan,
+    offsets: Tensor | None,
+    formula: str | None,
+    capturing: bool,
+) -> Results:
+    problem, chunks = feed.problem, feed.chunks
     rows = _allocate(problem)
     grad = torch.zeros(problem.weight.shape, dtype=torch.float64, device=problem.device)
     bias_grad = torch.zeros(grad.shape[:2], dtype=torch.float64, device=problem.device)
     kept: list[Tensor | None] = []
     sequence_norms: list[Tensor] = []
-    for chunk in chunks:
+    for number in feed.first_pass():
+        chunk = chunks[number]
         keep = plan.keep_residual or offsets is not None
         part = backend.first_pass(problem, chunk, rows, keep)
         grad += part.grad_sum
@@ -175,16 +226,14 @@ def run(
     alignment = torch.empty_like(rows.loss)
     mean_grad = grad.to(problem.compute_dtype)
     mean_bias_grad = bias_grad.to(problem.compute_dtype) if problem.bias is not None else None
-    for chunk, residual in zip(chunks, kept, strict=True):
+    for number in feed.second_pass():
+        chunk = chunks[number]
         backend.second_pass(
-            problem, chunk, rows, mean_grad, mean_bias_grad, residual, alignment[:, chunk]
+            problem, chunk, rows, mean_grad, mean_bias_grad, kept[number], alignment[:, chunk]
         )
-    results = _finish(
+    return _finish(
         problem, rows, counted, count, alignment, mean_grad_sqnorm, sequence_norms, offsets
     )
-    if not capturing:
-        self_check(problem, results)
-    return results
 
 
 def self_check(problem: Problem, results: Results) -> None:

@@ -114,7 +114,9 @@ def moso_scores(
     Parameters
     ----------
     features
-        (N, D) inputs of the last layer; float32, float16, bfloat16 or float64; any strides.
+        (N, D) inputs of the last layer; float32, float16, bfloat16 or float64; any strides. May
+        lie in main memory while the heads are on a CUDA device: then chunks are sent there while
+        it works on others, once if they fit, else once a pass; best page-locked.
     weight, bias
         (C, D) and (C,); or (K, C, D) and (K, C) for K heads.
     labels
@@ -262,6 +264,13 @@ def explain(
         f"passes    2 over the features, {chunks} chunk(s) of up to {plan.chunk_rows} rows",
         f"residuals {residuals}; budget {plan.budget_bytes / 2**20:.0f} MiB",
     ]
+    if problem.streamed:
+        row = problem.dim * problem.features.dtype.itemsize
+        stay = min(problem.rows, plan.resident_bytes // row)
+        lines.append(
+            f"features  in main memory, sent in chunks; {stay} of {problem.rows} rows stay on "
+            f"{problem.device} between the passes"
+        )
     return "\n".join(lines)
 
 
@@ -356,15 +365,15 @@ def _last_layer_stats_fake(
     heads = weight.shape[0] if weight.dim() == 3 else 1
     return (
         *fields,
-        features.new_empty(heads, dtype=torch.float64),
-        features.new_empty((), dtype=torch.int64),
+        weight.new_empty(heads, dtype=torch.float64),
+        weight.new_empty((), dtype=torch.int64),
     )
 
 
 def _fake_result(features: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     samples = features.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (weight.shape[0], samples) if weight.dim() == 3 else (samples,)
-    return features.new_empty(shape, dtype=compute_dtype(features))
+    return weight.new_empty(shape, dtype=compute_dtype(features))
 
 
 # The low-level registration: custom_op would import the compiler (a second) at the first call.

@@ -7,6 +7,7 @@ features as a status word; :func:`raise_for_status` turns it into the error a us
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +30,11 @@ STATUS_SLOTS = 4
 class Problem:
     """Features, heads and labels of one scoring job; build with :func:`build_problem`.
 
-    ``weight`` is (K, C, D) and ``bias`` (K, C) in the compute dtype; ``features`` and ``labels``
-    are as given. A *row* is a line of ``features``; a *sample* is a row, or the rows of one
-    sequence where ``cu_seqlens`` (B + 1 offsets) is given.
+    All tensors are on one device, but for ``features``, which may lie in main memory while the
+    heads are on a CUDA device: backends get them by :meth:`feature_rows`. ``weight`` is (K, C, D)
+    and ``bias`` (K, C) in the compute dtype; ``features`` and ``labels`` are as given. A *row* is
+    a line of ``features``; a *sample* is a row, or the rows of one sequence where ``cu_seqlens``
+    (B + 1 offsets) is given.
     """
 
     features: Tensor
@@ -46,6 +49,7 @@ class Problem:
     precision: str
     nonfinite: str
     stacked: bool
+    upload: Callable[[slice], Tensor] | None = None  # set by streaming.py
 
     @property
     def rows(self) -> int:
@@ -84,8 +88,19 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where the features lie."""
-        return self.features.device
+        """Where the heads lie and the work is done."""
+        return self.weight.device
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the features lie in main memory and the work is done elsewhere."""
+        return self.features.device != self.device
+
+    def feature_rows(self, rows: slice) -> Tensor:
+        """Features of a chunk of the job, on :attr:`device`."""
+        if self.upload is not None:
+            return self.upload(rows)
+        return self.features[rows].to(self.device)
 
     def counted(self, rows: slice) -> Tensor:
         """Mask of the rows that are not ignored by their label."""
@@ -129,24 +144,30 @@ def build_problem(
         An argument of the wrong type or dtype.
     ValueError
         Wrong rank, shapes that disagree, devices that differ, unknown option.
+
+    Notes
+    -----
+    Everything is on one device, or the heads are on a CUDA device and the features in main
+    memory; then labels, sample weights and offsets may be on either and go to that of the heads.
     """
     _check_options(loss, label_smoothing, ignore_index, precision, nonfinite)
     _check_features(features)
     _check_head(features, weight, bias)
     classes = weight.shape[-2]
-    _check_labels(features, labels, loss, classes)
-    _check_rows_argument("sample_weight", sample_weight, features)
+    devices = (features.device, weight.device)
+    _check_labels(features, labels, loss, classes, devices)
+    _check_rows_argument("sample_weight", sample_weight, features, devices)
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, features)
-    dtype = compute_dtype(features)
+        _check_cu_seqlens(cu_seqlens, features, devices)
+    dtype, device = compute_dtype(features), weight.device
     stacked = weight.dim() == 3
     return Problem(
         features=features.detach(),
         weight=weight.detach().to(dtype).reshape(-1, classes, weight.shape[-1]),
-        labels=labels.detach(),
+        labels=labels.detach().to(device),
         bias=None if bias is None else bias.detach().to(dtype).reshape(-1, classes),
-        sample_weight=None if sample_weight is None else sample_weight.detach().to(dtype),
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.detach().to(torch.int64),
+        sample_weight=None if sample_weight is None else sample_weight.detach().to(device, dtype),
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.detach().to(device, torch.int64),
         loss=loss,
         label_smoothing=float(label_smoothing),
         ignore_index=int(ignore_index),
@@ -206,11 +227,19 @@ def _check_features(features: Any) -> None:
         raise TypeError(f"features must be one of {known}; got {_name(features.dtype)}")
 
 
-def _check_device(name: str, value: Tensor, features: Tensor) -> None:
-    if value.device != features.device:
-        raise ValueError(
-            f"{name} must be on the device of features ({features.device}), got {value.device}"
-        )
+def _check_device(name: str, value: Tensor, devices: tuple[torch.device, torch.device]) -> None:
+    """Raise unless ``value`` is on the device of the features or of the heads."""
+    if value.device in devices:
+        return
+    where = f"the device of features ({devices[0]})"
+    if devices[1] != devices[0]:
+        where += f" or of weight ({devices[1]})"
+    raise ValueError(f"{name} must be on {where}, got {value.device}")
+
+
+def _check_head_device(name: str, value: Tensor, expected: torch.device, of: str) -> None:
+    if value.device != expected:
+        raise ValueError(f"{name} must be on the device of {of} ({expected}), got {value.device}")
 
 
 def _check_head(features: Tensor, weight: Any, bias: Any) -> None:
@@ -228,7 +257,9 @@ def _check_head(features: Tensor, weight: Any, bias: Any) -> None:
         )
     if weight.dtype not in FEATURE_DTYPES:
         raise TypeError(f"weight must be floating point, got {_name(weight.dtype)}")
-    _check_device("weight", weight, features)
+    # Features may stay in main memory: they are streamed to the heads.
+    if not (features.device.type == "cpu" and weight.device.type == "cuda"):
+        _check_head_device("weight", weight, features.device, "features")
     if bias is None:
         return
     _check_tensor("bias", bias)
@@ -239,10 +270,17 @@ def _check_head(features: Tensor, weight: Any, bias: Any) -> None:
         )
     if bias.dtype not in FEATURE_DTYPES:
         raise TypeError(f"bias must be floating point, got {_name(bias.dtype)}")
-    _check_device("bias", bias, features)
+    of = "features" if weight.device == features.device else "weight"
+    _check_head_device("bias", bias, weight.device, of)
 
 
-def _check_labels(features: Tensor, labels: Any, loss: str, classes: int) -> None:
+def _check_labels(
+    features: Tensor,
+    labels: Any,
+    loss: str,
+    classes: int,
+    devices: tuple[torch.device, torch.device],
+) -> None:
     _check_tensor("labels", labels)
     rows = features.shape[0]
     if loss == "cross_entropy" and labels.dim() == 1:
@@ -266,10 +304,12 @@ def _check_labels(features: Tensor, labels: Any, loss: str, classes: int) -> Non
         raise TypeError(f"labels of shape (N, C) must be floating point, got {_name(labels.dtype)}")
     if labels.is_complex():
         raise TypeError(f"labels must be real, got {_name(labels.dtype)}")
-    _check_device("labels", labels, features)
+    _check_device("labels", labels, devices)
 
 
-def _check_rows_argument(name: str, value: Any, features: Tensor) -> None:
+def _check_rows_argument(
+    name: str, value: Any, features: Tensor, devices: tuple[torch.device, torch.device]
+) -> None:
     if value is None:
         return
     _check_tensor(name, value)
@@ -277,16 +317,18 @@ def _check_rows_argument(name: str, value: Any, features: Tensor) -> None:
         raise ValueError(f"{name} must have shape ({features.shape[0]},), got {_shape(value)}")
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must hold real numbers, got {_name(value.dtype)}")
-    _check_device(name, value, features)
+    _check_device(name, value, devices)
 
 
-def _check_cu_seqlens(cu_seqlens: Any, features: Tensor) -> None:
+def _check_cu_seqlens(
+    cu_seqlens: Any, features: Tensor, devices: tuple[torch.device, torch.device]
+) -> None:
     _check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens must have shape (B + 1,), got {_shape(cu_seqlens)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {_name(cu_seqlens.dtype)}")
-    _check_device("cu_seqlens", cu_seqlens, features)
+    _check_device("cu_seqlens", cu_seqlens, devices)
 
 
 def sequence_offsets(problem: Problem) -> Tensor:

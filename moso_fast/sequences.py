@@ -33,7 +33,7 @@ def sequence_grad_sqnorm(
     """
     bounds = _whole_sequences(offsets, chunk) - chunk.start
     lengths = bounds.diff()
-    features = problem.features[chunk].to(problem.compute_dtype)
+    features = problem.feature_rows(chunk).to(problem.compute_dtype)
     features = torch.where(counted[:, None], features, 0)
     out = torch.zeros(problem.heads, len(lengths), dtype=torch.float64, device=problem.device)
     classes, dim = problem.classes, problem.dim

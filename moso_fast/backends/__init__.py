@@ -76,4 +76,6 @@ def _refusal(backend: Backend, problem: Problem) -> str | None:
     availability = backend.availability()
     if not availability.available:
         return availability.reason
+    if problem.streamed and not backend.streams:
+        return f"features lie in main memory, and it streams none to {problem.device}"
     return backend.supports(problem)

@@ -84,7 +84,7 @@ class BlasRegime(Regime):
     ) -> None:
         """See :class:`moso_fast.backends.base.Backend`."""
         # Rows that do not count may hold anything; each touches its own result alone.
-        features = problem.features[rows].to(operand_dtype(problem))
+        features = problem.feature_rows(rows).to(operand_dtype(problem))
         if residual is None:
             flat = residuals(problem, rows, out, features)
             residual = flat.reshape(-1, problem.heads, problem.classes)

@@ -29,6 +29,8 @@ class Backend(ABC):
     """
 
     name: str
+    #: Whether it takes features by ``problem.feature_rows``, hence from main memory too.
+    streams = False
 
     @abstractmethod
     def availability(self) -> Availability:

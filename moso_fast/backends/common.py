@@ -30,7 +30,7 @@ def safe_features(
     ``look_first``: ask the norms whether there is anything to clear, which waits for the device;
     otherwise every number is looked at, which costs sweeps over the features.
     """
-    features = problem.features[rows].to(dtype)
+    features = problem.feature_rows(rows).to(dtype)
     norm = torch.linalg.vector_norm(features, dim=1, dtype=problem.compute_dtype)
     sqnorm = norm.square()
     finite = torch.isfinite(sqnorm)

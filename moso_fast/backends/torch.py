@@ -29,6 +29,7 @@ class TorchBackend(Backend):
     """Chunked closed form; float32 products whatever the global float32 matmul precision says."""
 
     name = "torch"
+    streams = True
 
     def availability(self) -> Availability:
         """Return that it is there: PyTorch is what the package stands on."""
@@ -96,7 +97,7 @@ class TorchBackend(Backend):
     ) -> None:
         """See :class:`moso_fast.backends.base.Backend`."""
         # Rows that do not count may hold anything; each touches its own result alone.
-        features = problem.features[rows].to(problem.compute_dtype)
+        features = problem.feature_rows(rows).to(problem.compute_dtype)
         counted = out.counted[rows]
         if residual is None:
             labels, _, _ = safe_labels(problem, rows)

@@ -41,6 +41,7 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
+    streams = True
 
     def __init__(self, regime: str | None = None) -> None:
         self._named = regime

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .bench import bench
 from .demo import demo
 from .doctor import doctor
 from .prune import prune
@@ -60,7 +61,7 @@ def _options(
     pass
 
 
-for _command in (score, prune, report, doctor, demo):
+for _command in (score, prune, report, doctor, demo, bench):
     app.command()(_command)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,6 +70,31 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for row in [list(columns), *cells]:
         print(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+
+
+@contextmanager
+def caption_bar(
+    caption: str, total: int | None, *, shown: bool
+) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """Bar on stderr, where that is a terminal: yields "show this caption" and "one more done"."""
+    if not shown or not sys.stderr.isatty():
+        yield (lambda _: None), (lambda: None)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description:<38}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(caption, total=total)
+        yield (
+            lambda text: bar.update(task, description=text),
+            lambda: bar.update(task, advance=1),
         )
 
 

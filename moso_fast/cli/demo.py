@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ._common import Json, Quiet
+from ._common import Json, Quiet, caption_bar
 
 
 def demo(
@@ -50,7 +47,12 @@ def demo(
     config = DemoConfig.quick(seed) if quick else DemoConfig(seed=seed)
     if repeats is not None:
         config = replace(config, repeats=repeats)
-    with _progress(config.total_work(), shown=not quiet) as tick:
+    with caption_bar("surrogates", config.total_work(), shown=not quiet) as (show, advance):
+
+        def tick(caption: str) -> None:
+            show(caption)
+            advance()
+
         result = run_demo(config, tick)
     summary = summarise(result)
     paths = write_files(result, summary, out)
@@ -60,23 +62,3 @@ def demo(
         typer.echo(text_report(summary))
         typer.echo(f"\n{summary['seconds']:.0f} s; written to {out}:")
         typer.echo("  " + ", ".join(path.name for path in paths))
-
-
-@contextmanager
-def _progress(total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
-    """Bar on stderr, where that is a terminal."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description:<38}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("surrogates", total=total)
-        yield lambda caption: bar.update(task, advance=1, description=caption)

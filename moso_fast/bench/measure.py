@@ -1,0 +1,119 @@
+"""Interleaved timing, the ceilings of the machine measured in the same run, and floors."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from .cases import Case
+
+__all__ = ["ceilings", "floor_seconds", "interleaved", "plan_rounds", "quartiles", "timed"]
+
+_MATRIX = 1536
+_READ_BYTES = 256 * 2**20
+_CEILING_ROUNDS = 5
+
+
+def timed(job: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
+    """Seconds of one call, and what it returned; waits for the GPU at both ends."""
+    gpu = device != "cpu"
+    if gpu:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = job()
+    if gpu:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def plan_rounds(first: float, budget: float, least: int, most: int) -> int:
+    """Return the rounds for a job that takes ``first`` seconds, so that all fit ``budget``."""
+    return max(least, min(most, int(budget / max(first, 1e-9))))
+
+
+def interleaved(
+    jobs: Mapping[str, Callable[[], Any]],
+    rounds: Mapping[str, int] | int,
+    device: str = "cpu",
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, dict[int, float]]:
+    """Seconds of every job by round; each round runs the jobs in turn.
+
+    In turn, so that a machine that is slow for a while is slow for all of them. Jobs with fewer
+    rounds than the most are spread evenly over them.
+    """
+    wanted = {name: rounds if isinstance(rounds, int) else rounds[name] for name in jobs}
+    most = max(wanted.values(), default=0)
+    times: dict[str, dict[int, float]] = {name: {} for name in jobs}
+    for number in range(most):
+        for name, job in jobs.items():
+            count = wanted[name]
+            if (number + 1) * count // most > number * count // most:
+                times[name][number] = timed(job, device)[0]
+        tick()
+    return times
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile; ValueError for no values."""
+    if not values:
+        raise ValueError("quartiles need at least one value")
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def ceilings(device: str = "cpu") -> dict[str, float]:
+    """Bytes/s of reading and FLOP/s of square products: the fastest that PyTorch can be made to.
+
+    On a CPU the products go through ``torch.mm`` and through oneDNN's inner product, which differ
+    by a factor of two on some processors; the better one counts, and ``torch.mm`` is kept beside
+    it as ``mm_flops``.
+    """
+    data = torch.ones(_READ_BYTES // 4, device=device)
+    matrix, vector = data.view(-1, 1024), torch.ones(1024, device=device)
+    reads: dict[str, Callable[[], Any]] = {
+        "sum": data.sum,
+        "dot": partial(torch.dot, data, data),
+        "mv": partial(torch.mv, matrix, vector),
+    }
+    work = 2 * _MATRIX**3
+    found = {"read_bytes": _READ_BYTES / min(_medians(reads, device).values())}
+    for name, dtype in (("flops", torch.float32), ("bf16_flops", torch.bfloat16)):
+        a, b = (torch.randn(_MATRIX, _MATRIX, device=device).to(dtype) for _ in range(2))
+        jobs: dict[str, Callable[[], Any]] = {"mm": partial(torch.mm, a, b)}
+        if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            product = torch.ops.aten.mkldnn_linear
+            jobs["onednn"] = partial(product, a.to_mkldnn(), b.to_mkldnn())
+        seconds = _medians(jobs, device)
+        found[name] = work / min(seconds.values())
+        if name == "flops":
+            found["mm_flops"] = work / seconds["mm"]
+    return found
+
+
+def _medians(jobs: Mapping[str, Callable[[], Any]], device: str) -> dict[str, float]:
+    for job in jobs.values():
+        job()
+    times = interleaved(jobs, _CEILING_ROUNDS, device)
+    return {name: statistics.median(t.values()) for name, t in times.items()}
+
+
+def floor_seconds(case: Case, rows: int, roof: Mapping[str, float]) -> float | None:
+    """Least time that the ceilings allow; None where no count of the work is known (networks).
+
+    Two passes, each the longer of one read of the features and its products: two in the first
+    pass, one in the second.
+    """
+    if not case.flops_a_row:
+        return None
+    rate = roof["flops" if case.dtype == torch.float32 else "bf16_flops"]
+    product = rows * case.flops_a_row / 3 / rate
+    read = rows * case.bytes_a_row / roof["read_bytes"]
+    return max(read, 2 * product) + max(read, product)

@@ -90,16 +90,16 @@ def _grads(classes: int, dim: int, small: int, full: int) -> Case:
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
-        _head(2, 768, 16384, 65536, "2 classes: a yes/no head on text embeddings"),
-        _head(10, 512, 16384, 65536, "CIFAR-10 head of a ResNet-18"),
-        _head(10, 2048, 8192, 16384, "10 classes on ResNet-50 features"),
+        _head(2, 768, 8192, 65536, "2 classes: a yes/no head on text embeddings"),
+        _head(10, 512, 8192, 65536, "CIFAR-10 head of a ResNet-18"),
+        _head(10, 2048, 4096, 16384, "10 classes on ResNet-50 features"),
         _head(32, 1024, 8192, 32768, "32 classes"),
-        _head(100, 512, 8192, 32768, "CIFAR-100 head of a ResNet-18"),
-        _head(100, 2048, 4096, 16384, "CIFAR-100 head of a ResNet-50"),
+        _head(100, 512, 4096, 32768, "CIFAR-100 head of a ResNet-18"),
+        _head(100, 2048, 2048, 16384, "CIFAR-100 head of a ResNet-50"),
         _head(1000, 512, 2048, 8192, "ImageNet head of a ResNet-18"),
         _head(1000, 2048, 1024, 4096, "ImageNet head of a ResNet-50"),
-        _bf16(10, 512, 16384, 65536),
-        _bf16(100, 512, 8192, 32768),
+        _bf16(10, 512, 8192, 65536),
+        _bf16(100, 512, 4096, 32768),
         Case(
             "heads12-c10-d512",
             "12 checkpoints of a 10-class head over frozen features",
@@ -111,18 +111,18 @@ CASES: dict[str, Case] = {
             heads=12,
         ),
         Case("vocab-50257", "one vocabulary head (GPT-2), tokens as samples", "head", 50257, 768,
-             256, 1024),
+             128, 1024),
         Case("few-rows", "256 rows: what a call costs before it does anything", "head", 10, 512,
              256, 256),
         Case("sequences-c8192", "token head, 64 tokens a sequence", "sequences", 8192, 256,
-             1024, 4096, tokens=64),
+             512, 4096, tokens=64),
         _grads(2, 768, 1024, 4096),
         _grads(10, 512, 1024, 4096),
         _grads(100, 512, 256, 1024),
         _grads(100, 2048, 128, 512),
         _grads(1000, 512, 64, 256),
         Case("grads-sequences", "token head of 2048 words, 32 tokens a sequence", "sequences",
-             2048, 128, 512, 1024, tokens=32, heavy=True),
+             2048, 128, 256, 1024, tokens=32, heavy=True),
     )
 }  # fmt: skip
 

@@ -81,8 +81,8 @@ def measure_growth(
             entry["seconds"].append(statistics.median(times[name].values()))
             if memory_limit:
                 threads = torch.get_num_threads()
-                peak = peak_bytes_in_child(at, rows, name, threads, memory_limit)
-                entry["peak_bytes"].append(peak if isinstance(peak, int) else None)
+                peak, _ = peak_bytes_in_child(at, rows, name, threads, memory_limit)
+                entry["peak_bytes"].append(peak)
     for entry in found.values():
         half = len(sizes) // 2
         entry["time_exponent"] = fit_exponent(sizes[half:], entry["seconds"][half:])

@@ -21,25 +21,28 @@ import torch
 
 from .cases import Case
 
-__all__ = ["peak_bytes", "peak_bytes_in_child"]
+__all__ = ["allocator_peak", "peak_bytes_in_child", "resident_peak"]
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt(3)
 _LARGE = 2**18
 _PRELOAD = ["moso_fast.bench.memory", "moso_fast.bench.providers", "moso_fast.bench.inputs"]
 
 
-def peak_bytes(job: Any, device: str) -> int:
-    """Peak of a job that has run once, beyond what was allocated before.
+def allocator_peak(job: Any, device: str) -> int:
+    """Peak of PyTorch's allocator on a GPU during a job that has run before."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    job()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
-    On a CPU only in a process that runs nothing else.
+
+def resident_peak(job: Any) -> int:
+    """Growth of the resident memory during a job that has run before, at its highest.
+
+    For a process that does nothing else; Linux.
     """
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        job()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
     _give_back()
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, proc(5)
@@ -49,10 +52,10 @@ def peak_bytes(job: Any, device: str) -> int:
 
 def peak_bytes_in_child(
     case: Case, rows: int, provider: str, threads: int, limit: float
-) -> int | str:
-    """Peak of one provider on a CPU, or in words why there is none."""
+) -> tuple[int | None, str | None]:
+    """Peak of one provider on a CPU, or None and why there is none."""
     if not sys.platform.startswith("linux"):
-        return "peak memory is read from /proc, which only Linux has"
+        return None, "peak memory is read from /proc, which only Linux has"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     answer = context.Queue()
@@ -66,7 +69,7 @@ def peak_bytes_in_child(
         child.join()
 
 
-def _wait(child: Any, answer: Any, limit: float) -> int | str:
+def _wait(child: Any, answer: Any, limit: float) -> tuple[int | None, str | None]:
     end = time.monotonic() + limit
     while time.monotonic() < end:
         try:
@@ -76,8 +79,8 @@ def _wait(child: Any, answer: Any, limit: float) -> int | str:
                 try:
                     return answer.get(timeout=0.2)
                 except queue.Empty:
-                    return f"the process ended with exit code {child.exitcode}"
-    return f"not done within {limit:.0f} s"
+                    return None, f"the process ended with exit code {child.exitcode}"
+    return None, f"not done within {limit:.0f} s"
 
 
 def _child(case: Case, rows: int, provider: str, threads: int, answer: Any) -> None:
@@ -95,9 +98,9 @@ def _child(case: Case, rows: int, provider: str, threads: int, answer: Any) -> N
         chosen = next(p for p in PROVIDERS if p.name == provider and p.takes(case))
         job = chosen.prepare(case, inputs)
         job()
-        answer.put(peak_bytes(job, "cpu"))
+        answer.put((resident_peak(job), None))
     except Exception as error:  # whatever a library raises is the answer
-        answer.put(f"failed: {type(error).__name__}: {str(error).splitlines()[:1]}")
+        answer.put((None, f"failed: {type(error).__name__}: {error}"[:200]))
 
 
 def _give_back() -> None:

@@ -14,11 +14,12 @@ from . import facts
 from .cases import Case
 from .inputs import Inputs, Result, errors_of, exact, make_inputs
 from .measure import ceilings, floor_seconds, interleaved, plan_rounds, quartiles, timed
-from .memory import peak_bytes, peak_bytes_in_child
+from .memory import allocator_peak, peak_bytes_in_child
 from .providers import Job, Provider, providers_for
 from .providers.ours import OURS
+from .providers.plain import NARROW
 
-__all__ = ["NOISE_LIMIT", "Settings", "best_plain", "find_row", "measure_case"]
+__all__ = ["NOISE_LIMIT", "Settings", "add_memory", "best_plain", "find_row", "measure_case"]
 
 # Above this spread of its ratio a case is called noisy, and a difference between runs no finding.
 NOISE_LIMIT = 0.15
@@ -36,16 +37,20 @@ class Settings:
         Seconds of one call above which a provider gets no further round.
     memory_limit
         Seconds for one measurement of peak memory; 0 leaves memory out.
+    all_memory
+        Measure the memory of every provider; False: of ours, of the fastest plain PyTorch, and of
+        those that build per-sample gradients.
     """
 
     profile: str = "small"
     device: str = "cpu"
     peers: bool = False
-    least: int = 5
-    most: int = 15
-    budget: float = 0.8
-    patience: float = 4.0
-    memory_limit: float = 20.0
+    least: int = 3
+    most: int = 11
+    budget: float = 0.3
+    patience: float = 1.5
+    memory_limit: float = 10.0
+    all_memory: bool = False
 
     @classmethod
     def of_profile(cls, profile: str, **options: Any) -> Settings:
@@ -53,10 +58,11 @@ class Settings:
         if profile == "full":
             options = {
                 "least": 5,
-                "most": 25,
-                "budget": 3.0,
-                "patience": 30.0,
+                "most": 21,
+                "budget": 1.5,
+                "patience": 12.0,
                 "memory_limit": 60.0,
+                "all_memory": True,
                 **options,
             }
         return cls(profile, **options)
@@ -70,7 +76,7 @@ class _Entry:
     first: float = 0.0
     problem: str = ""
     times: dict[int, float] = field(default_factory=dict)
-    peak: int | str | None = None
+    peak: int | None = None
 
 
 def measure_case(
@@ -116,8 +122,10 @@ def measure_case(
         del truth
         gc.collect()
         _time(entries, case, settings, tick)
-        if settings.memory_limit:
-            _memory(entries, case, rows, settings, tick)
+        if settings.device != "cpu":
+            for entry in entries:
+                if entry.times and entry.job is not None:
+                    entry.peak = allocator_peak(entry.job, settings.device)
     found = [_row(entry, case, rows) for entry in entries]
     floor = floor_seconds(case, rows, roof)
     record: dict[str, Any] = {
@@ -135,6 +143,10 @@ def measure_case(
         "skipped": skipped,
     }
     _compare(record, entries)
+    if settings.memory_limit and settings.device == "cpu":
+        del entries, inputs
+        gc.collect()
+        add_memory(case, record, settings, tick)
     return record
 
 
@@ -144,7 +156,7 @@ def best_plain(record: dict[str, Any]) -> dict[str, Any] | None:
         row
         for row in record["rows"]
         if row["family"] == "plain" and row["seconds"] and "grad_sqnorm" in row["errors"]
-        and row["provider"] != "16-bit products, chunks of 2048"
+        and row["provider"] != NARROW
     ]  # fmt: skip
     return min(plain, key=lambda row: row["seconds"], default=None)
 
@@ -197,23 +209,26 @@ def _time(
         entry.times = times.get(entry.provider.name, entry.times)
 
 
-def _memory(
-    entries: list[_Entry],
+def add_memory(
     case: Case,
-    rows: int,
+    record: dict[str, Any],
     settings: Settings,
-    tick: Callable[[str], None],
+    tick: Callable[[str], None] = lambda _: None,
 ) -> None:
-    for entry in entries:
-        if entry.problem or entry.job is None:
+    """Measure the peak memory of those providers of a CPU record that got a number."""
+    fastest = best_plain(record)
+    for row in record["rows"]:
+        named = row["provider"] == OURS or row["family"] in ("autograd", "peer")
+        if row["seconds"] is None or not (settings.all_memory or named or row is fastest):
             continue
-        tick(f"{case.name}: memory of {entry.provider.name}")
-        if settings.device == "cpu":
-            entry.peak = peak_bytes_in_child(
-                case, rows, entry.provider.name, torch.get_num_threads(), settings.memory_limit
-            )
-        else:
-            entry.peak = peak_bytes(entry.job, settings.device)
+        tick(f"{case.name}: memory of {row['provider']}")
+        row["peak_bytes"], row["no_peak"] = peak_bytes_in_child(
+            case,
+            record["rows_scored"],
+            row["provider"],
+            torch.get_num_threads(),
+            settings.memory_limit,
+        )
 
 
 def _row(entry: _Entry, case: Case, rows: int) -> dict[str, Any]:
@@ -225,10 +240,9 @@ def _row(entry: _Entry, case: Case, rows: int) -> dict[str, Any]:
         "errors": entry.errors,
         "note": provider.note,
         "problem": entry.problem or None,
-        "peak_bytes": entry.peak if isinstance(entry.peak, int) else None,
+        "peak_bytes": entry.peak,
+        "no_peak": None,
     }
-    if isinstance(entry.peak, str):
-        row["no_peak"] = entry.peak
     if entry.times:
         low, middle, high = quartiles(list(entry.times.values()))
         row.update(seconds=middle, quartiles=[low, high], rounds=len(entry.times))

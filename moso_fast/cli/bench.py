@@ -10,6 +10,7 @@ import typer
 from ._common import Json, Quiet, caption_bar, emit, print_table
 
 _AGAINST = ("plain", "peers")
+_MEASURES = ("all", "time", "memory")
 _COMPARE_COLUMNS = ("case", "provider", "ratio A", "ratio B", "change", "spread in a run")
 
 
@@ -35,9 +36,12 @@ def bench(
         int | None, typer.Option(min=1, help="CPU threads. [default: PyTorch's]")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    memory: Annotated[
-        bool, typer.Option(help="Measure peak memory, each in a process of its own.")
-    ] = True,
+    measure: Annotated[
+        str,
+        typer.Option(
+            help="all, time, or memory (adds it to the times that the folder holds already)."
+        ),
+    ] = "all",
     growth: Annotated[
         bool, typer.Option("--growth", help="Also how time and memory grow with N, C, D and K.")
     ] = False,
@@ -75,6 +79,8 @@ def bench(
         raise ValueError(f"--profile must be one of {', '.join(PROFILES)}; got {profile!r}")
     if against not in _AGAINST:
         raise ValueError(f"--against must be one of {', '.join(_AGAINST)}; got {against!r}")
+    if measure not in _MEASURES:
+        raise ValueError(f"--measure must be one of {', '.join(_MEASURES)}; got {measure!r}")
     if write_gate and gate is None:
         raise ValueError("--write-gate needs --gate FILE")
     if list_cases:
@@ -87,7 +93,7 @@ def bench(
         _gate(gate, write_gate, json, quiet)
     else:
         _measure(
-            profile, case, against == "peers", out, threads, device, memory, growth, json, quiet
+            profile, case, against == "peers", out, threads, device, measure, growth, json, quiet
         )
 
 
@@ -98,7 +104,7 @@ def _measure(
     out: Path | None,
     threads: int | None,
     device: str,
-    memory: bool,
+    measure: str,
     growth: bool,
     as_json: bool,
     quiet: bool,
@@ -108,7 +114,7 @@ def _measure(
     from ..bench import facts, store
     from ..bench.cases import select_cases
     from ..bench.growth import AXES, measure_growth
-    from ..bench.runner import Settings, measure_case
+    from ..bench.runner import Settings, add_memory, measure_case
 
     _check_device(device)
     before = torch.get_num_threads()
@@ -118,13 +124,17 @@ def _measure(
         cases = [] if growth and not patterns else select_cases(patterns)
         machine = facts.machine(device)
         path = (out or _folder(facts.machine_name(machine))) / f"{profile}.json"
-        options: dict[str, Any] = {} if memory else {"memory_limit": 0.0}
+        options: dict[str, Any] = {"memory_limit": 0.0} if measure == "time" else {}
         settings = Settings.of_profile(profile, device=device, peers=peers, **options)
         results: dict[str, Any] = {"schema": store.SCHEMA, "profile": profile, "machine": machine}
         total = len(cases) + len(AXES) * growth
         with caption_bar("benchmarks", total, shown=not quiet) as (tick, advance):
             for case in cases:
-                record = measure_case(case, settings, tick=tick)
+                if measure == "memory":
+                    record = _timed_before(path, case.name)
+                    add_memory(case, record, settings, tick)
+                else:
+                    record = measure_case(case, settings, tick=tick)
                 _keep(results, {"cases": {case.name: record}}, path)
                 advance()
             for axis in AXES if growth else ():
@@ -157,6 +167,17 @@ def _keep(results: dict[str, Any], part: dict[str, Any], path: Path) -> None:
 
     old = store.load(path) if path.exists() else None
     store.save(store.merge(old, {**results, **part}, path), path)
+
+
+def _timed_before(path: Path, case: str) -> dict[str, Any]:
+    from ..bench import store
+
+    record = store.load(path)["cases"].get(case) if path.exists() else None
+    if record is None:
+        raise ValueError(
+            f"--measure memory: {path} has no times of {case}; measure all or time first"
+        )
+    return record
 
 
 def _folder(machine: str) -> Path:

@@ -43,6 +43,8 @@ class Provider:
         Why it cannot take this problem, or None.
     heavy
         Builds per-sample gradients or goes sample by sample: takes part in heavy cases only.
+    narrow
+        For features of 16 bits only.
     note
         What it leaves out, shown beside its numbers.
     """
@@ -54,6 +56,7 @@ class Provider:
     needs: tuple[str, ...] = ()
     refuse: Callable[[Case, Inputs], str | None] = _never
     heavy: bool = False
+    narrow: bool = False
     note: str = ""
 
     def missing(self) -> str | None:
@@ -63,7 +66,8 @@ class Provider:
 
     def takes(self, case: Case) -> bool:
         """Whether it belongs to this case at all; what it does not is not even called skipped."""
-        return case.kind in self.kinds and (case.heavy or not self.heavy)
+        wide = case.dtype in (torch.float32, torch.float64)
+        return case.kind in self.kinds and self.heavy <= case.heavy and not (self.narrow and wide)
 
     def tolerance(self, case: Case) -> float:
         """Largest relative error that gets a number."""

@@ -25,6 +25,7 @@ Opponent = Callable[[Tensor, Tensor, Tensor, Tensor], Scores]
 
 CHUNK_ROWS = (512, 2048, 8192, 32768)
 COMPILED_ROWS = 2048
+NARROW = "16-bit products, chunks of 2048"
 NAMES = ("loss", "alignment", "grad_sqnorm")
 
 
@@ -213,10 +214,6 @@ def _medium(case: Case, inputs: Inputs) -> Job:
     return lambda: dict(zip(NAMES, run(inputs.features, weight, inputs.labels, bias), strict=True))
 
 
-def _not_16_bit(case: Case, inputs: Inputs) -> str | None:
-    return "features are float32" if case.dtype == torch.float32 else None
-
-
 def _provider(name: str, opponent: Opponent, **options: Any) -> Provider:
     kinds = frozenset({"head", "heads"})
     return Provider(name, "plain", kinds, _on_heads(opponent), **options)
@@ -243,11 +240,11 @@ PROVIDERS = (
     _provider("torch.func.jvp", jvp),
     _provider("F.linear_cross_entropy", fused_mean_gradient, refuse=_no_fused),
     Provider(
-        "16-bit products, chunks of 2048",
+        NARROW,
         "plain",
         frozenset({"head"}),
         _medium,
-        refuse=_not_16_bit,
+        narrow=True,
         note="products and logits in 16 bits",
     ),
 )

@@ -99,3 +99,12 @@ def aligned(matrix: Tensor) -> bool:
     item = matrix.element_size()
     numbers = (matrix.data_ptr(), item * matrix.stride(0), item * matrix.shape[1])
     return all(number % 16 == 0 for number in numbers)
+
+
+@triton.jit
+def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the left and the right half of the columns of ``x``.
+
+    An accumulator used half by half needs half the registers for what it is multiplied with.
+    """
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aot import ARCHITECTURES, Resources, compile_kernel, cuobjdump
-from moso_fast.kernels import gradient_sum
+from moso_fast.kernels import gradient_sum, stored_alignment
 from moso_fast.kernels.tiles import Tile
 
 
@@ -27,6 +27,11 @@ class ProductCase:
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     divisible: tuple[str, ...]
+
+    @property
+    def heaviest(self) -> bool:
+        """Whether no other dtype of features needs more of this tile."""
+        return self.constants["ROUND"] or self.types["features"] == "*fp32"
 
     def compile(self, arch: int) -> Resources:
         """Compile for sm_``arch``."""
@@ -86,7 +91,7 @@ def gradient_sum_cases() -> Iterator[ProductCase]:
                 "UPCAST": False,
             }
             yield ProductCase(
-                f"gradient_sum-{_shape(tile)}-{features}{'' if choice.aligned else '-unaligned'}",
+                f"gradient_sum-{_shape(tile)}-{features}{_suffix(odd)}",
                 gradient_sum.gradient_sum_kernel,
                 tile,
                 types,
@@ -95,13 +100,75 @@ def gradient_sum_cases() -> Iterator[ProductCase]:
             )
 
 
+def stored_alignment_cases() -> Iterator[ProductCase]:
+    """Every tile of both orders with bias, mask, several heads and, where rounded, self-term."""
+    orders = (
+        (stored_alignment.projected_alignment_kernel, stored_alignment.PROJECT_TILES),
+        (stored_alignment.pulled_alignment_kernel, stored_alignment.PULL_TILES),
+    )
+    for kernel, choices in orders:
+        for choice in choices:
+            odd = 0 if choice.aligned else 1
+            for features in ("bf16",) if choice.rounded else ("fp32", "bf16", "fp16"):
+                types, constants = _alignment_arguments(choice, features, odd)
+                types |= {"residual": "*fp32", "counted": "*i1"}
+                constants["RESIDUAL_STRIDE"] = 3 * (1000 + odd)
+                order = kernel.__name__.split("_")[0]
+                yield ProductCase(
+                    f"{order}-{_shape(choice.tile)}-{features}{_suffix(odd)}",
+                    kernel,
+                    choice.tile,
+                    types,
+                    constants,
+                    tuple(name for name, kind in types.items() if kind[0] == "*"),
+                )
+
+
+def _alignment_arguments(
+    choice: stored_alignment.Choice, features: str, odd: int
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types and constants that both second passes share."""
+    tile = choice.tile
+    types = {
+        "features": f"*{features}",
+        "mean_grad": "*bf16" if choice.rounded else "*fp32",
+        "mean_bias_grad": "*fp32",
+        "parts": "*fp32",
+        "rows": "i64",
+        "part_stride": "i64",
+    }
+    constants = {
+        "HEADS": 3,
+        "CLASSES": 1000 + odd,
+        "DIM": 512 + odd,
+        "FEATURE_STRIDE": 512 + odd,
+        "GRAD_STRIDE": 512 + odd,
+        "SPLITS": 2,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_CLASSES": tile.classes,
+        "BLOCK_DIM": tile.dim,
+        "ROUND": choice.rounded,
+        "PRECISION": "tf32" if features == "fp16" else "tf32x3",  # "medium", "highest"
+        "UPCAST": False,
+    }
+    if choice.rounded:
+        types |= {"feature_sqnorm": "*fp32", "count": "*i64"}
+    else:
+        constants |= {"feature_sqnorm": None, "count": None}
+    return types, constants
+
+
+def _suffix(odd: int) -> str:
+    return "-unaligned" if odd else ""
+
+
 def _shape(tile: Tile) -> str:
     return f"{tile.rows}x{tile.classes}x{tile.dim}"
 
 
 def product_cases() -> list[ProductCase]:
     """All of the cases."""
-    return [*gradient_sum_cases()]
+    return [*gradient_sum_cases(), *stored_alignment_cases()]
 
 
 def main() -> None:

@@ -1,0 +1,431 @@
+"""Second pass with stored residuals: every row's dot product with the mean gradient.
+
+    a_i = sum_c r_ic (G_c . h_i + gb_c)  =  sum_d (R G)_id h_id + sum_c r_ic gb_c
+
+for each of K heads. Two orders of the same product, whichever is smaller:
+
+    project   S = H G^T (n, C), then sum over c of R (S + gb);   for C <= D
+    pull      Q = R G   (n, D), then sum over d of Q H, and R gb; for C >  D
+
+Neither S nor Q exists in memory: a program multiplies a tile of it and folds it at once into one
+number a row. Programs of the project order own BLOCK_ROWS rows and walk the class tiles::
+
+      row tile   h | G_0^T | G_1^T | G_2^T | ..     h is read again for every class tile: from L2
+                     x R_0   x R_1   x R_2          as long as the rows in flight fit there
+
+so the classes are split among SPLITS programs where the row tiles alone would not fill a GPU or
+not fit its L2; the parts are added in a fixed order. Rows run backwards: the last ones of the
+first pass are still in cache. Work 2 n M D flops, M = K C; traffic H and R once.
+
+Operands rounded to bfloat16 lose part of a row's product with itself, the largest term of a
+confident row, while the score subtracts the exact |g_i|^2. The project order multiplies r with
+what the mean gradient holds of it, r' = bf16(r): (r - r') r |h|^2 / N is missing. The pull order
+rounds both: (r - r') (r + r') |h|^2 / N. Both come back in the same epilogue.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .operands import (
+    FLOAT_DTYPES,
+    aligned,
+    as_operand,
+    check_matrix,
+    check_vector,
+    describe,
+    halves,
+    input_precision,
+    interpreted,
+)
+from .tiles import Tile
+
+_BF16 = torch.bfloat16
+# Programs of a launch below which classes are split, and bytes of features that the row tiles in
+# flight on 132 multiprocessors may cover. Constants: results do not depend on the GPU.
+_ENOUGH_PROGRAMS = 512
+_IN_FLIGHT = 132
+_CACHE_BYTES = 24 * 2**20
+
+
+class Choice(NamedTuple):
+    """A tile and the operands it is for: rounded to bfloat16, in rows aligned to 16 bytes."""
+
+    rounded: bool
+    aligned: bool
+    tile: Tile
+
+
+# By the compiler's figures and the traffic model, not yet by a clock: the largest that compile
+# without spills on sm_80, sm_90 and sm_100.
+PROJECT_TILES = (
+    Choice(True, True, Tile(128, 64, 64, 8, 3, 192, 75776, "HGMMA")),
+    Choice(True, True, Tile(128, 128, 64, 8, 3, 255, 100352, "HGMMA")),
+    Choice(True, False, Tile(64, 64, 32, 8, 3, 255, 18432, "HGMMA")),
+    Choice(False, True, Tile(64, 64, 32, 8, 3, 255, 51200, "HGMMA")),
+    Choice(False, False, Tile(64, 32, 32, 8, 3, 248, 34816, "HGMMA")),
+)
+PULL_TILES = (
+    Choice(True, True, Tile(128, 64, 128, 8, 3, 255, 116736, "HGMMA")),
+    Choice(True, False, Tile(64, 32, 64, 8, 3, 192, 26624, "HGMMA")),
+    Choice(False, True, Tile(64, 32, 128, 8, 3, 248, 83968, "HGMMA")),
+    Choice(False, False, Tile(64, 32, 32, 8, 3, 192, 34816, "HGMMA")),
+)
+
+
+class SelfTerm(NamedTuple):
+    """What restores a row's product with itself: |h_i|^2, (n,) float32, and N, () int64."""
+
+    feature_sqnorm: Tensor
+    count: Tensor
+
+
+def stored_alignment(
+    features: Tensor,
+    residual: Tensor,
+    mean_grad: Tensor,
+    out: Tensor,
+    *,
+    mean_bias_grad: Tensor | None = None,
+    counted: Tensor | None = None,
+    self_term: SelfTerm | None = None,
+    precision: str = "highest",
+    order: str | None = None,
+    tile: Tile | None = None,
+) -> None:
+    """Write <g_i, G> of every row and head to ``out``, from stored residuals.
+
+    Equals, but for rounding, with K = out.shape[0] and C = M / K::
+
+        projected = (features @ mean_grad.T + mean_bias_grad).view(n, K, C)
+        dots = (residual.view(n, K, C) * projected).sum(-1).T
+        out.copy_(torch.where(counted, dots, 0))
+
+    Allocates (K, S, n) float32 where S > 1 programs share the classes (``class_splits``) or, in
+    the pull order, the width. Never synchronises.
+
+    Parameters
+    ----------
+    features
+        (n, D) float32, bfloat16 or float16, unit column stride, any row stride. Anything at all
+        may stand in rows that do not count.
+    residual
+        (n, M) float32 or bfloat16, M = K C, unit column stride, any row stride. In rows that do
+        not count it is not looked at where ``counted`` says so.
+    mean_grad
+        (M, D), unit column stride: bfloat16, for bfloat16 features, has the products take
+        bfloat16 operands; float32, float32 operands in ``precision``.
+    out
+        (K, n) float32, unit stride along the rows, any head stride; overwritten.
+    mean_bias_grad
+        (M,) float32, contiguous; None: no bias.
+    counted
+        (n,) bool, contiguous: rows that count, 0 is written for the others; None: all count.
+    self_term
+        With bfloat16 operands: add what the rounding of the residuals took from each row's
+        product with itself. Not for rows that are parts of a longer sample.
+    precision
+        Of float32 operands: ``"highest"`` and ``"high"`` float32-accurate, ``"medium"`` tf32.
+    order
+        ``"project"``, ``"pull"``, or None: project if C <= D.
+    tile
+        One of ``PROJECT_TILES`` or ``PULL_TILES``, or None for ``choose_tile``'s.
+
+    Raises
+    ------
+    ValueError
+        A shape, stride, dtype or device other than the above.
+    """
+    rounded = check_operands(features, mean_grad, out, precision, self_term)
+    rows, dim, heads = *features.shape, out.shape[0]
+    device = features.device
+    check_matrix("residual", residual, (rows, mean_grad.shape[0]), (torch.float32, _BF16), device)
+    check_vector("mean_bias_grad", mean_bias_grad, mean_grad.shape[0], torch.float32, device)
+    check_vector("counted", counted, rows, torch.bool, device)
+    if order not in (None, "project", "pull"):
+        raise ValueError(f"order must be project, pull or None; got {order!r}")
+    if rows == 0:
+        return
+    classes = mean_grad.shape[0] // heads
+    project = order == "project" or (order is None and classes <= dim)
+    if tile is None:
+        straight = all(aligned(matrix) for matrix in (features, residual, mean_grad))
+        straight = straight and classes * residual.element_size() % 16 == 0
+        tile = choose_tile(classes, project, rounded, straight)
+    if project:
+        splits = class_splits(rows, heads, classes, dim * features.element_size(), tile)
+    else:
+        splits = triton.cdiv(dim, tile.dim)
+    kernel = projected_alignment_kernel if project else pulled_alignment_kernel
+    parts = out if splits == 1 else torch.empty(heads * splits, rows, device=device)
+    with torch.cuda.device_of(features):
+        kernel[(triton.cdiv(rows, tile.rows) * heads * splits,)](
+            features,
+            residual,
+            mean_grad,
+            mean_bias_grad,
+            counted,
+            *(self_term or (None, None)),
+            parts,
+            rows=rows,
+            part_stride=parts.stride(0),
+            HEADS=heads,
+            CLASSES=classes,
+            DIM=dim,
+            FEATURE_STRIDE=features.stride(0),
+            RESIDUAL_STRIDE=residual.stride(0),
+            GRAD_STRIDE=mean_grad.stride(0),
+            SPLITS=splits,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_CLASSES=tile.classes,
+            BLOCK_DIM=tile.dim,
+            ROUND=rounded,
+            PRECISION=input_precision(precision),
+            UPCAST=interpreted(),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=True,  # named, since Triton 3.10 changes the default
+        )
+    add_parts(parts, out, splits)
+
+
+def choose_tile(classes: int, project: bool, rounded: bool, aligned: bool = True) -> Tile:
+    """Return the tile for C = ``classes``: the smallest that holds all, else the largest.
+
+    ``project``: order of the product; ``rounded``: bfloat16 operands, else float32; ``aligned``:
+    rows of all operands begin at multiples of 16 bytes.
+    """
+    tiles = PROJECT_TILES if project else PULL_TILES
+    fitting = [t.tile for t in tiles if (t.rounded, t.aligned) == (rounded, aligned)]
+    return next((t for t in fitting if classes <= t.classes), fitting[-1])
+
+
+def class_splits(rows: int, heads: int, classes: int, row_bytes: int, tile: Tile) -> int:
+    """Return how many programs share the classes of one head and row tile.
+
+    Enough to fill a GPU, and so many that the features of all row tiles in flight, ``row_bytes``
+    a row, fit the L2 cache; at most one a class tile.
+    """
+    programs = triton.cdiv(rows, tile.rows) * heads
+    to_fill = triton.cdiv(_ENOUGH_PROGRAMS, max(1, programs))
+    in_flight = min(programs, _IN_FLIGHT) * tile.rows * row_bytes
+    to_fit = triton.cdiv(in_flight, heads * _CACHE_BYTES)
+    return min(max(to_fill, to_fit, 1), triton.cdiv(classes, tile.classes))
+
+
+def add_parts(parts: Tensor, out: Tensor, splits: int) -> None:
+    """Add the ``splits`` parts of every row and head, in their order."""
+    if splits > 1:
+        out.copy_(parts.view(out.shape[0], splits, -1).sum(1, dtype=torch.float64))
+
+
+def check_operands(
+    features: Tensor,
+    mean_grad: Tensor,
+    out: Tensor,
+    precision: str,
+    self_term: SelfTerm | None,
+) -> bool:
+    """Return whether operands are bfloat16, or raise ValueError naming the argument."""
+    device = features.device
+    input_precision(precision)
+    check_matrix("features", features, (None, None), FLOAT_DTYPES, device)
+    rows, dim = features.shape
+    dtypes = (torch.float32, _BF16) if features.dtype == _BF16 else (torch.float32,)
+    check_matrix("mean_grad", mean_grad, (None, dim), dtypes, device)
+    heads = out.shape[0] if out.dim() == 2 else 0
+    if heads < 1 or out.shape[1] != rows or out.dtype != torch.float32:
+        raise ValueError(f"out must be (K, {rows}) float32 with K >= 1; got {describe(out)}")
+    if out.shape[1] > 1 and (out.stride(1) != 1 or (heads > 1 and out.stride(0) < rows)):
+        raise ValueError(
+            f"out must have unit row stride and heads apart, got strides {out.stride()}"
+        )
+    if out.device != device:
+        raise ValueError(f"out must be on {device} with features, got {out.device}")
+    if dim == 0 or mean_grad.shape[0] == 0 or mean_grad.shape[0] % heads:
+        raise ValueError(
+            f"mean_grad must be (K * C, D) with K = {heads}, C and D at least 1; "
+            f"got {describe(mean_grad)}"
+        )
+    rounded = mean_grad.dtype == _BF16
+    if self_term is not None:
+        if not rounded:
+            raise ValueError("self_term goes with bfloat16 operands; mean_grad is float32")
+        check_vector("feature_sqnorm", self_term.feature_sqnorm, rows, torch.float32, device)
+        count = self_term.count
+        if count.dim() or count.dtype != torch.int64 or count.device != device:
+            raise ValueError(f"count must be () int64 on {device}; got {describe(count)}")
+    return rounded
+
+
+@triton.jit
+def own_weight(feature_sqnorm, count, row, live):
+    """|h_i|^2 / N: the weight of a row's product with itself in its alignment."""
+    counted = tl.maximum(tl.load(count), 1).to(tl.float32)
+    return tl.load(feature_sqnorm + row, mask=live, other=0.0) / counted
+
+
+@triton.jit
+def _fold(s, residual_at, grad_row, first, mean_bias_grad, own, live,
+          CLASSES: tl.constexpr, LANES: tl.constexpr, SELF: tl.constexpr):  # fmt: skip
+    """Sum over the classes from ``first`` on of r (s + gb), and the self-term that was lost."""
+    column = first + tl.arange(0, LANES)
+    inside = column < CLASSES
+    r = tl.load(residual_at + column[None, :], mask=live[:, None] & inside[None, :], other=0.0).to(
+        tl.float32
+    )
+    if mean_bias_grad is not None:
+        s += tl.load(mean_bias_grad + grad_row + column, mask=inside, other=0.0)[None, :]
+    dot = tl.sum(r * s, axis=1)
+    if SELF:
+        rounded = r.to(tl.bfloat16).to(tl.float32)
+        dot += own * tl.sum((r - rounded) * r, axis=1)
+    return dot
+
+
+@triton.jit
+def projected_alignment_kernel(
+    features,  # (rows, DIM) float32, bfloat16 or float16
+    residual,  # (rows, HEADS * CLASSES) float32 or bfloat16
+    mean_grad,  # (HEADS * CLASSES, DIM) float32, or bfloat16 with ROUND
+    mean_bias_grad,  # (HEADS * CLASSES,) float32 or None
+    counted,  # (rows,) bool or None
+    feature_sqnorm,  # (rows,) float32 or None
+    count,  # () int64 or None
+    parts,  # (HEADS * SPLITS, rows) float32, row stride part_stride
+    rows,
+    part_stride,
+    HEADS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    DIM: tl.constexpr,
+    FEATURE_STRIDE: tl.constexpr,  # constants: the compiler sees which loads can be wide
+    RESIDUAL_STRIDE: tl.constexpr,
+    GRAD_STRIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    ROUND: tl.constexpr,  # bfloat16 operands
+    PRECISION: tl.constexpr,  # of float32 operands
+    UPCAST: tl.constexpr,
+):
+    """S = H G^T tile by tile, folded with R; see the head of this file."""
+    TILES: tl.constexpr = (CLASSES + BLOCK_CLASSES - 1) // BLOCK_CLASSES
+    EACH: tl.constexpr = (TILES + SPLITS - 1) // SPLITS
+    SELF: tl.constexpr = feature_sqnorm is not None
+    part = tl.program_id(0) % (HEADS * SPLITS)
+    head = part // SPLITS
+    split = part % SPLITS
+    row_tile = tl.cdiv(rows, BLOCK_ROWS) - 1 - tl.program_id(0) // (HEADS * SPLITS)
+    row = row_tile.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    live = row < rows
+    if counted is not None:
+        live &= tl.load(counted + row, mask=live, other=0).to(tl.int1)
+    own = tl.zeros([BLOCK_ROWS], tl.float32)
+    if SELF:
+        own = own_weight(feature_sqnorm, count, row, live)
+
+    d = tl.arange(0, BLOCK_DIM)
+    grad_row = head.to(tl.int64) * CLASSES
+    feature_at = features + row[:, None] * FEATURE_STRIDE + d[None, :]
+    residual_at = residual + row[:, None] * RESIDUAL_STRIDE + grad_row
+    dot = tl.zeros([BLOCK_ROWS], tl.float32)
+    for tile in range(split * EACH, tl.minimum(split * EACH + EACH, TILES)):
+        first = tile * BLOCK_CLASSES
+        column = first + tl.arange(0, BLOCK_CLASSES)
+        inside = (column < CLASSES)[:, None]
+        grad_at = mean_grad + (grad_row + column)[:, None] * GRAD_STRIDE + d[None, :]
+        s = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
+        for start in range(0, DIM, BLOCK_DIM):
+            within = (start + d < DIM)[None, :]
+            h = tl.load(feature_at + start, mask=live[:, None] & within, other=0.0)
+            g = tl.load(grad_at + start, mask=inside & within, other=0.0)
+            h = as_operand(h, ROUND, UPCAST)
+            g = as_operand(g, ROUND, UPCAST)
+            s = tl.dot(h, tl.trans(g), s, input_precision=PRECISION)
+        if BLOCK_CLASSES >= 128:
+            HALF: tl.constexpr = BLOCK_CLASSES // 2
+            left, right = halves(s, BLOCK_ROWS, BLOCK_CLASSES)
+            dot += _fold(left, residual_at, grad_row, first, mean_bias_grad, own, live,
+                         CLASSES, HALF, SELF)  # fmt: skip
+            dot += _fold(right, residual_at, grad_row, first + HALF, mean_bias_grad, own, live,
+                         CLASSES, HALF, SELF)  # fmt: skip
+        else:
+            dot += _fold(s, residual_at, grad_row, first, mean_bias_grad, own, live,
+                         CLASSES, BLOCK_CLASSES, SELF)  # fmt: skip
+    tl.store(parts + part.to(tl.int64) * part_stride + row, dot, mask=row < rows)
+
+
+@triton.jit
+def pulled_alignment_kernel(
+    features,
+    residual,
+    mean_grad,
+    mean_bias_grad,
+    counted,
+    feature_sqnorm,
+    count,
+    parts,
+    rows,
+    part_stride,
+    HEADS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    DIM: tl.constexpr,
+    FEATURE_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    GRAD_STRIDE: tl.constexpr,
+    SPLITS: tl.constexpr,  # tiles of the width
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,  # classes that one step of the product takes
+    BLOCK_DIM: tl.constexpr,
+    ROUND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One tile of Q = R G, folded with H; arguments as of projected_alignment_kernel."""
+    part = tl.program_id(0) % (HEADS * SPLITS)
+    head = part // SPLITS
+    dim_tile = part % SPLITS
+    row_tile = tl.cdiv(rows, BLOCK_ROWS) - 1 - tl.program_id(0) // (HEADS * SPLITS)
+    row = row_tile.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    live = row < rows
+    if counted is not None:
+        live &= tl.load(counted + row, mask=live, other=0).to(tl.int1)
+    # What no matrix product gives is added by the programs of the first tile of the width.
+    extra = live & (row < tl.where(dim_tile == 0, rows, 0))
+    if feature_sqnorm is not None:
+        own = own_weight(feature_sqnorm, count, row, extra)
+
+    lane = tl.arange(0, BLOCK_CLASSES)
+    d = dim_tile * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    grad_row = head.to(tl.int64) * CLASSES
+    residual_at = residual + row[:, None] * RESIDUAL_STRIDE + grad_row + lane[None, :]
+    grad_at = mean_grad + (grad_row + lane)[:, None] * GRAD_STRIDE + d[None, :]
+    q = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+    rest = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
+    for start in range(0, CLASSES, BLOCK_CLASSES):
+        inside = start + lane < CLASSES
+        r = tl.load(residual_at, mask=live[:, None] & inside[None, :], other=0.0)
+        g = tl.load(grad_at, mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
+        exact = r.to(tl.float32)
+        if mean_bias_grad is not None:
+            bias = tl.load(mean_bias_grad + grad_row + start + lane, mask=inside, other=0.0)
+            rest += exact * bias[None, :]
+        if feature_sqnorm is not None:
+            rounded = exact.to(tl.bfloat16).to(tl.float32)
+            rest += (exact - rounded) * (exact + rounded) * own[:, None]
+        r = as_operand(r, ROUND, UPCAST)
+        g = as_operand(g, ROUND, UPCAST)
+        q = tl.dot(r, g, q, input_precision=PRECISION)
+        residual_at += BLOCK_CLASSES
+        grad_at += BLOCK_CLASSES * GRAD_STRIDE
+    dot = tl.where(extra, tl.sum(rest, axis=1), 0.0)
+    feature_at = features + row[:, None] * FEATURE_STRIDE + d[None, :]
+    h = tl.load(feature_at, mask=live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
+    dot += tl.sum(q * h, axis=1)
+    tl.store(parts + part.to(tl.int64) * part_stride + row, dot, mask=row < rows)

@@ -5,6 +5,10 @@
 
 namespace py = pybind11;
 
+namespace moso_fast::few_classes {
+void bind(py::module_& m);  // few_classes_bindings.cpp
+}
+
 namespace {
 
 py::dict device_query() {
@@ -46,4 +50,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("check_launch", &moso_fast::check_launch, py::arg("device"),
         py::call_guard<py::gil_scoped_release>(),
         "Runs a small kernel on the device (index); returns '' or the CUDA error as text.");
+  moso_fast::few_classes::bind(m);
 }

@@ -7,7 +7,7 @@ import os
 from ..problem import Problem
 from .base import Availability, Backend
 from .cpu import CpuBackend
-from .cuda import AVAILABILITY as CUDA
+from .cuda import CudaBackend
 from .torch import TorchBackend
 from .triton import TritonBackend
 
@@ -16,25 +16,20 @@ __all__ = ["Availability", "Backend", "backends", "choose", "get"]
 ENVIRONMENT_VARIABLE = "MOSO_FAST_BACKEND"
 
 _REGISTRY: dict[str, Backend] = {
-    backend.name: backend for backend in (CpuBackend(), TritonBackend(), TorchBackend())
+    backend.name: backend
+    for backend in (CpuBackend(), TritonBackend(), CudaBackend(), TorchBackend())
 }
-# Names that backends() explains although nothing can be run under them.
-_WITHOUT_KERNELS = {"cuda": CUDA}
 # What "auto" tries, in order, on each kind of device; "torch" is always there and comes last.
-_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
+_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 
 
 def backends() -> dict[str, Availability]:
     """Every backend by name, with whether it can run here, why (not) and how to get it."""
-    found = {name: backend.availability() for name, backend in _REGISTRY.items()}
-    return {**found, **_WITHOUT_KERNELS}
+    return {name: backend.availability() for name, backend in _REGISTRY.items()}
 
 
 def get(name: str) -> Backend:
     """Return the backend of that name; ValueError names the known ones, or says what is missing."""
-    if name in _WITHOUT_KERNELS:
-        missing = _WITHOUT_KERNELS[name]
-        raise ValueError(f"backend {name!r} cannot run: {missing.reason}; {missing.how}")
     if name not in _REGISTRY:
         known = ", ".join(["auto", *_REGISTRY])
         raise ValueError(f"backend must be one of {known}; got {name!r}")

@@ -1,11 +1,301 @@
-"""CUDA C++ (csrc/cuda): in this version a device query, and no kernel that scores."""
+"""CUDA C++ kernels for few classes (csrc/cuda): features read once a pass, three launches.
+
+The kernels are proven without a GPU: their very source runs in an emulator of a thread block
+against float64 (tests/test_cuda_*.py), and the compiler's report shows no spills. No clock has
+seen them on a GPU, so ``auto`` never picks them; ask with ``backend="cuda"``.
+
+Operands are sums of bfloat16 terms, accumulators float32. At "medium", 16-bit features meet one
+term of weights and residuals; float32 features are two terms at "high" and "medium" and three at
+"highest", which keeps every digit.
+"""
 
 from __future__ import annotations
 
-from .base import Availability
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
-AVAILABILITY = Availability(
-    False,
-    "moso_fast._cuda answers device queries only; this version has no CUDA C++ scoring kernels",
-    "on a GPU use backend='triton' or backend='torch' ('auto' chooses)",
+import torch
+from torch import Tensor
+
+from .._native import load_native
+from ..engine import FirstPass, RowBuffers
+from ..problem import Problem
+from .base import Availability, Backend
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Major compute capabilities that csrc/cuda is compiled for.
+_COMPILED = (8, 9, 10)
+# Slabs of one launch; csrc/cuda/index.cuh cuts shorter ones evenly.
+_SLABS = 512
+# Rows at a time where a strided feature matrix must be copied.
+_COPIED_ROWS = 65536
+# Shared memory that every block leaves to the system, bytes.
+_RESERVED = 1024
+
+
+class CudaBackend(Backend):
+    """One kernel a pass and one for the sum between them; cross-entropy with class ids."""
+
+    name = "cuda"
+
+    def availability(self) -> Availability:
+        """Whether ``moso_fast._cuda`` is there and has a device."""
+        native = load_native("_cuda")
+        if native.module is None:
+            return Availability(False, native.reason, native.how)
+        if not torch.cuda.is_available():
+            return Availability(
+                False,
+                f"moso_fast._cuda is built but PyTorch {torch.__version__} finds no CUDA device",
+                "run on a machine with an NVIDIA GPU and a PyTorch built for CUDA",
+            )
+        return Availability(
+            True, "CUDA C++ kernels for few classes, proven by emulator, not yet run on a GPU"
+        )
+
+    def supports(self, problem: Problem) -> str | None:
+        """Cross-entropy with class ids, few classes, on a GPU the kernels are compiled for."""
+        if problem.device.type != "cuda":
+            return f"features are on {problem.device}; CUDA kernels read the memory of a GPU"
+        major, minor = torch.cuda.get_device_capability(problem.device)
+        if major not in _COMPILED:
+            return f"the kernels are not compiled for compute capability {major}.{minor}"
+        return _refusal(problem, _shared_limit(problem.device))
+
+    def not_by_default(self, problem: Problem) -> str | None:
+        """Until a GPU's measurements are committed."""
+        return "no committed GPU measurement yet"
+
+    def chunk_rows(self, problem: Problem) -> int:
+        """Rows whose slabs are as long as the rounding of their sums allows."""
+        plan = _plan(problem, _shared_limit(problem.device))
+        rows = _SLABS * int(plan["slab_limit"])
+        return rows if _unit_columns(problem.features) else min(rows, _COPIED_ROWS)
+
+    def describe(self, problem: Problem) -> str:
+        """Tile of the first pass, operand terms and passes over the features."""
+        plan = _plan(problem, _shared_limit(problem.device))
+        return (
+            f"cuda: few classes, {problem.heads * problem.classes} of {16 * plan['tiles']}, tiles "
+            f"of {plan['tile_rows']} rows, {plan['stages']} staged, features read once a pass, "
+            f"{'all' if _exact(problem) else 'leading'} digits of float32 operands"
+        )
+
+    def first_pass(
+        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
+    ) -> FirstPass:
+        """See :class:`moso_fast.backends.base.Backend`."""
+        width, dim = problem.heads * problem.classes, problem.dim
+        count = rows.stop - rows.start
+        residual = _empty(problem, count, problem.heads, problem.classes) if keep_residual else None
+        grad_sum = _empty(problem, *problem.weight.shape, dtype=torch.float64)
+        bias_grad_sum = _empty(problem, *problem.weight.shape[:2], dtype=torch.float64)
+        if count == 0:
+            return FirstPass(grad_sum.zero_(), bias_grad_sum.zero_(), residual)
+        module = _module()
+        plan = _plan(problem, _shared_limit(problem.device))
+        slab_rows = module.few_classes_slab_rows(count, plan["slab_limit"])
+        slabs = -(-count // slab_rows)
+        columns = module.few_classes_partial_columns(dim)
+        partial = _empty(problem, slabs, width, columns)
+        bias_partial = _empty(problem, slabs, width)
+        statistics = {
+            "loss": out.loss[:, rows].data_ptr(),
+            "residual_sqnorm": out.residual_sqnorm[:, rows].data_ptr(),
+            "margin": out.margin[:, rows].data_ptr(),
+            "entropy": out.entropy[:, rows].data_ptr(),
+            "stat_stride": out.loss.stride(0),
+            "feature_sqnorm": out.feature_sqnorm[rows].data_ptr(),
+            "counted": out.counted[rows].data_ptr(),
+            "status": out.status.data_ptr(),
+            "partial": partial.data_ptr(),
+            "bias_partial": bias_partial.data_ptr(),
+        }
+        _first(problem, rows, plan, residual, slab_rows, statistics)
+        reduce = {
+            "partial": partial.data_ptr(),
+            "bias_partial": bias_partial.data_ptr(),
+            "slabs": slabs,
+            "classes": width,
+            "dim": dim,
+            "grad_sum": grad_sum.data_ptr(),
+            "bias_grad_sum": bias_grad_sum.data_ptr(),
+        }
+        _launch(problem, module.few_classes_reduce, reduce)
+        return FirstPass(grad_sum, bias_grad_sum, residual)
+
+    def second_pass(
+        self,
+        problem: Problem,
+        rows: slice,
+        out: RowBuffers,
+        mean_grad: Tensor,
+        mean_bias_grad: Tensor | None,
+        residual: Tensor | None,
+        alignment: Tensor,
+    ) -> None:
+        """See :class:`moso_fast.backends.base.Backend`."""
+        count = rows.stop - rows.start
+        if count == 0:
+            return
+        plan = _plan(problem, _shared_limit(problem.device))
+        if residual is None:
+            residual = _empty(problem, count, problem.heads, problem.classes)
+            slab_rows = _module().few_classes_slab_rows(count, plan["slab_limit"])
+            _first(problem, rows, plan, residual, slab_rows, {})
+        features = _unit_rows(problem, rows)
+        mean_grad = mean_grad.contiguous()
+        if mean_bias_grad is not None:
+            mean_bias_grad = mean_bias_grad.contiguous()
+        # The self-term of a row; the gradient of a sequence is not a row's.
+        counted = None if problem.cu_seqlens is not None else out.counted.sum()
+        a_multiprocessor = _shared_limit(problem.device) + _RESERVED
+        together = min(2, a_multiprocessor // (plan["second_bytes"] + _RESERVED))
+        blocks = min(-(-count // 128), together * _multiprocessors(problem.device))
+        job = _features_job(problem, features, plan) | {
+            "blocks": blocks,
+            "shared_bytes": plan["second_bytes"],
+            "residual": residual.data_ptr(),
+            "mean_grad": mean_grad.data_ptr(),
+            "mean_bias_grad": _address(mean_bias_grad),
+            "feature_sqnorm": out.feature_sqnorm[rows].data_ptr(),
+            "counted": out.counted[rows].data_ptr(),
+            "count": _address(counted),
+            "alignment": alignment.data_ptr(),
+            "alignment_stride": alignment.stride(0),
+        }
+        _launch(problem, _module().few_classes_second, job)
+
+
+def _module() -> ModuleType:
+    module = load_native("_cuda").module
+    assert module is not None, "chosen only where it is available"
+    return module
+
+
+def _shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one block may have."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def _launch(problem: Problem, function: Callable[[Any], None], job: dict[str, Any]) -> None:
+    """Launch on the current stream of the features' device, whatever the current device."""
+    with torch.cuda.device(problem.device):
+        function(job | {"stream": _stream(problem.device)})
+
+
+def _refusal(problem: Problem, shared_limit: int) -> str | None:
+    """Why these kernels cannot take the problem, wherever it lies; or None."""
+    if problem.loss != "cross_entropy" or problem.soft_labels:
+        return "the CUDA C++ kernels know cross-entropy with class ids only"
+    if problem.features.dtype not in _DTYPES:
+        return "float64 features need float64 accumulators, which only torch has"
+    plan = _plan(problem, shared_limit)
+    return None if plan["ok"] else str(plan["reason"])
+
+
+def _exact(problem: Problem) -> bool:
+    """Whether operands keep every digit of float32."""
+    if problem.features.dtype == torch.float32:
+        return problem.precision == "highest"
+    return problem.precision != "medium"
+
+
+def _plan(problem: Problem, shared_limit: int) -> dict[str, Any]:
+    plan: dict[str, Any] = _module().few_classes_plan(
+        _DTYPES[problem.features.dtype],
+        _exact(problem),
+        problem.heads * problem.classes,
+        problem.dim,
+        shared_limit,
+    )
+    return plan
+
+
+def _unit_columns(features: Tensor) -> bool:
+    return features.stride(1) == 1 or features.shape[1] == 1
+
+
+def _unit_rows(problem: Problem, rows: slice) -> Tensor:
+    features = problem.features[rows]
+    return features if _unit_columns(features) else features.contiguous()
+
+
+def _empty(problem: Problem, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=problem.device)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _features_job(problem: Problem, features: Tensor, plan: dict[str, Any]) -> dict[str, Any]:
+    """Fields that both passes read."""
+    stride = features.stride(0) * features.element_size()
+    return {
+        "feature": _DTYPES[features.dtype],
+        "exact": _exact(problem),
+        "tiles": plan["tiles"],
+        "features": features.data_ptr(),
+        "row_stride": features.stride(0),
+        "rows": features.shape[0],
+        "dim": problem.dim,
+        "heads": problem.heads,
+        "classes": problem.classes,
+        "aligned": int(features.data_ptr() % 16 == 0 and stride % 16 == 0),
+    }
+
+
+_NO_STATISTICS = dict.fromkeys(
+    (
+        *("loss", "residual_sqnorm", "margin", "entropy", "stat_stride", "feature_sqnorm"),
+        *("counted", "status", "partial", "bias_partial"),
+    ),
+    0,
 )
+
+
+def _first(
+    problem: Problem,
+    rows: slice,
+    plan: dict[str, Any],
+    residual: Tensor | None,
+    slab_rows: int,
+    statistics: dict[str, int],
+) -> None:
+    """Launch the first pass; without ``statistics`` it writes nothing but residuals."""
+    features = _unit_rows(problem, rows)
+    labels = problem.labels[rows].to(torch.int64).contiguous()
+    weight = problem.weight.contiguous()
+    bias = None if problem.bias is None else problem.bias.contiguous()
+    sample_weight = problem.sample_weight
+    if sample_weight is not None:
+        sample_weight = sample_weight[rows].contiguous()
+    slabs = -(-features.shape[0] // slab_rows)
+    job = _features_job(problem, features, plan) | _NO_STATISTICS | statistics
+    job |= {
+        "blocks": min(slabs, _multiprocessors(problem.device)),
+        "shared_bytes": plan["first_bytes"],
+        "first_row": rows.start,
+        "weight": weight.data_ptr(),
+        "bias": _address(bias),
+        "labels": labels.data_ptr(),
+        "sample_weight": _address(sample_weight),
+        "ignore_index": problem.ignore_index,
+        "smoothing": problem.label_smoothing,
+        "exclude_nonfinite": int(problem.nonfinite == "exclude"),
+        "residual": _address(residual),
+        "slab_rows": slab_rows,
+        "tile_rows": plan["tile_rows"],
+        "stages": plan["stages"],
+    }
+    _launch(problem, _module().few_classes_first, job)

@@ -1,0 +1,136 @@
+// The instructions that the kernels use, one function each: nothing else in them is CUDA.
+//
+// On the host the same names come from emulator/device_emulator.h, which runs a block's threads as
+// fibers with these instructions' documented meaning. Shared memory is addressed by byte offset
+// from the block's dynamic allocation, so that the emulator can watch every access.
+#pragma once
+
+#include <cstdint>
+
+namespace moso_fast {
+
+struct alignas(16) Words4 {
+  uint32_t w[4];
+};
+struct alignas(8) Words2 {
+  uint32_t w[2];
+};
+struct alignas(8) Floats2 {
+  float x, y;
+};
+
+}  // namespace moso_fast
+
+#ifndef __CUDACC__
+#include "emulator/device_emulator.h"
+#else
+
+#define MOSO_DEVICE __device__ __forceinline__
+#define MOSO_UNROLL _Pragma("unroll")
+#define MOSO_NO_UNROLL _Pragma("unroll 1")
+
+namespace moso_fast::device {
+
+extern __shared__ __align__(128) unsigned char shared_memory[];
+
+MOSO_DEVICE int thread_index() { return int(threadIdx.x); }
+MOSO_DEVICE int64_t block_index() { return blockIdx.x; }
+MOSO_DEVICE int64_t block_count() { return gridDim.x; }
+
+MOSO_DEVICE void sync_block() { __syncthreads(); }
+MOSO_DEVICE bool sync_block_or(bool value) { return __syncthreads_or(value) != 0; }
+
+template <class T>
+MOSO_DEVICE T shared_load(uint32_t offset) {
+  return *reinterpret_cast<const T*>(shared_memory + offset);
+}
+template <class T>
+MOSO_DEVICE void shared_store(uint32_t offset, T value) {
+  *reinterpret_cast<T*>(shared_memory + offset) = value;
+}
+template <class T>
+MOSO_DEVICE T global_load(const T* from) {
+  return *from;
+}
+template <class T>
+MOSO_DEVICE void global_store(T* to, T value) {
+  *to = value;
+}
+
+// 16 bytes that nothing on this multiprocessor reads again.
+MOSO_DEVICE Words4 global_load_once(const void* from) {
+  Words4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(from));
+  return v;
+}
+
+MOSO_DEVICE void atomic_min(int64_t* to, int64_t value) {
+  atomicMin(reinterpret_cast<long long*>(to), static_cast<long long>(value));
+}
+
+// `bytes` (0..16) from global memory, zeros behind them. `from` is not read where bytes == 0, but
+// must be a valid address.
+MOSO_DEVICE void copy_async(uint32_t offset, const void* from, int bytes) {
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared_memory)) + offset;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+MOSO_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `pending` (0, 1 or 2) of this thread's newest groups are under way. Other
+// threads see the data behind the next barrier.
+MOSO_DEVICE void copy_wait(int pending) {
+  if (pending <= 0) {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  } else if (pending == 1) {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
+  }
+}
+
+// Four 8 x 8 matrices of 16-bit numbers, transposed: lane i names row i % 8 of matrix i / 8.
+MOSO_DEVICE void load_matrices_transposed(uint32_t (&words)[4], uint32_t offset) {
+  const uint32_t from = uint32_t(__cvta_generic_to_shared(shared_memory)) + offset;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+}
+
+// sums += A B; bfloat16 operands.
+MOSO_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The value of lane ^ mask; every lane of the warp takes part.
+template <class T>
+MOSO_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+MOSO_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
+MOSO_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
+// Rounded to nearest even, x in the low half.
+MOSO_DEVICE uint32_t round_bfloat16(float x, float y) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(y), "f"(x));
+  return packed;
+}
+MOSO_DEVICE Floats2 expand_float16(uint32_t packed) {
+  Floats2 v;
+  asm("{.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\t"
+      "cvt.f32.f16 %0, low;\n\tcvt.f32.f16 %1, high;}"
+      : "=f"(v.x), "=f"(v.y)
+      : "r"(packed));
+  return v;
+}
+MOSO_DEVICE float exponential(float x) { return expf(x); }
+MOSO_DEVICE float logarithm1p(float x) { return log1pf(x); }
+
+}  // namespace moso_fast::device
+#endif

@@ -1,0 +1,398 @@
+// The block and its fibers; see device_emulator.h.
+#include <ucontext.h>
+
+#include <csetjmp>
+#include <map>
+#include <memory>
+
+#include "../device.cuh"
+
+namespace moso_fast::emulator {
+namespace {
+
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr int kMany = -2, kNobody = -1;
+
+struct CopyPart {
+  uint32_t offset;
+  unsigned char bytes[16];
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack;
+  bool done = false;
+  const uint64_t* waits_for = nullptr;  // resumes once this is no longer `seen`
+  uint64_t seen = 0;
+  std::vector<CopyPart> open_group;
+  std::vector<std::vector<CopyPart>> groups;
+};
+
+struct Warp {
+  int arrived = 0;
+  uint64_t generation = 0;
+  Collective kind{};
+  unsigned char input[kWarpSize][64];
+  unsigned char output[kWarpSize][16];
+};
+
+// State of two shared bytes.
+struct Cell {
+  int writer = kNobody, reader = kNobody;
+  uint32_t write_epoch = 0, read_epoch = 0;
+  bool written = false, under_way = false;
+};
+
+struct Block {
+  Options options;
+  void (*body)(void*);
+  void* argument;
+  int64_t index, count;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  ucontext_t scheduler;
+  int current = 0;
+  std::string error;
+  uint64_t barrier_generation = 0;
+  int barrier_arrived = 0;
+  bool barrier_value = false, barrier_result = false;
+  uint32_t epoch = 1;
+  std::vector<unsigned char> shared;
+  std::vector<Cell> cells;
+};
+
+struct Range {
+  int64_t bytes;
+  bool writable;
+};
+
+Block* block = nullptr;
+std::map<uintptr_t, Range> arrays;
+int64_t counts[8];
+const char* const kNames[8] = {"ldmatrix", "mma",    "shuffle",         "barrier",
+                               "cp.async", "shared", "global 16 bytes", "global"};
+
+[[noreturn]] void leave_for_good() {
+  block->fibers[block->current].done = true;
+  swapcontext(&block->fibers[block->current].context, &block->scheduler);
+  std::abort();  // a finished fiber is never resumed
+}
+
+[[noreturn]] void fail(const std::string& what) {
+  if (block->error.empty())
+    block->error = "block " + std::to_string(block->index) + ", thread " +
+                   std::to_string(block->current) + ": " + what;
+  leave_for_good();
+}
+
+void wait_for(const uint64_t* generation, uint64_t seen) {
+  Fiber& fiber = block->fibers[block->current];
+  fiber.waits_for = generation;
+  fiber.seen = seen;
+  swapcontext(&fiber.context, &block->scheduler);
+}
+
+void entry() {
+  block->body(block->argument);
+  leave_for_good();
+}
+
+void cells_of(uint32_t offset, int bytes, bool write) {
+  if (int64_t(offset) + bytes > int64_t(block->shared.size()))
+    fail("shared memory: " + std::to_string(offset) + " + " + std::to_string(bytes) +
+         " is beyond " + std::to_string(block->shared.size()));
+  if (offset % uint32_t(bytes) != 0) fail("shared memory: misaligned access");
+  const int me = block->current;
+  for (uint32_t i = offset / 2; i < (offset + uint32_t(bytes) + 1) / 2; ++i) {
+    Cell& cell = block->cells[i];
+    const std::string where = " at shared byte " + std::to_string(2 * i);
+    if (cell.write_epoch == block->epoch && cell.writer != me)
+      fail(std::string("race: ") + (write ? "write" : "read") + " after a write of thread " +
+           std::to_string(cell.writer) + where);
+    if (write) {
+      if (cell.read_epoch == block->epoch && cell.reader != me)
+        fail("race: write after a read of another thread" + where);
+      cell.writer = me;
+      cell.write_epoch = block->epoch;
+      cell.written = true;
+      cell.under_way = false;
+    } else {
+      if (cell.under_way) fail("read of a copy that is under way" + where);
+      if (!cell.written) fail("read of what nobody wrote" + where);
+      cell.reader = cell.read_epoch == block->epoch && cell.reader != me ? kMany : me;
+      cell.read_epoch = block->epoch;
+    }
+  }
+}
+
+float bfloat16(uint32_t word, int half) {
+  const uint32_t bits = half ? word & 0xffff0000u : word << 16;
+  return device::bits_float(bits);
+}
+
+// Rounded to nearest, or cut off as tensor cores do.
+float to_float(double sum) {
+  float x = float(sum);
+  if (block->options.cut_sums && std::isfinite(x) && std::fabs(double(x)) > std::fabs(sum))
+    x = std::nextafter(x, 0.0f);
+  return x;
+}
+
+void multiply(Warp& warp) {
+  double a[16][16], b[16][8];
+  float sums[16][8];
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    device::MultiplyInput in;
+    std::memcpy(&in, warp.input[lane], sizeof in);
+    const int g = lane / 4, t = lane % 4;
+    for (int w = 0; w < 4; ++w)
+      for (int e = 0; e < 2; ++e)
+        a[g + 8 * (w & 1)][2 * t + 8 * (w >> 1) + e] = bfloat16(in.a[w], e);
+    for (int w = 0; w < 2; ++w)
+      for (int e = 0; e < 2; ++e) b[2 * t + 8 * w + e][g] = bfloat16(in.b[w], e);
+    for (int i = 0; i < 4; ++i) sums[g + 8 * (i >> 1)][2 * t + (i & 1)] = in.sums[i];
+  }
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    float out[4];
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i >> 1), column = 2 * (lane % 4) + (i & 1);
+      double sum = 0.0;
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      out[i] = to_float(sum + double(sums[row][column]));
+    }
+    std::memcpy(warp.output[lane], out, sizeof out);
+  }
+}
+
+void load_matrices(Warp& warp) {
+  uint16_t matrix[4][8][8];
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    uint32_t offset;
+    std::memcpy(&offset, warp.input[lane], 4);
+    std::memcpy(matrix[lane / 8][lane % 8], &block->shared[offset], 16);
+  }
+  for (int lane = 0; lane < kWarpSize; ++lane)
+    for (int m = 0; m < 4; ++m) {
+      const int g = lane / 4, t = lane % 4;
+      const uint32_t word = matrix[m][2 * t][g] | uint32_t(matrix[m][2 * t + 1][g]) << 16;
+      std::memcpy(warp.output[lane] + 4 * m, &word, 4);
+    }
+}
+
+void shuffle(Warp& warp) {
+  device::ShuffleInput in[kWarpSize];
+  for (int lane = 0; lane < kWarpSize; ++lane) std::memcpy(&in[lane], warp.input[lane], 8);
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if (in[lane].mask != in[0].mask) fail("shuffle: lanes disagree in the mask");
+    std::memcpy(warp.output[lane], &in[lane ^ in[lane].mask].bits, 4);
+  }
+}
+
+void apply(const std::vector<CopyPart>& group) {
+  for (const CopyPart& part : group) {
+    cells_of(part.offset, 16, true);
+    std::memcpy(&block->shared[part.offset], part.bytes, 16);
+  }
+}
+
+void run_block(int threads) {
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = block->fibers[i];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, entry, 0);
+  }
+  const int warps = threads / kWarpSize;
+  for (bool moved = true; moved && block->error.empty();) {
+    moved = false;
+    for (int w = 0; w < warps; ++w) {
+      const int warp = block->options.reverse_warps ? warps - 1 - w : w;
+      for (bool again = true; again;) {  // this warp as far as it gets
+        again = false;
+        for (int lane = 0; lane < kWarpSize && block->error.empty(); ++lane) {
+          Fiber& fiber = block->fibers[warp * kWarpSize + lane];
+          if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
+          fiber.waits_for = nullptr;
+          block->current = warp * kWarpSize + lane;
+          swapcontext(&block->scheduler, &fiber.context);
+          again = moved = true;
+        }
+      }
+    }
+  }
+  if (!block->error.empty()) return;
+  for (int i = 0; i < threads; ++i) {
+    if (!block->fibers[i].done) {
+      block->error = "block " + std::to_string(block->index) + ", thread " + std::to_string(i) +
+                     ": waits for threads that never come";
+      return;
+    }
+    if (!block->fibers[i].groups.empty())
+      for (const auto& group : block->fibers[i].groups)
+        if (!group.empty()) block->error = "the block ended with copies under way";
+  }
+}
+
+}  // namespace
+
+std::string run(void (*body)(void*), void* argument, int64_t blocks, int threads,
+                int64_t shared_bytes, const Options& options) {
+  for (int64_t index = 0; index < blocks; ++index) {
+    Block state;
+    state.options = options;
+    state.body = body;
+    state.argument = argument;
+    state.index = index;
+    state.count = blocks;
+    state.fibers.resize(size_t(threads));
+    for (Fiber& fiber : state.fibers) fiber.stack.reset(new unsigned char[kStackBytes]);
+    state.warps.resize(size_t(threads / kWarpSize));
+    state.shared.assign(size_t(shared_bytes), 0xff);  // NaN as float32, bfloat16 and float16
+    state.cells.resize(size_t(shared_bytes) / 2 + 8);
+    block = &state;
+    run_block(threads);
+    block = nullptr;
+    if (!state.error.empty()) return state.error;
+  }
+  return "";
+}
+
+void register_array(const void* base, int64_t bytes, bool writable) {
+  arrays[reinterpret_cast<uintptr_t>(base)] = {bytes, writable};
+}
+void forget_arrays() { arrays.clear(); }
+
+std::vector<std::pair<std::string, int64_t>> take_counts() {
+  std::vector<std::pair<std::string, int64_t>> taken;
+  for (int i = 0; i < 8; ++i) {
+    taken.emplace_back(kNames[i], counts[i]);
+    counts[i] = 0;
+  }
+  return taken;
+}
+
+int thread_index() { return block->current; }
+int64_t block_index() { return block->index; }
+int64_t block_count() { return block->count; }
+
+bool barrier_or(bool value) {
+  block->barrier_value = block->barrier_value || value;
+  const uint64_t seen = block->barrier_generation;
+  if (++block->barrier_arrived == int(block->fibers.size())) {
+    ++counts[3];
+    block->barrier_arrived = 0;
+    block->barrier_result = block->barrier_value;
+    block->barrier_value = false;
+    ++block->epoch;
+    ++block->barrier_generation;
+  } else {
+    wait_for(&block->barrier_generation, seen);
+  }
+  return block->barrier_result;
+}
+void barrier() { barrier_or(false); }
+
+const unsigned char* shared_read(uint32_t offset, int bytes) {
+  ++counts[5];
+  cells_of(offset, bytes, false);
+  return &block->shared[offset];
+}
+unsigned char* shared_write(uint32_t offset, int bytes) {
+  ++counts[5];
+  cells_of(offset, bytes, true);
+  return &block->shared[offset];
+}
+
+void check_global(const void* at, int bytes, bool write) {
+  ++counts[bytes == 16 ? 6 : 7];
+  const auto address = reinterpret_cast<uintptr_t>(at);
+  if (address % uintptr_t(bytes) != 0) fail("global memory: misaligned access");
+  auto next = arrays.upper_bound(address);
+  if (next != arrays.begin()) {
+    const auto& [base, range] = *--next;
+    if (address + uintptr_t(bytes) <= base + uintptr_t(range.bytes) && (range.writable || !write))
+      return;
+  }
+  fail(std::string("global memory: ") + (write ? "write to" : "read from") +
+       " an address that is not part of any array");
+}
+
+void collective(Collective kind, const void* input, int input_bytes, void* output,
+                int output_bytes) {
+  const int lane = block->current % kWarpSize;
+  Warp& warp = block->warps[size_t(block->current / kWarpSize)];
+  if (warp.arrived > 0 && warp.kind != kind) fail("lanes of a warp meet at different instructions");
+  warp.kind = kind;
+  std::memcpy(warp.input[lane], input, size_t(input_bytes));
+  if (kind == Collective::kMatrices) {
+    uint32_t offset;
+    std::memcpy(&offset, input, 4);
+    cells_of(offset, 16, false);
+  }
+  const uint64_t seen = warp.generation;
+  if (++warp.arrived == kWarpSize) {
+    ++counts[int(kind)];
+    if (kind == Collective::kMultiply) multiply(warp);
+    if (kind == Collective::kMatrices) load_matrices(warp);
+    if (kind == Collective::kShuffle) shuffle(warp);
+    warp.arrived = 0;
+    ++warp.generation;
+  } else {
+    wait_for(&warp.generation, seen);
+  }
+  std::memcpy(output, warp.output[lane], size_t(output_bytes));
+}
+
+void copy_async(uint32_t offset, const void* from, int bytes) {
+  ++counts[4];
+  CopyPart part{offset, {}};
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("cp.async: misaligned source");
+  if (bytes < 0 || bytes > 16) fail("cp.async: size");
+  if (bytes > 0) {
+    const auto* source = static_cast<const unsigned char*>(from);
+    // cp.async needs no alignment of its size: checked byte by byte at both ends.
+    check_global(source, 1, false);
+    check_global(source + bytes - 1, 1, false);
+    std::memcpy(part.bytes, from, size_t(bytes));
+  }
+  cells_of(offset, 16, true);  // now and when it lands, nobody else may touch these bytes
+  std::memset(&block->shared[offset], 0xff, 16);
+  for (uint32_t i = offset / 2; i < offset / 2 + 8; ++i) block->cells[i].under_way = true;
+  block->fibers[block->current].open_group.push_back(part);
+}
+
+void copy_commit() {
+  Fiber& fiber = block->fibers[block->current];
+  fiber.groups.push_back(std::move(fiber.open_group));
+  fiber.open_group.clear();
+}
+
+void copy_wait(int pending) {
+  Fiber& fiber = block->fibers[block->current];
+  while (int(fiber.groups.size()) > pending) {
+    apply(fiber.groups.front());
+    fiber.groups.erase(fiber.groups.begin());
+  }
+}
+
+uint16_t round_bfloat16(float x) {
+  uint32_t bits = device::float_bits(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  bits += 0x7fffu + ((bits >> 16) & 1u);
+  return uint16_t(bits >> 16);
+}
+
+float expand_float16(uint16_t x) {
+  const uint32_t sign = uint32_t(x & 0x8000u) << 16, exponent = (x >> 10) & 31u;
+  const uint32_t mantissa = x & 0x3ffu;
+  if (exponent == 0) {
+    const float tiny = std::ldexp(float(mantissa), -24);
+    return sign ? -tiny : tiny;
+  }
+  if (exponent == 31) return device::bits_float(sign | 0x7f800000u | mantissa << 13);
+  return device::bits_float(sign | (exponent + 112u) << 23 | mantissa << 13);
+}
+
+}  // namespace moso_fast::emulator

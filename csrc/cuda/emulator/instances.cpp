@@ -1,0 +1,37 @@
+// The kernels for one dtype (MOSO_FEATURE), compiled once for each.
+#include "instances.h"
+
+#include "../few_classes_first.cuh"
+#include "../few_classes_second.cuh"
+
+namespace moso_fast::few_classes {
+namespace {
+
+template <Feature F, bool Exact, int MTiles, int NTiles>
+void run_first(void* p) {
+  first_pass<F, Exact, MTiles, NTiles>(*static_cast<FirstPass*>(p));
+}
+template <Feature F, bool Exact, int Tiles>
+void run_second(void* p) {
+  second_pass<F, Exact, Tiles>(*static_cast<SecondPass*>(p));
+}
+
+}  // namespace
+
+template <Feature F>
+Body Instances<F>::first(bool exact, int tiles) {
+  if (tiles == 1) return exact ? run_first<F, true, 1, 32> : run_first<F, false, 1, 32>;
+  if (tiles == 2) return exact ? run_first<F, true, 2, 16> : run_first<F, false, 2, 16>;
+  return exact ? run_first<F, true, 5, 8> : run_first<F, false, 5, 8>;
+}
+
+template <Feature F>
+Body Instances<F>::second(bool exact, int tiles) {
+  if (tiles == 1) return exact ? run_second<F, true, 2> : run_second<F, false, 2>;
+  if (tiles == 2) return exact ? run_second<F, true, 4> : run_second<F, false, 4>;
+  return exact ? run_second<F, true, 10> : run_second<F, false, 10>;
+}
+
+template struct Instances<Feature::MOSO_FEATURE>;
+
+}  // namespace moso_fast::few_classes

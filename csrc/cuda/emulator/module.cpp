@@ -1,0 +1,111 @@
+// Python module of the emulator: the same jobs as moso_fast._cuda, on arrays in main memory, and
+// the index functions by name. For tests only.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "../few_classes_first.cuh"
+#include "../few_classes_job.h"
+#include "../few_classes_second.cuh"
+#include "../gradient_reduce.cuh"
+#include "instances.h"
+
+namespace py = pybind11;
+using namespace moso_fast;
+using namespace moso_fast::few_classes;
+
+namespace {
+
+emulator::Options options;
+
+void launch(void (*body)(void*), void* argument, int64_t blocks, int threads, int64_t shared) {
+  const std::string error = emulator::run(body, argument, blocks, threads, shared, options);
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+void first_pass_job(const py::dict& job) {
+  FirstPass p = read_first_pass(job);
+  const Launch l = read_launch(job);
+  launch(first_body(l.feature, l.exact, l.tiles), &p, l.blocks, kThreads, l.shared_bytes);
+}
+void second_pass_job(const py::dict& job) {
+  SecondPass p = read_second_pass(job);
+  const Launch l = read_launch(job);
+  launch(second_body(l.feature, l.exact, l.tiles), &p, l.blocks, kThreads, l.shared_bytes);
+}
+void reduce_job(const py::dict& job) {
+  Reduce p = read_reduce(job);
+  const int64_t blocks = ceil_div(int64_t(p.classes) * p.dim + p.classes, kReduceColumns);
+  launch([](void* a) { reduce_partials(*static_cast<Reduce*>(a)); }, &p, blocks, kReduceThreads,
+         kReduceBytes);
+}
+
+// [(slab, row, count, last of its slab), ..] that a block works through.
+std::vector<py::tuple> walk_of(int64_t block, int64_t blocks, int64_t rows, int64_t slab_rows,
+                               int tile_rows) {
+  const TileWalk walk{rows, slab_rows, ceil_div(rows, slab_rows), blocks, tile_rows};
+  std::vector<py::tuple> tiles;
+  for (TileCursor at = first_tile(walk, block); !behind_last(walk, at); advance(walk, at))
+    tiles.push_back(py::make_tuple(at.slab, at.row, rows_of(walk, at), last_of_slab(walk, at)));
+  return tiles;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda_emulator, m) {
+  m.def("few_classes_first", &first_pass_job);
+  m.def("few_classes_second", &second_pass_job);
+  m.def("few_classes_reduce", &reduce_job);
+  m.def("few_classes_plan", &plan_dict);
+  m.def("few_classes_slab_rows", &slab_rows_for);
+  m.def("few_classes_partial_columns", &partial_columns);
+  m.def("set_options",
+        [](bool reverse_warps, bool cut_sums) { options = {reverse_warps, cut_sums}; });
+  m.def("register_array", [](uintptr_t base, int64_t bytes, bool writable) {
+    emulator::register_array(reinterpret_cast<void*>(base), bytes, writable);
+  });
+  m.def("forget_arrays", &emulator::forget_arrays);
+  m.def("take_counts", [] {
+    py::dict found;
+    for (const auto& [name, count] : emulator::take_counts()) found[name.c_str()] = count;
+    return found;
+  });
+
+  m.attr("swizzle") = py::cpp_function(&swizzle);
+  m.def("feature_offset", &feature_offset);
+  m.def("row_bytes", &row_bytes);
+  m.def("groups_of", &groups_of);
+  m.def("operand_class", &operand_class);
+  m.def("operand_column", &operand_column);
+  m.def("operand_offset", &operand_offset);
+  m.def("operand_blocks", &operand_blocks);
+  m.def("operand_lane_bytes", &operand_lane_bytes);
+  m.def("operand_words", &operand_words);
+  m.def("gradient_pair_bytes", &gradient_pair_bytes);
+  m.def("operand_bytes", &operand_bytes);
+  m.def("gradient_row", &gradient_row);
+  m.def("gradient_lane", &gradient_lane);
+  m.def("gradient_slot", &gradient_slot);
+  m.def("residual_half", &residual_half);
+  m.def("residual_bytes", &residual_bytes);
+  m.def("accumulator_row", &accumulator_row);
+  m.def("accumulator_column", &accumulator_column);
+  m.def("gradient_column", &gradient_column);
+  m.def("reduce_partner", &reduce_partner);
+  m.def("tile_walk", &walk_of);
+  m.def("first_layout",
+        [](int item, int terms, int tiles, int classes, int dim, int rows, int stages) {
+          const FirstLayout l = first_layout(item, terms, tiles, classes, dim, rows, stages);
+          py::dict d;
+          d["weights"] = l.weights;
+          d["logits"] = l.logits;
+          d["residuals"] = l.residuals;
+          d["norms"] = l.norms;
+          d["bias_sums"] = l.bias_sums;
+          d["bytes"] = l.bytes;
+          d["slices"] = l.slices;
+          d["logit_stride"] = l.logit_stride;
+          return d;
+        });
+}

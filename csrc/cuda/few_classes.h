@@ -1,0 +1,88 @@
+// What the kernels for few classes are given, and what they can take. Plain C++: no CUDA header.
+#pragma once
+
+#include <cstdint>
+
+#include "index.cuh"
+
+namespace moso_fast::few_classes {
+
+enum class Feature : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// Status slots, as in moso_fast/problem.py.
+constexpr int kStatusLabel = 0, kStatusFeature = 1, kStatusLogits = 2;
+
+// First pass over rows [0, rows): row 0 is called first_row in status. "classes" are those of one
+// head; head k, class c is line k * classes + c of weight.
+struct FirstPass {
+  const void* features;  // (rows, dim), row_stride numbers apart
+  int64_t row_stride;
+  int64_t rows, first_row;
+  const float* weight;         // (heads * classes, dim)
+  const float* bias;           // (heads * classes) or null
+  const int64_t* labels;       // (rows)
+  const float* sample_weight;  // (rows) or null
+  int64_t ignore_index;
+  float smoothing;
+  int dim, heads, classes;
+  int exclude_nonfinite;
+  int aligned;  // every row starts at a multiple of 16 bytes
+  // Results of a row; all or none (loss == null).
+  float *loss, *residual_sqnorm, *margin, *entropy;  // (heads, rows), stat_stride numbers apart
+  int64_t stat_stride;
+  float* feature_sqnorm;  // (rows)
+  uint8_t* counted;       // (rows)
+  int64_t* status;
+  float* residual;  // (rows, heads * classes) or null
+  // Sums over the rows of each slab; both or none.
+  float* partial;       // (slabs, heads * classes, partial_columns(dim))
+  float* bias_partial;  // (slabs, heads * classes)
+  TileWalk walk;
+  FirstLayout layout;
+};
+
+// Sums of the partial sums, in float64 and in an order that depends on nothing but `slabs`.
+struct Reduce {
+  const float* partial;
+  const float* bias_partial;
+  int64_t slabs;
+  int classes, dim;       // classes of all heads together
+  double* grad_sum;       // (classes, dim)
+  double* bias_grad_sum;  // (classes)
+};
+
+struct SecondPass {
+  const void* features;
+  int64_t row_stride, rows;
+  const float* residual;        // (rows, heads * classes)
+  const float* mean_grad;       // (heads * classes, dim)
+  const float* mean_bias_grad;  // (heads * classes) or null
+  const float* feature_sqnorm;  // (rows)
+  const uint8_t* counted;       // (rows)
+  const int64_t* count;         // rows behind mean_grad; null: leave the self-term alone
+  float* alignment;             // (heads, rows), alignment_stride numbers apart
+  int64_t alignment_stride;
+  int dim, heads, classes;
+  int aligned;
+};
+
+// How a problem is cut, or ok == false with one reason.
+struct Plan {
+  bool ok;
+  const char* reason;
+  int tiles;  // of 16 classes: which instantiation
+  int tile_rows, stages;
+  int64_t first_bytes, second_bytes;  // shared memory of a block
+  int64_t slab_limit;                 // rows of a slab at most
+};
+
+// Terms of weights and residuals in the first pass, of the mean gradient in the second.
+struct Terms {
+  int first, second;
+};
+Terms terms_of(Feature feature, bool exact);
+
+// `exact`: precision "highest", and "high" for 16-bit features. `classes`: of all heads.
+Plan make_plan(Feature feature, bool exact, int classes, int dim, int64_t shared_limit);
+
+}  // namespace moso_fast::few_classes

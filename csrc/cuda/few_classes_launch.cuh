@@ -1,0 +1,78 @@
+// The kernels as __global__ functions, and their launches on the caller's stream.
+//
+// A launch neither allocates nor waits, so it can be captured in a CUDA graph. Its error is checked
+// and thrown as std::runtime_error.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "few_classes_first.cuh"
+#include "few_classes_launch.h"
+#include "few_classes_second.cuh"
+
+namespace moso_fast::few_classes {
+
+inline void require(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // not sticky for the next caller in this process
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + " (" +
+                           cudaGetErrorName(status) + ")");
+}
+
+// 255 registers a thread: one block of 8 warps fills the multiprocessor's shared memory anyway.
+template <Feature F, bool Exact, int MTiles, int NTiles>
+__global__ void __launch_bounds__(kThreads, 1) first_pass_kernel(const FirstPass p) {
+  first_pass<F, Exact, MTiles, NTiles>(p);
+}
+
+// Two blocks a multiprocessor (128 registers a thread) where few classes leave room for the packed
+// mean gradient twice: more loads under way.
+template <Feature F, bool Exact, int Tiles>
+__global__ void __launch_bounds__(kThreads, Tiles <= 4 ? 2 : 1)
+    second_pass_kernel(const SecondPass p) {
+  second_pass<F, Exact, Tiles>(p);
+}
+
+template <class P>
+void launch_kernel(void (*kernel)(P), const P& p, const Launch& l, const char* name) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  require(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(l.shared_bytes)),
+          name);
+  kernel<<<unsigned(l.blocks), kThreads, size_t(l.shared_bytes),
+           reinterpret_cast<cudaStream_t>(l.stream)>>>(p);
+  require(cudaGetLastError(), name);
+}
+
+template <Feature F, bool Exact>
+void launch_first_as(const FirstPass& p, const Launch& l) {
+  if (l.tiles == 1) return launch_kernel(first_pass_kernel<F, Exact, 1, 32>, p, l, "first pass");
+  if (l.tiles == 2) return launch_kernel(first_pass_kernel<F, Exact, 2, 16>, p, l, "first pass");
+  launch_kernel(first_pass_kernel<F, Exact, 5, 8>, p, l, "first pass");
+}
+template <Feature F, bool Exact>
+void launch_second_as(const SecondPass& p, const Launch& l) {
+  if (l.tiles == 1) return launch_kernel(second_pass_kernel<F, Exact, 2>, p, l, "second pass");
+  if (l.tiles == 2) return launch_kernel(second_pass_kernel<F, Exact, 4>, p, l, "second pass");
+  launch_kernel(second_pass_kernel<F, Exact, 10>, p, l, "second pass");
+}
+
+}  // namespace moso_fast::few_classes
+
+// Defines the launches of one dtype, each in its own file: they compile side by side.
+#define MOSO_FEW_CLASSES(FEATURE)                                              \
+  namespace moso_fast::few_classes {                                           \
+  template <>                                                                  \
+  void launch_first<Feature::FEATURE>(const FirstPass& p, const Launch& l) {   \
+    l.exact ? launch_first_as<Feature::FEATURE, true>(p, l)                    \
+            : launch_first_as<Feature::FEATURE, false>(p, l);                  \
+  }                                                                            \
+  template <>                                                                  \
+  void launch_second<Feature::FEATURE>(const SecondPass& p, const Launch& l) { \
+    l.exact ? launch_second_as<Feature::FEATURE, true>(p, l)                   \
+            : launch_second_as<Feature::FEATURE, false>(p, l);                 \
+  }                                                                            \
+  }

@@ -1,0 +1,223 @@
+// Where every number lies: fragments, permuted columns, swizzles, slabs and shared memory.
+//
+// All functions run on the host as well: tests call them for every supported shape and hold the
+// kernels' reads and writes against each other without a GPU.
+//
+// Matrix instruction (mma.sync m16n8k16, 16-bit operands, float32 sums), lane = 4 g + t:
+//
+//   A (16 x 16)  word w of 4: row g + 8 (w & 1),  k = 2 t + 8 (w >> 1) + {0, 1}
+//   B (16 x  8)  word w of 2: column g,           k = 2 t + 8 w + {0, 1}
+//   C (16 x  8)  number i of 4: row g + 8 (i >> 1), column 2 t + (i & 1)
+//
+// The order of k is free as long as A and B agree. Features are therefore taken 16 bytes a lane
+// from where they lie (E = 8 numbers of 2 bytes or 4 of 4; a *group* is the 4 E columns of the
+// four lanes of a row), and the other operand is packed to match:
+//
+//   lane t, word w of E / 2  <->  columns 4 E group + E t + 2 w + {0, 1}
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MOSO_HD __host__ __device__ __forceinline__
+#else
+#define MOSO_HD inline
+#endif
+
+namespace moso_fast::few_classes {
+
+constexpr int kWarps = 8;
+constexpr int kLanes = 32;
+constexpr int kThreads = kWarps * kLanes;
+constexpr int kBankLine = 128;  // bytes that shared memory serves at once
+
+MOSO_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MOSO_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// --- features ---------------------------------------------------------------------------------
+
+MOSO_HD constexpr int vector_numbers(int item) { return 16 / item; }  // E
+MOSO_HD constexpr int group_columns(int item) { return 4 * vector_numbers(item); }
+MOSO_HD constexpr int groups_of(int item, int dim) {
+  return int(ceil_div(dim, group_columns(item)));
+}
+MOSO_HD constexpr int row_bytes(int item, int dim) {
+  return int(round_up(int64_t(dim) * item, kBankLine));
+}
+
+// Rows 0..7 get distinct values (a column of 16-byte chunks is read without bank conflicts), and
+// bit 2 differs between rows 2 i and 2 i + 1 (four neighbouring chunks of two such rows too).
+MOSO_HD constexpr int swizzle(int row) { return ((row & 1) << 2) | ((row >> 1) & 3); }
+
+// Byte offset of a 16-byte chunk in a staged tile.
+MOSO_HD constexpr uint32_t feature_offset(int row, int chunk, int bytes_of_row) {
+  return uint32_t(row * bytes_of_row + 16 * ((chunk & ~7) | ((chunk ^ swizzle(row)) & 7)));
+}
+
+// --- weights and mean gradient, packed as the B operand
+// --------------------------------------------
+
+// One or two terms are split when they are packed. Three would need 6 bytes a number: it stays
+// float32 and is split by every reader. A *block* holds, for each class, what its four lanes read
+// at once: one term of a group's columns, or the float32 numbers of one step (16 columns).
+MOSO_HD constexpr int group_steps(int item) { return item == 2 ? 2 : 1; }
+MOSO_HD constexpr int operand_blocks(int item, int terms) {
+  return terms <= 2 ? terms : group_steps(item);
+}
+MOSO_HD constexpr int operand_lane_bytes(int item, int terms) {
+  return terms <= 2 && item == 4 ? 8 : 16;
+}
+MOSO_HD constexpr int operand_words(int item) { return vector_numbers(item) / 2; }
+MOSO_HD constexpr int operand_class(int tile, int lane) { return 8 * tile + lane / 4; }
+MOSO_HD constexpr int operand_column(int item, int group, int lane, int word) {
+  return group * group_columns(item) + (lane % 4) * vector_numbers(item) + 2 * word;
+}
+// Byte offset of what lane t reads of a class.
+MOSO_HD constexpr uint32_t operand_offset(int item, int terms, int classes, int group, int block,
+                                          int cls, int t) {
+  return uint32_t((((group * operand_blocks(item, terms) + block) * classes + cls) * 4 + t) *
+                  operand_lane_bytes(item, terms));
+}
+MOSO_HD constexpr int64_t operand_bytes(int item, int terms, int classes, int dim) {
+  return int64_t(groups_of(item, dim)) * operand_blocks(item, terms) * classes * 4 *
+         operand_lane_bytes(item, terms);
+}
+
+// --- residuals, packed as the A operand R^T (classes x rows)
+// --------------------------------------
+
+// Row of a block of 16 that is k-number j (0..3: k = 2 t, 2 t + 1, 2 t + 8, 2 t + 9) of lane t.
+// Features of 2 bytes arrive by ldmatrix in their own order. Those of 4 bytes are read one by one:
+// here the four rows that the lanes read at once differ in bits 0 and 2, so that swizzle() sends
+// them to different banks.
+MOSO_HD constexpr int gradient_row(int item, int lane, int j) {
+  const int t = lane % 4;
+  return item == 2 ? 2 * t + (j & 1) + 8 * (j >> 1)
+                   : (t & 1) | ((j & 1) << 1) | ((t >> 1) << 2) | ((j >> 1) << 3);
+}
+MOSO_HD constexpr int gradient_lane(int item, int row) {  // t of gradient_row's inverse
+  return item == 2 ? (row >> 1) & 3 : (row & 1) | (((row >> 2) & 1) << 1);
+}
+MOSO_HD constexpr int gradient_slot(int item, int row) {  // j of gradient_row's inverse
+  return item == 2 ? (row & 1) | (((row >> 3) & 1) << 1)
+                   : ((row >> 1) & 1) | (((row >> 3) & 1) << 1);
+}
+// Index in 16-bit numbers of one term of the residual of (row of the tile, class).
+MOSO_HD constexpr uint32_t residual_half(int item, int terms, int tiles, int row, int cls,
+                                         int term) {
+  const int lane = (cls % 8) * 4 + gradient_lane(item, row % 16);
+  const int slot = gradient_slot(item, row % 16);
+  const int word = ((cls >> 3) & 1) + 2 * (slot >> 1);
+  const int block = ((row / 16) * terms + term) * tiles + cls / 16;
+  return uint32_t(((block * kLanes + lane) * 4 + word) * 2 + (slot & 1));
+}
+MOSO_HD constexpr int64_t residual_bytes(int terms, int tiles, int tile_rows) {
+  return int64_t(tile_rows / 16) * terms * tiles * kLanes * 16;
+}
+
+// --- accumulators
+// ----------------------------------------------------------------------------------
+
+MOSO_HD constexpr int accumulator_row(int lane, int i) { return lane / 4 + 8 * (i >> 1); }
+MOSO_HD constexpr int accumulator_column(int lane, int i) { return 2 * (lane % 4) + (i & 1); }
+// First of the 16 columns of the mean gradient that this warp sums in its pair of tiles.
+MOSO_HD constexpr int gradient_column(int warp, int pair) { return (pair * kWarps + warp) * 16; }
+// Bytes between the same place of two neighbouring pairs in a staged row: whole bank lines, so that
+// swizzling is the same in all pairs.
+MOSO_HD constexpr int gradient_pair_bytes(int item) { return kWarps * 16 * item; }
+MOSO_HD constexpr int partial_columns(int dim) { return int(round_up(dim, 16)); }
+
+// --- row slabs: one partial sum each, whatever the number of multiprocessors
+// ------------------------
+
+constexpr int64_t kSlabs = 512;  // about four rounds of 132 multiprocessors
+constexpr int64_t kSmallestSlab = 64;
+
+// Rows of a slab; `limit` bounds the rounding of one float32 partial sum.
+MOSO_HD constexpr int64_t slab_rows_for(int64_t rows, int64_t limit) {
+  const int64_t even = round_up(ceil_div(rows, kSlabs), kSmallestSlab);
+  return even < kSmallestSlab ? kSmallestSlab : even > limit ? limit : even;
+}
+
+// The tiles that one block works through: slabs block, block + blocks, .., tile after tile.
+struct TileWalk {
+  int64_t rows, slab_rows, slabs, blocks;
+  int tile_rows;
+
+  MOSO_HD int64_t slab_end(int64_t slab) const {
+    return (slab + 1) * slab_rows < rows ? (slab + 1) * slab_rows : rows;
+  }
+};
+struct TileCursor {
+  int64_t slab, row;  // this tile's first row
+};
+MOSO_HD TileCursor first_tile(const TileWalk& walk, int64_t block) {
+  return {block, block * walk.slab_rows};
+}
+MOSO_HD bool behind_last(const TileWalk& walk, const TileCursor& at) {
+  return at.slab >= walk.slabs;
+}
+MOSO_HD int rows_of(const TileWalk& walk, const TileCursor& at) {  // that exist in this tile
+  const int64_t left = walk.slab_end(at.slab) - at.row;
+  return left < walk.tile_rows ? int(left) : walk.tile_rows;
+}
+MOSO_HD bool last_of_slab(const TileWalk& walk, const TileCursor& at) {
+  return at.row + walk.tile_rows >= walk.slab_end(at.slab);
+}
+MOSO_HD void advance(const TileWalk& walk, TileCursor& at) {
+  if (last_of_slab(walk, at)) {
+    at.slab += walk.blocks;
+    at.row = at.slab * walk.slab_rows;
+  } else {
+    at.row += walk.tile_rows;
+  }
+}
+
+// --- order of the sum over slabs ----------------------------------------------------------------
+
+constexpr int kReduceColumns = 32;  // neighbouring numbers a block
+constexpr int kReduceStrands = 16;  // strand s adds slabs s, s + 16, ...; then a tree over strands
+
+// Strand that strand s adds to itself in the step of this width (8, 4, 2, 1), or -1.
+MOSO_HD constexpr int reduce_partner(int strand, int width) {
+  return strand < width ? strand + width : -1;
+}
+
+// --- shared memory
+// ----------------------------------------------------------------------------------
+
+// Byte offsets of what the first pass keeps in shared memory. Worked out on the host: as kernel
+// parameters they cost no registers.
+struct FirstLayout {
+  int tile_rows, stages, slices, logit_stride, row_bytes, groups;
+  uint32_t stage_bytes, weights, logits, slice_bytes, residuals, norms, bias_sums;
+  int64_t bytes;
+};
+
+// `terms` of weights and residuals, `tiles` of 16 classes, `classes` of all heads.
+inline FirstLayout first_layout(int item, int terms, int tiles, int classes, int dim, int tile_rows,
+                                int stages) {
+  FirstLayout l{};
+  l.tile_rows = tile_rows;
+  l.stages = stages;
+  l.slices = kWarps / (tile_rows / 16);
+  l.logit_stride = int(round_up(classes, 8)) + 4;  // 4 mod 8: eight rows, eight bank quads
+  l.row_bytes = row_bytes(item, dim);
+  l.groups = groups_of(item, dim);
+  l.stage_bytes = uint32_t(tile_rows * l.row_bytes);
+  l.slice_bytes = uint32_t(tile_rows * l.logit_stride * 4);
+  int64_t at = int64_t(stages) * l.stage_bytes;
+  l.weights = uint32_t(at);
+  at += round_up(operand_bytes(item, terms, classes, dim), 16);
+  l.logits = uint32_t(at);
+  at += int64_t(l.slices) * l.slice_bytes;
+  l.residuals = uint32_t(at);
+  at += residual_bytes(terms, tiles, tile_rows);
+  l.norms = uint32_t(at);
+  at += int64_t(l.slices) * tile_rows * 4;
+  l.bias_sums = uint32_t(at);
+  l.bytes = at + int64_t(kWarps) * classes * 4;
+  return l;
+}
+
+}  // namespace moso_fast::few_classes

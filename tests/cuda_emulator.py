@@ -1,0 +1,195 @@
+"""Runs the CUDA kernels' own source on the CPU: builds the emulator, and a backend on top of it.
+
+csrc/cuda/emulator holds a thread block whose threads are fibers. It fails on accesses outside the
+arrays, reads of what nobody wrote, races between barriers, and warps whose lanes part ways.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from moso_fast.backends import cuda
+from moso_fast.problem import Problem
+
+SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+FEATURES = ("kFloat32", "kBfloat16", "kFloat16")
+H200_SHARED = 232448  # bytes a block may have: 227 KB
+A100_SHARED = 166912
+
+
+def compiler() -> list[str] | None:
+    """Return the command of a C++ compiler, or None."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    found = named[0] if named else next((c for c in ("c++", "g++", "clang++") if _path(c)), None)
+    return (named or [found]) if found and _path(found) else None
+
+
+def _path(program: str) -> str | None:
+    return shutil.which(program)
+
+
+def build() -> ModuleType:
+    """Compile the emulator once for each state of its sources; import it."""
+    command = compiler()
+    assert command is not None, "tests skip where there is no compiler"
+    files = sorted(path for path in SOURCE.rglob("*") if path.suffix in (".h", ".cuh", ".cpp"))
+    digest = hashlib.sha256(" ".join([*command, sys.version]).encode())
+    for path in files:
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = Path(tempfile.gettempdir(), f"moso_fast_emulator_{os.getuid()}")
+    folder = folder / digest.hexdigest()[:16]
+    target = folder / f"_cuda_emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _compile(command, folder, target)
+    spec = importlib.util.spec_from_file_location("_cuda_emulator", target)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compile(command: list[str], folder: Path, target: Path) -> None:
+    import pybind11
+
+    work = Path(tempfile.mkdtemp(dir=folder))
+    flags = [*command, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+    emulator = SOURCE / "emulator"
+    jobs = [
+        (emulator / "instances.cpp", f"{name}.o", ["-O1", f"-DMOSO_FEATURE={name}"])
+        for name in FEATURES
+    ]
+    jobs += [
+        (emulator / "emulator.cpp", "emulator.o", ["-O2"]),
+        (SOURCE / "few_classes_plan.cpp", "plan.o", ["-O1"]),
+        (emulator / "module.cpp", "module.o", ["-O0", *(f"-I{path}" for path in includes)]),
+    ]
+    running = [
+        subprocess.Popen(
+            [*flags, *own, "-c", str(source), "-o", str(work / out)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for source, out, own in jobs
+    ]
+    for process in running:
+        words = process.communicate()[1]
+        assert process.returncode == 0, words
+    built = work / target.name
+    objects = [str(work / out) for _, out, _ in jobs]
+    subprocess.run([*command, "-shared", *objects, "-o", str(built)], check=True)
+    os.replace(built, target)  # whole or not at all: several runs may build at once
+    shutil.rmtree(work)
+
+
+class EmulatedCuda(cuda.CudaBackend):
+    """The backend with the emulator in place of the GPU; features lie in main memory."""
+
+    def __init__(self, emulator: ModuleType, patch: Any, shared: int = H200_SHARED) -> None:
+        self.emulator = emulator
+        self.multiprocessors = 3
+        self.launches: list[tuple[str, dict[str, Any]]] = []
+        patch.setattr(cuda, "_module", lambda: emulator)
+        patch.setattr(cuda, "_shared_limit", lambda device: shared)
+        patch.setattr(cuda, "_multiprocessors", lambda device: self.multiprocessors)
+        patch.setattr(cuda, "_launch", self._launch)
+        patch.setattr(cuda, "_empty", self._empty)
+        self.shared = shared
+        self._guarded: list[tuple[torch.Tensor, int]] = []
+
+    def supports(self, problem: Problem) -> str | None:
+        return cuda._refusal(problem, self.shared)
+
+    def _empty(
+        self, problem: Problem, *shape: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """NaN between bands of a number that no kernel writes."""
+        numbers = 1
+        for size in shape:
+            numbers *= size
+        whole = torch.full((numbers + 128,), float("nan"), dtype=dtype)
+        whole[:64] = whole[-64:] = 12345.0
+        self._guarded.append((whole, numbers))
+        return whole[64:-64].view(shape)
+
+    def check_guards(self) -> None:
+        """Fail where a kernel wrote beside an array."""
+        for whole, _ in self._guarded:
+            assert bool((whole[:64] == 12345.0).all() and (whole[-64:] == 12345.0).all())
+        self._guarded.clear()
+
+    def _launch(self, problem: Problem, function: Any, job: dict[str, Any]) -> None:
+        name = function.__name__
+        self.launches.append((name, dict(job)))
+        for key, (size, writable) in _sizes(name, job, problem).items():
+            if job[key]:
+                self.emulator.register_array(job[key], size, writable)
+        try:
+            function({**job, "stream": 0})
+        finally:
+            self.emulator.forget_arrays()
+        self.check_guards_of_last(name)
+
+    def check_guards_of_last(self, name: str) -> None:
+        for whole, _ in self._guarded:
+            inside = bool((whole[:64] == 12345.0).all() and (whole[-64:] == 12345.0).all())
+            assert inside, f"{name} wrote beside an array"
+
+
+def _sizes(name: str, job: dict[str, Any], problem: Problem) -> dict[str, tuple[int, bool]]:
+    """Bytes of every array of a job, and whether the kernel may write it."""
+    if name == "few_classes_reduce":
+        slabs, classes, dim = job["slabs"], job["classes"], job["dim"]
+        columns = -(-dim // 16) * 16
+        return {
+            "partial": (4 * slabs * classes * columns, False),
+            "bias_partial": (4 * slabs * classes, False),
+            "grad_sum": (8 * classes * dim, True),
+            "bias_grad_sum": (8 * classes, True),
+        }
+    rows, heads, dim = job["rows"], job["heads"], job["dim"]
+    width = heads * job["classes"]
+    item = problem.features.element_size()
+    features = ((rows - 1) * job["row_stride"] + dim) * item
+    if name == "few_classes_second":
+        column = 4 * ((heads - 1) * job["alignment_stride"] + rows)
+        return {
+            "features": (features, False),
+            "residual": (4 * rows * width, False),
+            "mean_grad": (4 * width * dim, False),
+            "mean_bias_grad": (4 * width, False),
+            "feature_sqnorm": (4 * rows, False),
+            "counted": (rows, False),
+            "count": (8, False),
+            "alignment": (column, True),
+        }
+    slabs = -(-rows // job["slab_rows"])
+    column = 4 * ((heads - 1) * job["stat_stride"] + rows)
+    return {
+        "features": (features, False),
+        "weight": (4 * width * dim, False),
+        "bias": (4 * width, False),
+        "labels": (8 * rows, False),
+        "sample_weight": (4 * rows, False),
+        **{key: (column, True) for key in ("loss", "residual_sqnorm", "margin", "entropy")},
+        "feature_sqnorm": (4 * rows, True),
+        "counted": (rows, True),
+        "status": (32, True),
+        "residual": (4 * rows * width, True),
+        "partial": (4 * slabs * width * (-(-dim // 16) * 16), True),
+        "bias_partial": (4 * slabs * width, True),
+    }

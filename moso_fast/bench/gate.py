@@ -9,6 +9,7 @@ cannot count (no valgrind, no C++ module, another compiler or torch) is skipped 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import statistics
@@ -42,6 +43,7 @@ TOLERANCES = {"instructions": 0.03, "calls": 0.10}
 # The least ratio to plain PyTorch in chunks: far under what quiet machines show (2 and more), so
 # that only a lost kernel fails, not a busy machine.
 LEAST_RATIOS = {"c10-d512": 1.3, "c100-d512": 1.0}
+_REPEATS = (1, 21)
 _RIVAL = "chunks of 2048"
 _ROUNDS = 11
 _ATTEMPTS = 3
@@ -71,7 +73,7 @@ def count_instructions(classes: int, dim: int, rows: int, **job: Any) -> tuple[f
         return native.reason or "the C++ module is not a file"
     totals = []
     variant = ""
-    for repeats in (1, 4):
+    for repeats in _REPEATS:
         words = json.dumps(
             {"classes": classes, "dim": dim, "rows": rows, "repeats": repeats, **job}
         )
@@ -81,7 +83,7 @@ def count_instructions(classes: int, dim: int, rows: int, **job: Any) -> tuple[f
                 "--tool=callgrind",
                 "--callgrind-out-file=/dev/null",
                 sys.executable,
-                "-S",
+                "-SB",
                 str(Path(__file__).with_name("_gate_child.py")),
                 native.module.__file__,
                 words,
@@ -89,6 +91,7 @@ def count_instructions(classes: int, dim: int, rows: int, **job: Any) -> tuple[f
             capture_output=True,
             text=True,
             timeout=120,
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # or Python's own start would differ
         )
         found = re.search(r"I\s+refs:\s+([\d,]+)", child.stderr)
         if child.returncode or found is None:
@@ -96,7 +99,7 @@ def count_instructions(classes: int, dim: int, rows: int, **job: Any) -> tuple[f
             return f"valgrind could not run the C++ module: {last}"
         totals.append(int(found[1].replace(",", "")))
         variant = child.stdout.strip()
-    return (totals[1] - totals[0]) / 3, variant
+    return (totals[1] - totals[0]) / (_REPEATS[1] - _REPEATS[0]), variant
 
 
 def count_calls() -> dict[str, int]:

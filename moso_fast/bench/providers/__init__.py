@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..cases import Case
 from . import autograd, ours, plain, sequences
 from .base import FAMILIES, TOLERANCES, Job, Provider
+from .bergson import PROVIDERS as BERGSON
 from .captum import PROVIDERS as CAPTUM
 from .libraries import PROVIDERS as LIBRARIES
 
@@ -17,6 +18,7 @@ PROVIDERS: tuple[Provider, ...] = (
     *autograd.PROVIDERS,
     *CAPTUM,
     *LIBRARIES,
+    *BERGSON,
 )
 
 

@@ -13,10 +13,13 @@ from interpreter import run_interpreted
 
 import moso_fast
 from moso_fast import engine
-from moso_fast.backends import choose, get
+from moso_fast.backends import _triton_choice, _triton_regime, choose, get
+from moso_fast.backends import cuda as cuda_backend
 from moso_fast.backends import triton as triton_backend
+from moso_fast.backends._triton_choice import REGIMES, RULES, Rule, choose_regime
+from moso_fast.backends._triton_regime import Limits
 from moso_fast.backends.triton import TritonBackend, operand_dtype
-from moso_fast.functional import moso_scores
+from moso_fast.functional import explain, moso_scores
 from moso_fast.problem import build_problem
 
 
@@ -37,6 +40,9 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        limits = Limits(227 * 1024, capability)
+        monkeypatch.setattr(_triton_regime, "limits_of", lambda device: limits)
+        monkeypatch.setattr(cuda_backend, "_shared_limit", lambda device: limits.shared_bytes)
         if interpret:
             monkeypatch.setenv("TRITON_INTERPRET", "1")
         else:
@@ -141,14 +147,9 @@ def test_refused_by_name_on_a_machine_without_a_gpu(machine, monkeypatch) -> Non
         moso_scores(*case.args)
 
 
-def test_cuda_is_explained_and_refused() -> None:
-    found = moso_fast.backends()["cuda"]
-    assert not found.available and "device queries only" in found.reason
-    assert "triton" in found.how and "torch" in found.how
-    with pytest.raises(ValueError, match=r"backend 'cuda' cannot run: .*device queries only"):
-        moso_scores(*random_case("ids").args, backend="cuda")
-    with pytest.raises(ValueError, match="must be one of auto, cpu, triton, torch; got 'cupy'"):
-        get("cupy")
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="must be one of auto, cpu, triton, cuda, torch; got 'cu'"):
+        get("cu")
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,98 @@ def test_chunks_stay_within_their_budget(monkeypatch) -> None:
         assert backend.chunk_rows(problem) * classes * 8 <= 2**18 or classes > 2**16
     tall = build_problem(torch.zeros(4, 1), torch.zeros(1, 1), torch.zeros(4).long())
     assert backend.chunk_rows(_On(tall, "cuda")) * 8 <= 2**31
+
+
+def shape(classes: int, dim: int, heads: int = 1, rows: int = 4, **options):
+    """A problem of this shape without its memory."""
+    weight = torch.zeros(1, 1, 1).expand(heads, classes, dim)
+    return build_problem(
+        torch.zeros(1, 1).expand(rows, dim), weight, torch.zeros(rows).long(), **options
+    )
+
+
+def test_every_rule_names_a_regime_and_says_that_it_is_a_model() -> None:
+    assert {rule.regime for rule in RULES} == set(REGIMES)
+    assert all("modelled, not measured" in rule.why for rule in RULES)
+    last = RULES[-1]
+    assert (last.max_width, last.max_dim, last.residuals_kept) == (None, None, None)
+
+
+needs_triton = pytest.mark.skipif(
+    not triton_backend._installed(), reason="Triton has no wheel for this platform"
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("classes", [1, 10, 100, 257, 1000, 16_384, 16_385, 128_256])
+@pytest.mark.parametrize("dim", [1, 512, 4096])
+def test_every_problem_finds_a_regime_that_fits(classes, dim, kept) -> None:
+    problem = shape(classes, dim)
+    choice = choose_regime(problem, kept)
+    assert choice.regime.fits(problem) is None
+    assert "chosen, modelled, not measured" in choice.reasons[-1]
+    assert all("not used, " in reason for reason in choice.reasons[:-1])
+    assert choice.regime.row_bytes(problem) > 0 and choice.regime.fixed_bytes(problem) >= 0
+    assert choice.regime.describe(problem)
+
+
+def test_the_first_rule_whose_bounds_hold_decides() -> None:
+    why = "modelled, not measured: for the test"
+    rules = (
+        Rule("stored", why, max_width=20, max_dim=8, residuals_kept=True),
+        Rule("blas", why),
+    )
+
+    def chosen(*arguments: int, kept: bool = True) -> tuple[str, str]:
+        choice = choose_regime(shape(*arguments), kept, rules=rules)
+        return choice.regime.name, choice.reasons[0]
+
+    assert chosen(20, 8)[0] == "stored"
+    assert chosen(21, 8) == ("blas", "stored: not used, K C = 21 is above 20")
+    assert chosen(7, 8, 3) == ("blas", "stored: not used, K C = 21 is above 20")
+    assert chosen(20, 9) == ("blas", "stored: not used, D = 9 is above 8")
+    assert chosen(20, 8, kept=False) == ("blas", "stored: not used, residuals are not kept")
+
+
+@needs_triton
+def test_a_regime_can_be_forced(machine, monkeypatch) -> None:
+    machine(interpret=True)
+    problem = problem_of(random_case("ids"))
+    for name in REGIMES:
+        monkeypatch.setenv("MOSO_FAST_TRITON_REGIME", name)
+        assert choose_regime(problem, True, _triton_choice.forced_regime()).regime.name == name
+        assert f"regime {name}, " in TritonBackend().describe(problem)
+        monkeypatch.delenv("MOSO_FAST_TRITON_REGIME")
+        assert f"regime {name}, " in TritonBackend(name).describe(problem)
+    monkeypatch.setenv("MOSO_FAST_TRITON_REGIME", "")
+    assert _triton_choice.forced_regime() is None
+    monkeypatch.setenv("MOSO_FAST_TRITON_REGIME", "fast")
+    known = ", ".join(REGIMES)
+    message = f"MOSO_FAST_TRITON_REGIME must be one of {known}; got 'fast'"
+    assert TritonBackend().supports(problem) == message
+    with pytest.raises(ValueError, match=f"cannot run this problem: {message}"):
+        moso_scores(*random_case("ids").args, backend="triton")
+
+
+@needs_triton
+def test_explain_says_regime_tiles_reads_memory_and_reasons(machine, monkeypatch) -> None:
+    machine(interpret=True)
+    monkeypatch.setenv("MOSO_FAST_TRITON_REGIME", "stored")
+    text = explain(*random_case("ids", n=300, c=9, d=40).args, backend="triton")
+    assert "plan      triton: regime stored, float32 logits by cuBLAS, residuals in place" in text
+    assert "R^T H tile " in text and "stored: asked for" in text
+    assert "features read 5 times in all; at most about " in text and "MiB beyond" in text
+    monkeypatch.delenv("MOSO_FAST_TRITON_REGIME")
+    assert "modelled, not measured" in explain(*random_case("ids").args, backend="triton")
+
+
+@needs_triton
+def test_peak_memory_is_what_a_chunk_and_the_residuals_take() -> None:
+    backend, problem = TritonBackend("blas"), shape(10, 512, rows=1000)
+    plan = engine.Plan(100, True, 40_000, 0)
+    expected = 40_000 + 100 * REGIMES["blas"].row_bytes(problem)
+    assert f"at most about {expected / 2**20:.1f} MiB" in backend.explain(problem, plan)[-1]
 
 
 def test_import_and_availability_do_not_import_triton() -> None:

@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -100,6 +100,11 @@ def operand_name(problem: Problem) -> str:
     if operand_dtype(problem) == torch.bfloat16:
         return "bfloat16"
     return "float32" if problem.precision == "highest" else "tf32"
+
+
+def tile_shape(tile: Any) -> str:
+    """Rows x classes x D block, and warps, of a ``moso_fast.kernels.tiles.Tile``."""
+    return f"{tile.rows} x {tile.classes} x {tile.dim}, {tile.num_warps} warps"
 
 
 @cache

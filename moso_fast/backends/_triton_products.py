@@ -1,0 +1,140 @@
+"""What the regimes share around the product kernels: operands, gradient sums, alignments."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine import RowBuffers
+from ..problem import STATUS_FEATURE, Problem
+from ._triton_autotune import kind, tile_for
+from ._triton_regime import operand_dtype
+from .common import note
+
+
+class Sums(NamedTuple):
+    """Sums over the rows, float64: ``grad`` (K, C, D) and ``bias`` (K, C)."""
+
+    grad: Tensor
+    bias: Tensor
+
+
+def kernel_features(problem: Problem, rows: slice) -> Tensor:
+    """Features of the rows as the kernels address them: any row stride, unit column stride."""
+    features = problem.feature_rows(rows)
+    if features.stride(1) != 1 and features.shape[1] > 1:
+        return features.contiguous()
+    return features
+
+
+def features_and_norms(problem: Problem, rows: slice, out: RowBuffers) -> Tensor:
+    """Features as they are; writes norms, counted rows and status, and never waits.
+
+    Rows that are not finite stay: every product either touches their own results alone or skips
+    rows that do not count.
+    """
+    features = kernel_features(problem, rows)
+    counted = problem.counted(rows)
+    # The largest magnitude: |h| may overflow although every number of the row is finite.
+    largest = torch.linalg.vector_norm(features, float("inf"), dim=1)
+    finite = torch.isfinite(largest)
+    norm = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
+    if problem.nonfinite == "exclude":
+        counted &= finite
+    else:
+        note(out.status, STATUS_FEATURE, counted & ~finite, rows)
+    out.feature_sqnorm[rows] = torch.where(finite, norm.square(), 0)
+    out.counted[rows] = counted
+    return features
+
+
+def sum_gradients(
+    problem: Problem, rows: slice, out: RowBuffers, residual: Tensor, features: Tensor
+) -> Sums:
+    """Sum r_i (outer) h_i and r_i over the counted rows; ``residual`` is (n, K * C)."""
+    from moso_fast.kernels import gradient_sum as kernel
+    from moso_fast.kernels.operands import aligned
+
+    counted, precision = out.counted[rows], problem.precision
+
+    def launch(tile):  # type: ignore[no-untyped-def]
+        return kernel.gradient_sum(
+            residual, features, precision=precision, counted=counted, tile=tile
+        )
+
+    operands = (operand_dtype(problem) == torch.bfloat16, aligned(residual) and aligned(features))
+    tile = tile_for(
+        problem.device,
+        kind("gradient_sum", residual.shape[1], problem.dim, features.dtype, precision, *operands),
+        [t.tile for t in kernel.TILES if (t.rounded, t.aligned) == operands],
+        None,
+        launch,
+    )
+    sums = launch(tile)
+    return Sums(sums.grad.view(problem.weight.shape), sums.bias.view(problem.weight.shape[:2]))
+
+
+def align_stored(
+    problem: Problem,
+    rows: slice,
+    out: RowBuffers,
+    mean_grad: Tensor,
+    mean_bias_grad: Tensor | None,
+    residual: Tensor,
+    alignment: Tensor,
+) -> None:
+    """Write <g_i, G> of the rows from their residuals (n, K * C)."""
+    from moso_fast.kernels import stored_alignment as kernel
+    from moso_fast.kernels.operands import aligned
+
+    features = kernel_features(problem, rows)
+    gradient, bias = operand_gradient(problem, mean_grad, mean_bias_grad)
+    restored = self_term(problem, rows, out)
+
+    def launch(tile):  # type: ignore[no-untyped-def]
+        kernel.stored_alignment(
+            features,
+            residual,
+            gradient,
+            alignment,
+            mean_bias_grad=bias,
+            counted=out.counted[rows],
+            self_term=None if restored is None else kernel.SelfTerm(*restored),
+            precision=problem.precision,
+            tile=tile,
+        )
+
+    project = problem.classes <= problem.dim
+    straight = all(aligned(matrix) for matrix in (features, residual, gradient))
+    straight = straight and problem.classes * residual.element_size() % 16 == 0
+    operands = (gradient.dtype == torch.bfloat16, straight)
+    tiles = kernel.PROJECT_TILES if project else kernel.PULL_TILES
+    labels = (problem.heads, features.dtype, problem.precision, project, *operands)
+    tile = tile_for(
+        problem.device,
+        kind("stored_alignment", problem.classes, problem.dim, *labels),
+        [t.tile for t in tiles if (t.rounded, t.aligned) == operands],
+        None,
+        launch,
+    )
+    launch(tile)
+
+
+def self_term(problem: Problem, rows: slice, out: RowBuffers) -> tuple[Tensor, Tensor] | None:
+    """|h_i|^2 and N where rounded operands lose part of a row's product with itself, else None.
+
+    See ``lost_self_term`` in ``_triton_blas.py``, which does the same for products by cuBLAS.
+    """
+    if operand_dtype(problem) != torch.bfloat16 or problem.cu_seqlens is not None:
+        return None
+    return out.feature_sqnorm[rows], out.counted.sum()
+
+
+def operand_gradient(
+    problem: Problem, mean_grad: Tensor, mean_bias_grad: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """G (K * C, D) in the dtype of the operands, and its bias part (K * C,)."""
+    gradient = mean_grad.reshape(-1, problem.dim).to(operand_dtype(problem)).contiguous()
+    return gradient, None if mean_bias_grad is None else mean_bias_grad.reshape(-1).contiguous()

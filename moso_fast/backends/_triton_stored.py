@@ -1,0 +1,92 @@
+"""Regime "stored": logits by cuBLAS, residuals in their place, products of our own after that.
+
+First pass: a chunk's logits by cuBLAS, float32, overwritten by their residuals (one kernel, all
+statistics), then sum r_i (outer) h_i by a kernel that rounds residuals on the way in. Second pass:
+the product with the mean gradient folded into one number a row at once. Beside the logits there
+is no tensor of rows x classes at all: cuBLAS alone would write one for every product.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..engine import FirstPass, RowBuffers
+from ..problem import Problem
+from ._triton_blas import note_norms, residual_tile, residuals
+from ._triton_products import align_stored, features_and_norms, kernel_features, sum_gradients
+from ._triton_regime import Regime, operand_dtype, operand_name, tile_shape
+
+
+class StoredRegime(Regime):
+    """cuBLAS logits, the in-place residual kernel, fused gradient sum and alignment."""
+
+    name = "stored"
+    feature_reads = 5  # two norms, logits, gradient sum, alignments
+
+    def fits(self, problem: Problem) -> str | None:
+        """Return None: every problem of the backend."""
+        return None
+
+    def row_bytes(self, problem: Problem) -> int:
+        """Logits, and a copy of the features where cuBLAS cannot take them as they are."""
+        a_row = 4 * problem.heads * problem.classes
+        if operand_dtype(problem) != problem.features.dtype:
+            a_row += 4 * problem.dim
+        return a_row
+
+    def fixed_bytes(self, problem: Problem) -> int:
+        """Gradient sums in float64 and their float32 partials."""
+        from moso_fast.kernels.gradient_sum import PARTIAL_BYTES
+
+        numbers = problem.weight.numel()
+        return 8 * numbers + max(4 * numbers, PARTIAL_BYTES)
+
+    def describe(self, problem: Problem) -> str:
+        """Operands, tiles of the residual kernel and of the products."""
+        return (
+            f"{operand_name(problem)} logits by cuBLAS, {residual_tile(problem)}, "
+            f"{product_tiles(problem)}"
+        )
+
+    def first_pass(
+        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
+    ) -> FirstPass:
+        """See :class:`moso_fast.backends.base.Backend`."""
+        features = features_and_norms(problem, rows, out)
+        residual = residuals(problem, rows, out, features.to(operand_dtype(problem)))
+        note_norms(problem, rows, out)
+        sums = sum_gradients(problem, rows, out, residual, features)
+        shaped = residual.view(-1, problem.heads, problem.classes)
+        return FirstPass(sums.grad, sums.bias, shaped if keep_residual else None)
+
+    def second_pass(
+        self,
+        problem: Problem,
+        rows: slice,
+        out: RowBuffers,
+        mean_grad: Tensor,
+        mean_bias_grad: Tensor | None,
+        residual: Tensor | None,
+        alignment: Tensor,
+    ) -> None:
+        """See :class:`moso_fast.backends.base.Backend`."""
+        if residual is None:
+            features = kernel_features(problem, rows).to(operand_dtype(problem))
+            flat = residuals(problem, rows, out, features)
+        else:
+            flat = residual.flatten(1)
+        align_stored(problem, rows, out, mean_grad, mean_bias_grad, flat, alignment)
+
+
+def product_tiles(problem: Problem) -> str:
+    """Say which tiles the product kernels take for aligned operands."""
+    from moso_fast.kernels import gradient_sum, stored_alignment
+
+    operand = operand_dtype(problem)
+    rounded = operand.itemsize == 2
+    width, dim = problem.heads * problem.classes, problem.dim
+    sums = gradient_sum.choose_tile(width, dim, rounded)
+    project = problem.classes <= dim
+    aligns = stored_alignment.choose_tile(problem.classes, project, rounded)
+    order = "H G^T" if project else "R G"
+    return f"R^T H tile {tile_shape(sums)}, {order} tile {tile_shape(aligns)}"

@@ -2,13 +2,26 @@
 PYTHON ?= python
 CXX_SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*.inc)
 
-.PHONY: build test gpu-check lint format clean
+.PHONY: build test bench bench-peers bench-gate gpu-check lint format clean
 
 build:  ## native modules into moso_fast/, for `python -m pytest` in the source tree
 	$(PYTHON) setup.py --quiet build_ext --inplace
 
 test: build
 	$(PYTHON) -m pytest
+
+bench: build  ## under three minutes: moso_fast beside plain PyTorch on this machine
+	$(PYTHON) -m moso_fast.cli bench
+
+PEERS = .venv-peers
+bench-peers: build  ## the same against other libraries, in an environment of their own
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet -r benches/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-deps -r benches/peers-no-deps.txt
+	$(PEERS)/bin/python -m moso_fast.cli bench --against peers
+
+bench-gate: build  ## fails where instruction counts or ratios are worse than the committed ones
+	$(PYTHON) -m moso_fast.cli bench --gate benches/results/gate.json
 
 gpu-check:  ## at most nine minutes: tests and timings that need a GPU; without one, says what it skipped
 	$(PYTHON) benches/gpu_check.py

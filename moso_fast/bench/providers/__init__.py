@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..cases import Case
-from . import autograd, ours, plain, sequences
+from . import autograd, network, ours, plain, sequences
 from .base import FAMILIES, TOLERANCES, Job, Provider
 from .bergson import PROVIDERS as BERGSON
 from .captum import PROVIDERS as CAPTUM
@@ -16,6 +16,7 @@ PROVIDERS: tuple[Provider, ...] = (
     *plain.PROVIDERS,
     *sequences.PROVIDERS,
     *autograd.PROVIDERS,
+    *network.PROVIDERS,
     *CAPTUM,
     *LIBRARIES,
     *BERGSON,

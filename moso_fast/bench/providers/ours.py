@@ -11,10 +11,10 @@ from ..cases import Case
 from ..inputs import Inputs
 from .base import Job, Provider
 
-__all__ = ["OURS", "PROVIDERS"]
+__all__ = ["NAMES", "OURS", "PROVIDERS"]
 
 OURS = "moso_fast"
-_NAMES = ("loss", "alignment", "grad_sqnorm")
+NAMES = ("loss", "alignment", "grad_sqnorm")
 _LINEAR = frozenset({"head", "heads", "sequences"})
 
 
@@ -22,7 +22,7 @@ def _on(backend: str) -> Any:
     def prepare(case: Case, inputs: Inputs) -> Job:
         def run() -> dict[str, Tensor]:
             stats = last_layer_stats(*inputs.head, cu_seqlens=inputs.cu_seqlens, backend=backend)
-            return {name: getattr(stats, name) for name in _NAMES}
+            return {name: getattr(stats, name) for name in NAMES}
 
         return run
 

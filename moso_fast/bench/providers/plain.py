@@ -17,6 +17,7 @@ from torch import Tensor
 from ..cases import Case
 from ..inputs import Inputs
 from .base import Job, Provider
+from .ours import NAMES
 
 __all__ = ["CHUNK_ROWS", "PROVIDERS", "Opponent", "Scores", "chunked", "compiled", "jvp", "naive"]
 
@@ -26,7 +27,6 @@ Opponent = Callable[[Tensor, Tensor, Tensor, Tensor], Scores]
 CHUNK_ROWS = (512, 2048, 8192, 32768)
 COMPILED_ROWS = 2048
 NARROW = "16-bit products, chunks of 2048"
-NAMES = ("loss", "alignment", "grad_sqnorm")
 
 
 def naive(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor) -> Scores:

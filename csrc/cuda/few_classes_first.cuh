@@ -44,13 +44,14 @@ MOSO_DEVICE void stage_tile(const FirstPass& p, uint32_t stage, int64_t first, i
     const unsigned char* from = base + (first + row) * p.row_stride * Item;
     for (int chunk = begin; chunk < chunks; chunk += kLanes) {
       const int column = chunk * kNumbers;
-      const int left = row < count ? (p.dim - column) * Item : 0;
       const uint32_t to = stage + feature_offset(row, chunk, bytes);
-      if (p.aligned || left <= 0) {
+      const int left = row < count ? (p.dim - column) * Item : 0;
+      if (p.aligned) {
         const int copied = left < 0 ? 0 : left > 16 ? 16 : left;
         device::copy_async(to, copied > 0 ? from + chunk * 16 : base, copied);
       } else {
-        device::shared_store(to, load_features<Item>(from, column, p.dim, false));
+        const int dim = left > 0 ? p.dim : 0;
+        device::shared_store(to, load_features<Item>(from, column, dim, false));
       }
     }
   }
@@ -181,7 +182,7 @@ MOSO_DEVICE void tile_gradient(const FirstPass& p, uint32_t stage,
     const GradientOperand<F, M> operand(stage, bytes, 16 * step);
     MOSO_UNROLL
     for (int pair = 0; pair < NTiles / 2; ++pair) {
-      if (gradient_column(warp, pair) >= p.dim) continue;
+      if (gradient_column(warp, pair) >= p.dim) break;
       uint32_t b[2][M::kFeatureTerms][2];
       operand.load(pair, b);
       MOSO_UNROLL
@@ -209,19 +210,24 @@ template <int MTiles, int NTiles>
 MOSO_DEVICE void store_partial(const FirstPass& p, int64_t slab, float (&sums)[MTiles][NTiles][4]) {
   const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
   const int width = p.heads * p.classes, columns = partial_columns(p.dim);
+  float* to = p.partial + slab * width * columns + 2 * (lane % 4);
   MOSO_UNROLL
-  for (int m = 0; m < MTiles; ++m) {
+  for (int pair = 0; pair < NTiles / 2; ++pair) {
+    const int column = gradient_column(warp, pair);
+    if (column >= p.dim) break;
     MOSO_UNROLL
-    for (int n = 0; n < NTiles; ++n) {
-      const int column = gradient_column(warp, n / 2) + 8 * (n % 2) + 2 * (lane % 4);
+    for (int m = 0; m < MTiles; ++m) {
       MOSO_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int cls = 16 * m + accumulator_row(lane, 2 * half);
-        if (cls < width && column < columns)
-          device::global_store(
-              reinterpret_cast<Floats2*>(p.partial + (slab * width + cls) * columns + column),
-              Floats2{sums[m][n][2 * half], sums[m][n][2 * half + 1]});
-        sums[m][n][2 * half] = sums[m][n][2 * half + 1] = 0.0f;
+        MOSO_UNROLL
+        for (int n = 2 * pair; n < 2 * pair + 2; ++n) {
+          if (cls < width)
+            device::global_store(
+                reinterpret_cast<Floats2*>(to + cls * columns + column + 8 * (n % 2)),
+                Floats2{sums[m][n][2 * half], sums[m][n][2 * half + 1]});
+          sums[m][n][2 * half] = sums[m][n][2 * half + 1] = 0.0f;
+        }
       }
     }
   }

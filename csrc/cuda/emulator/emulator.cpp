@@ -3,24 +3,27 @@
 
 #include <csetjmp>
 #include <map>
-#include <memory>
 
 #include "../device.cuh"
 
 namespace moso_fast::emulator {
 namespace {
 
-constexpr size_t kStackBytes = 64 * 1024;
-constexpr int kMany = -2, kNobody = -1;
+constexpr size_t kStackBytes = 32 * 1024;
+constexpr int16_t kMany = -2, kNobody = -1;
 
 struct CopyPart {
   uint32_t offset;
   unsigned char bytes[16];
 };
 
+// A fiber starts by setcontext and from then on is left and entered by setjmp and longjmp, which
+// make no system call.
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<unsigned char[]> stack;
+  jmp_buf place;
+  bool started = false;
+  unsigned char* stack = nullptr;
   bool done = false;
   const uint64_t* waits_for = nullptr;  // resumes once this is no longer `seen`
   uint64_t seen = 0;
@@ -38,7 +41,7 @@ struct Warp {
 
 // State of two shared bytes.
 struct Cell {
-  int writer = kNobody, reader = kNobody;
+  int16_t writer = kNobody, reader = kNobody;
   uint32_t write_epoch = 0, read_epoch = 0;
   bool written = false, under_way = false;
 };
@@ -50,7 +53,7 @@ struct Block {
   int64_t index, count;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   int current = 0;
   std::string error;
   uint64_t barrier_generation = 0;
@@ -74,8 +77,7 @@ const char* const kNames[8] = {"ldmatrix", "mma",    "shuffle",         "barrier
 
 [[noreturn]] void leave_for_good() {
   block->fibers[block->current].done = true;
-  swapcontext(&block->fibers[block->current].context, &block->scheduler);
-  std::abort();  // a finished fiber is never resumed
+  _longjmp(block->scheduler, 1);  // for good: nothing enters a finished fiber
 }
 
 [[noreturn]] void fail(const std::string& what) {
@@ -89,7 +91,14 @@ void wait_for(const uint64_t* generation, uint64_t seen) {
   Fiber& fiber = block->fibers[block->current];
   fiber.waits_for = generation;
   fiber.seen = seen;
-  swapcontext(&fiber.context, &block->scheduler);
+  if (_setjmp(fiber.place) == 0) _longjmp(block->scheduler, 1);
+}
+
+void enter(Fiber& fiber) {
+  if (_setjmp(block->scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
 }
 
 void entry() {
@@ -102,7 +111,7 @@ void cells_of(uint32_t offset, int bytes, bool write) {
     fail("shared memory: " + std::to_string(offset) + " + " + std::to_string(bytes) +
          " is beyond " + std::to_string(block->shared.size()));
   if (offset % uint32_t(bytes) != 0) fail("shared memory: misaligned access");
-  const int me = block->current;
+  const auto me = int16_t(block->current);
   for (uint32_t i = offset / 2; i < (offset + uint32_t(bytes) + 1) / 2; ++i) {
     Cell& cell = block->cells[i];
     const std::string where = " at shared byte " + std::to_string(2 * i);
@@ -199,7 +208,7 @@ void run_block(int threads) {
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = block->fibers[i];
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_sp = fiber.stack;
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, entry, 0);
@@ -216,7 +225,7 @@ void run_block(int threads) {
           if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
           fiber.waits_for = nullptr;
           block->current = warp * kWarpSize + lane;
-          swapcontext(&block->scheduler, &fiber.context);
+          enter(fiber);
           again = moved = true;
         }
       }
@@ -239,6 +248,9 @@ void run_block(int threads) {
 
 std::string run(void (*body)(void*), void* argument, int64_t blocks, int threads,
                 int64_t shared_bytes, const Options& options) {
+  // Every block uses the same stacks: fresh pages would cost more than the kernels.
+  static std::vector<unsigned char> stacks;
+  stacks.resize(size_t(threads) * kStackBytes);
   for (int64_t index = 0; index < blocks; ++index) {
     Block state;
     state.options = options;
@@ -247,7 +259,8 @@ std::string run(void (*body)(void*), void* argument, int64_t blocks, int threads
     state.index = index;
     state.count = blocks;
     state.fibers.resize(size_t(threads));
-    for (Fiber& fiber : state.fibers) fiber.stack.reset(new unsigned char[kStackBytes]);
+    for (int i = 0; i < threads; ++i)
+      state.fibers[size_t(i)].stack = &stacks[size_t(i) * kStackBytes];
     state.warps.resize(size_t(threads / kWarpSize));
     state.shared.assign(size_t(shared_bytes), 0xff);  // NaN as float32, bfloat16 and float16
     state.cells.resize(size_t(shared_bytes) / 2 + 8);

@@ -9,6 +9,7 @@
 #include "../few_classes_job.h"
 #include "../few_classes_second.cuh"
 #include "../gradient_reduce.cuh"
+#include "faults.h"
 #include "instances.h"
 
 namespace py = pybind11;
@@ -66,13 +67,17 @@ PYBIND11_MODULE(_cuda_emulator, m) {
     emulator::register_array(reinterpret_cast<void*>(base), bytes, writable);
   });
   m.def("forget_arrays", &emulator::forget_arrays);
+  // What the emulator says about a kernel with this mistake; "" when it finds nothing.
+  m.def("run_fault", [](const std::string& name, uintptr_t numbers) {
+    emulator::Fault fault{name, reinterpret_cast<const float*>(numbers)};
+    return emulator::run(&emulator::faulty, &fault, 1, 64, 1024, options);
+  });
   m.def("take_counts", [] {
     py::dict found;
     for (const auto& [name, count] : emulator::take_counts()) found[name.c_str()] = count;
     return found;
   });
 
-  m.attr("swizzle") = py::cpp_function(&swizzle);
   m.def("feature_offset", &feature_offset);
   m.def("row_bytes", &row_bytes);
   m.def("groups_of", &groups_of);

@@ -1,0 +1,274 @@
+"""Where the CUDA kernels put every number: the functions that they themselves call, exhaustively."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import cuda_emulator
+import pytest
+from cuda_emulator import A100_SHARED, H200_SHARED
+
+pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs a C++ compiler")
+
+ITEMS = (2, 4)  # bytes of a feature
+LANES = range(32)
+
+
+@pytest.fixture(scope="module")
+def index():
+    return cuda_emulator.build()
+
+
+def banks(offset: int, size: int) -> set[int]:
+    return {(offset // 4 + i) % 32 for i in range(size // 4)}
+
+
+def test_fragments_agree_with_the_instruction(index) -> None:
+    """Sum over k of A(row, k) B(k, column), in the lanes' own order, is every product once."""
+    for item in ITEMS:
+        columns = 4 * (16 // item)
+        for step in range(2 if item == 2 else 1):
+            # Columns of the features that A and B hold as k = 2 t + {0, 1} + 8 half.
+            a = {}
+            for t, half, e in product(range(4), range(2), range(2)):
+                a[t, half, e] = t * (16 // item) + (2 * (2 * step + half) + e)
+            b = {
+                (t, half, e): index.operand_column(item, 0, t, 2 * step + half) + e
+                for t, half, e in product(range(4), range(2), range(2))
+            }
+            assert a == b
+            assert len(set(a.values())) == 16 and max(a.values()) < columns
+    for lane in LANES:
+        assert index.operand_class(3, lane) == 24 + lane // 4
+        for i in range(4):
+            assert index.accumulator_row(lane, i) == lane // 4 + 8 * (i // 2)
+            assert index.accumulator_column(lane, i) == 2 * (lane % 4) + i % 2
+    places = {
+        (index.accumulator_row(lane, i), index.accumulator_column(lane, i))
+        for lane, i in product(LANES, range(4))
+    }
+    assert places == set(product(range(16), range(8)))
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_groups_hold_every_column_once(index, item) -> None:
+    for dim in (1, 7, 32, 33, 100, 513, 2048):
+        groups = index.groups_of(item, dim)
+        columns = sorted(
+            index.operand_column(item, group, t, word) + e
+            for group in range(groups)
+            for t, word, e in product(range(4), range(index.operand_words(item)), range(2))
+        )
+        assert columns == list(range(len(columns))) and len(columns) >= dim
+        assert len(columns) - dim < 4 * (16 // item)
+        assert index.row_bytes(item, dim) >= len(columns) * item  # what the kernel reads of a row
+
+
+@pytest.mark.parametrize("item", ITEMS)
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_packed_operand_has_no_overlap(index, item, terms) -> None:
+    size = index.operand_lane_bytes(item, terms)
+    for classes, dim in product((1, 7, 10, 33, 80), (1, 65, 512)):
+        blocks = index.operand_blocks(item, terms)
+        offsets = [
+            index.operand_offset(item, terms, classes, group, block, cls, t)
+            for group in range(index.groups_of(item, dim))
+            for block, cls, t in product(range(blocks), range(classes), range(4))
+        ]
+        assert sorted(offsets) == [size * i for i in range(len(offsets))]
+        assert len(offsets) * size == index.operand_bytes(item, terms, classes, dim)
+        # A number is stored as two bytes a term, or whole.
+        numbers = len(offsets) // blocks * (16 // item)
+        each = 2 * terms if terms <= 2 else 4
+        assert len(offsets) * size == numbers * each
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_staged_rows_have_no_overlap(index, item) -> None:
+    for dim in (1, 64, 65, 100, 512, 2048):
+        bytes_of_row = index.row_bytes(item, dim)
+        assert bytes_of_row % 128 == 0 and bytes_of_row >= dim * item
+        offsets = [
+            index.feature_offset(row, chunk, bytes_of_row)
+            for row, chunk in product(range(16), range(bytes_of_row // 16))
+        ]
+        assert sorted(offsets) == list(range(0, 16 * bytes_of_row, 16))
+
+
+@pytest.mark.parametrize("bytes_of_row", [128, 256, 1024, 4096])
+def test_reads_of_staged_rows_meet_no_bank_twice(index, bytes_of_row) -> None:
+    chunks = bytes_of_row // 16
+    for first_row, chunk in product((0, 8), range(chunks)):
+        # ldmatrix: a column of chunks over eight rows.
+        used = [
+            banks(index.feature_offset(first_row + row, chunk, bytes_of_row), 16)
+            for row in range(8)
+        ]
+        assert len(set().union(*used)) == 32
+    for group, pair in product(range(chunks // 4), range(4)):
+        # 16 bytes a lane: eight lanes at once, the four chunks of a group in two rows.
+        used = [
+            banks(index.feature_offset(2 * pair + lane // 4, 4 * group + lane % 4, bytes_of_row),
+                  16)  # fmt: skip
+            for lane in range(8)
+        ]
+        assert len(set().union(*used)) == 32
+    for column, j in product(range(0, bytes_of_row // 4, 8), range(4)):
+        # float32 numbers one by one: all lanes at once.
+        used = [
+            banks(
+                index.feature_offset(
+                    index.gradient_row(4, lane, j), (column + lane // 4) // 4, bytes_of_row
+                )
+                + 4 * ((column + lane // 4) % 4),
+                4,
+            )
+            for lane in LANES
+        ]
+        assert len(set().union(*used)) == 32
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_order_of_rows_in_the_gradient_can_be_inverted(index, item) -> None:
+    rows = {}
+    for t, j in product(range(4), range(4)):
+        row = index.gradient_row(item, t, j)
+        rows[row] = (t, j)
+        assert (index.gradient_lane(item, row), index.gradient_slot(item, row)) == (t, j)
+    assert sorted(rows) == list(range(16))
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_packed_residuals_are_what_the_lanes_expect(index, item) -> None:
+    terms, tiles, tile_rows = 3, 5, 32
+    places = {}
+    for row, cls, term in product(range(tile_rows), range(16 * tiles), range(terms)):
+        places[index.residual_half(item, terms, tiles, row, cls, term)] = (row, cls, term)
+    assert sorted(places) == list(range(terms * tiles * tile_rows * 16))
+    assert 2 * len(places) == index.residual_bytes(terms, tiles, tile_rows)
+    # Read back as the A operand: word w of 4 holds class g + 8 (w & 1), k-numbers 2 (w >> 1) + e.
+    for step, term, tile, lane in product(range(2), range(terms), range(tiles), LANES):
+        block = (step * terms + term) * tiles + tile
+        for w, e in product(range(4), range(2)):
+            half = ((block * 32 + lane) * 4 + w) * 2 + e
+            row = 16 * step + index.gradient_row(item, lane % 4, 2 * (w >> 1) + e)
+            assert places[half] == (row, 16 * tile + lane // 4 + 8 * (w & 1), term)
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_warps_share_the_columns_of_the_gradient(index, item) -> None:
+    columns = [
+        index.gradient_column(warp, pair) + i
+        for warp, pair, i in product(range(8), range(16), range(16))
+    ]
+    assert sorted(columns) == list(range(2048))
+    stride = index.gradient_pair_bytes(item)
+    for warp, pair, row in product(range(8), range(16), range(16)):
+        first = index.gradient_column(warp, 0) * item // 16
+        here = index.gradient_column(warp, pair) * item // 16
+        for chunk in range(item):  # 16 columns are as many chunks as a number has bytes
+            expected = index.feature_offset(row, here + chunk, 8192)
+            assert expected == index.feature_offset(row, first + chunk, 8192) + pair * stride
+
+
+def test_every_row_belongs_to_one_tile_of_one_slab(index) -> None:
+    for rows in (1, 15, 16, 63, 64, 65, 1000, 32768, 32769, 50_000):
+        slab_rows = index.few_classes_slab_rows(rows, 2048)
+        assert slab_rows % 64 == 0 and slab_rows <= 2048
+        for blocks, tile_rows in product((1, 3, 132), (16, 32, 64)):
+            if rows > 2000 and blocks != 3:
+                continue
+            seen, ends = [], []
+            for block in range(min(blocks, -(-rows // slab_rows))):
+                for slab, row, count, last in index.tile_walk(
+                    block, blocks, rows, slab_rows, tile_rows
+                ):
+                    assert slab % blocks == block and row // slab_rows == slab and count > 0
+                    seen += range(row, row + count)
+                    ends += [slab] if last else []
+            assert sorted(seen) == list(range(rows))
+            assert sorted(ends) == list(range(-(-rows // slab_rows)))
+
+
+@pytest.mark.parametrize("limit", [2048, 8192])
+def test_slabs_depend_on_rows_alone(index, limit) -> None:
+    for rows in (1, 64, 65, 10**4, 10**6, 512 * limit, 512 * limit + 1, 10**9):
+        slab_rows = index.few_classes_slab_rows(rows, limit)
+        assert 64 <= slab_rows <= limit
+        if rows <= 512 * limit:
+            assert -(-rows // slab_rows) <= 512
+
+
+def test_tree_adds_every_strand_once(index) -> None:
+    sums = {strand: [strand] for strand in range(16)}
+    width = 8
+    while width:
+        for strand in range(16):
+            partner = index.reduce_partner(strand, width)
+            if partner >= 0:
+                sums[strand] = sums[strand] + sums[partner]
+        width //= 2
+    assert sorted(sums[0]) == list(range(16))
+
+
+SUPPORTED = [
+    # dtype, exact, classes, dim, on an A100 too
+    (1, False, 10, 512, True),
+    (1, False, 10, 2048, True),
+    (1, False, 16, 2048, True),
+    (1, False, 32, 1024, True),
+    (1, False, 80, 512, True),
+    (1, True, 10, 512, True),
+    (1, True, 10, 2048, True),
+    (1, True, 64, 512, False),
+    (0, True, 10, 512, True),
+    (0, True, 10, 2048, False),
+    (0, False, 10, 2048, False),
+    (0, True, 32, 512, True),
+    (2, False, 10, 2048, True),
+]
+
+
+@pytest.mark.parametrize("feature, exact, classes, dim, small", SUPPORTED)
+def test_plans_fit(index, feature, exact, classes, dim, small) -> None:
+    for limit, wanted in ((H200_SHARED, True), (A100_SHARED, small)):
+        plan = index.few_classes_plan(feature, exact, classes, dim, limit)
+        assert plan["ok"] == wanted, plan
+        if wanted:
+            assert plan["first_bytes"] <= limit and plan["second_bytes"] <= limit
+
+
+def test_layout_has_no_overlap(index) -> None:
+    for feature, exact, classes, dim in product(range(3), (False, True), (1, 10, 33, 80), (1, 512)):
+        plan = index.few_classes_plan(feature, exact, classes, dim, H200_SHARED)
+        if not plan["ok"]:
+            continue
+        item = 4 if feature == 0 else 2
+        terms = 3 if exact else 2 if feature == 0 else 1
+        rows, stages, tiles = plan["tile_rows"], plan["stages"], plan["tiles"]
+        layout = index.first_layout(item, terms, tiles, classes, dim, rows, stages)
+        assert layout["bytes"] == plan["first_bytes"]
+        sizes = {
+            "weights": index.operand_bytes(item, terms, classes, dim),
+            "logits": layout["slices"] * rows * layout["logit_stride"] * 4,
+            "residuals": index.residual_bytes(terms, tiles, rows),
+            "norms": layout["slices"] * rows * 4,
+            "bias_sums": 8 * classes * 4,
+        }
+        end = stages * rows * index.row_bytes(item, dim)
+        for name, size in sizes.items():
+            assert end <= layout[name] and layout[name] % 16 == 0, name
+            end = layout[name] + size
+        assert end == layout["bytes"]
+        assert layout["slices"] * rows == 128 and layout["logit_stride"] >= classes
+
+
+@pytest.mark.parametrize(
+    "classes, dim, reason",
+    [(81, 8, "80 classes"), (33, 513, "512"), (17, 1025, "1024"), (3, 2049, "2048")],
+)
+def test_what_is_too_large_is_refused_with_a_reason(index, classes, dim, reason) -> None:
+    plan = index.few_classes_plan(1, False, classes, dim, H200_SHARED)
+    assert not plan["ok"] and reason in plan["reason"]
+    plan = index.few_classes_plan(0, True, 80, 512, H200_SHARED)
+    assert not plan["ok"] and "shared memory" in plan["reason"]

@@ -1,0 +1,376 @@
+"""The CUDA kernels' own source, run in the emulator, against the definition in float64."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import cuda_emulator
+import pytest
+import torch
+from core_support import (
+    FIELDS,
+    Case,
+    assert_close,
+    assert_stats_match,
+    confident_case,
+    generator,
+    random_case,
+    rank_correlation,
+    relative_error,
+)
+from cuda_emulator import EmulatedCuda
+
+from moso_fast import backends as list_backends
+from moso_fast.backends import _REGISTRY, Availability
+from moso_fast.functional import last_layer_stats, moso_scores
+from moso_fast.reference import closed_form_stats, explicit_stats
+
+pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs a C++ compiler")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ERROR = {"highest": 1e-5, "high": 2e-3, "medium": 1e-2}
+CUT_ERROR = {"highest": 1e-5, "medium": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    return cuda_emulator.build()
+
+
+@pytest.fixture
+def gpu(emulator, monkeypatch):
+    backend = EmulatedCuda(emulator, monkeypatch)
+    monkeypatch.setattr(backend, "availability", lambda: Availability(True, "emulated"))
+    monkeypatch.setitem(_REGISTRY, "cuda", backend)
+    emulator.take_counts()
+    yield backend
+    emulator.set_options(False, False)
+
+
+score = functools.partial(last_layer_stats, backend="cuda")
+
+
+def run(case: Case, **options):
+    return score(*case.args, **{**case.options, **options})
+
+
+def exact_scores(exact) -> torch.Tensor:
+    return (exact.count * exact.alignment - exact.grad_sqnorm) / (exact.count - 1)
+
+
+def check(case: Case, tolerance: float, **options) -> None:
+    exact = closed_form_stats(*case.args, **case.options)
+    stats = run(case, **options)
+    assert_stats_match(stats, exact, tolerance, floor=1e-7)
+    if exact.count > 1:
+        expected = exact_scores(exact)
+        scores = stats.scores().reshape(expected.shape)
+        assert_close(scores, expected, tolerance, floor=1e-7, what="scores")
+
+
+# --- every kernel --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes, dim", [(10, 1100), (24, 530), (70, 200)])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instantiation(gpu, emulator, dtype, exact, classes, dim) -> None:
+    precision = "highest" if exact else "high" if dtype == torch.float32 else "medium"
+    emulator.set_options(classes == 24, False)  # warps in either order
+    check(random_case("ids", n=37, c=classes, d=dim, dtype=dtype), ERROR[precision],
+          precision=precision)  # fmt: skip
+    first, second = gpu.launches[0][1], gpu.launches[-1][1]
+    assert first["tiles"] == second["tiles"] == {10: 1, 24: 2, 70: 5}[classes]
+    assert first["exact"] == second["exact"] == exact
+
+
+@pytest.mark.parametrize(
+    "n, c, d",
+    [(1, 1, 1), (1, 3, 8), (2, 2, 33), (63, 15, 65), (64, 16, 64), (65, 17, 100), (129, 8, 31),
+     (70, 33, 16), (70, 80, 129)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_off_every_tile(gpu, dtype, n, c, d) -> None:
+    check(random_case("ids", n=n, c=c, d=d, dtype=dtype, seed=n), 1e-5, precision="highest")
+
+
+@pytest.mark.parametrize("staging", [(64, 2), (32, 3), (32, 2), (16, 3), (16, 2), (16, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_staging(gpu, emulator, monkeypatch, dtype, staging) -> None:
+    plan = emulator.few_classes_plan
+
+    def with_staging(feature, exact, classes, dim, limit):
+        chosen = plan(feature, exact, classes, dim, limit)
+        rows, stages = staging
+        terms = 3 if exact else 2 if feature == 0 else 1
+        item = 4 if feature == 0 else 2
+        layout = emulator.first_layout(item, terms, chosen["tiles"], classes, dim, rows, stages)
+        return {**chosen, "tile_rows": rows, "stages": stages, "first_bytes": layout["bytes"]}
+
+    monkeypatch.setattr(emulator, "few_classes_plan", with_staging)
+    check(random_case("ids", n=140, c=9, d=72, dtype=dtype), 1e-5, precision="highest")
+
+
+def test_no_rows(gpu) -> None:
+    case = random_case("ids", n=0)
+    assert run(case).count == 0 and moso_scores(*case.args, backend="cuda").shape == (0,)
+
+
+# --- loss, labels, weights ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ids", "ids_smoothed"])
+@pytest.mark.parametrize("heads", [None, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_losses_and_heads(gpu, kind, heads, bias) -> None:
+    case = random_case(kind, n=70, c=7, d=40, heads=heads, bias=bias)
+    weight = torch.rand(70, generator=generator(3)) + 0.5
+    for options in ({}, {"chunk_size": 32}, {"sample_weight": weight}):
+        stats = run(case, **options)
+        exact = closed_form_stats(
+            *case.args, **{**case.options, **{k: v for k, v in options.items() if k != "chunk_size"}}
+        )
+        assert_stats_match(stats, exact, 1e-5, floor=1e-6)
+
+
+def test_stacked_heads_equal_single_ones_bitwise(gpu) -> None:
+    case = random_case("ids", n=70, c=6, d=40, heads=2)
+    together = run(case)
+    for head in range(2):
+        alone = score(case.features, case.weight[head], case.labels, case.bias[head])
+        for name in ("loss", "el2n", "margin", "entropy", "grad_sqnorm"):
+            assert_close(getattr(together, name)[head], getattr(alone, name), 1e-6, what=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_label_dtypes(gpu, dtype) -> None:
+    case = random_case("ids", n=40)
+    check(Case(case.features, case.weight, case.labels.to(dtype), case.bias, case.options), 1e-5)
+
+
+def test_confident_model(gpu) -> None:
+    case = confident_case(n=400)
+    exact = closed_form_stats(*case.args)
+    stats = score(*case.args)
+    assert_stats_match(stats, exact, 1e-5)
+    for value, truth in (
+        (stats.loss, exact.loss[0]),
+        (stats.grad_sqnorm, exact.grad_sqnorm[0]),
+        (stats.scores(), exact_scores(exact)[0]),
+    ):
+        assert rank_correlation(value, truth) > 0.9999
+    assert float(exact.loss.min()) < 1e-8
+
+
+def test_own_gradient_is_taken_from_the_score_exactly(gpu) -> None:
+    """Rows orthogonal to each other: N a - q is 0, and 2^-9 q if rounding residuals stays in a."""
+    features = (torch.rand(16, generator=generator(4)) + 0.5).diag().bfloat16()
+    weight = torch.randn(9, 16, generator=generator(5)).bfloat16().float()
+    stats = score(features, weight, torch.arange(16) % 9)
+    assert gpu.launches[0][1]["exact"] is False
+    left = 16 * stats.alignment.double() - stats.grad_sqnorm.double()
+    assert float((left / stats.grad_sqnorm).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_logits(gpu, dtype) -> None:
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0], [0.0, 0.0]])
+    weight = torch.tensor([[1e4, 0.0], [0.0, 200.0], [0.0, 200.0]])
+    labels = torch.tensor([0, 0, 1, 0, 2])
+    check(Case(features.to(dtype), weight, labels, None), 1e-5, precision="highest")
+    gap = score(features.to(dtype), weight, labels, precision="highest").loss
+    assert float(gap[3]) == pytest.approx(1e4 + math.log(2.0), rel=1e-6)
+
+
+def test_sequences(gpu) -> None:
+    offsets = torch.tensor([0, 7, 7, 30, 90])
+    case = random_case("ids", n=90, c=5, d=24, cu_seqlens=offsets)
+    exact = explicit_stats(*case.args, **case.options)
+    for options in ({}, {"chunk_size": 40}):
+        assert_stats_match(run(case, **options), exact, 1e-5)
+
+
+# --- rows that do not count, bad input ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_size", [None, 8])
+def test_ignored_rows_may_hold_anything(gpu, chunk_size, dtype) -> None:
+    case = random_case("ids", n=30, dtype=dtype)
+    labels, features = case.labels.clone(), case.features.clone()
+    labels[[3, 29]] = -100
+    features[3], features[29, 2] = float("nan"), float("inf")
+    kept = labels != -100
+    exact = closed_form_stats(features[kept], case.weight, labels[kept], case.bias)
+    stats = score(features, case.weight, labels, case.bias, chunk_size=chunk_size,
+                  precision="highest")  # fmt: skip
+    for name in FIELDS:
+        value = getattr(stats, name)
+        assert value[~kept].isnan().all(), name
+        assert_close(value[kept], getattr(exact, name)[0], 1e-5, what=name)
+
+
+def test_all_rows_ignored(gpu) -> None:
+    case = random_case("ids", n=20)
+    stats = score(case.features, case.weight, torch.full((20,), -100), case.bias)
+    assert stats.count == 0 and stats.alignment.isnan().all() and stats.mean_grad_sqnorm == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [None, 2])
+def test_excluded_rows(gpu, dtype, heads) -> None:
+    case = random_case("ids", n=70, heads=heads, dtype=dtype, nonfinite="exclude")
+    case.features[4, 1], case.features[69, 6] = float("nan"), float("-inf")
+    exact = closed_form_stats(*case.args, **case.options)
+    assert exact.count == 68
+    for options in ({}, {"chunk_size": 24}):
+        assert_stats_match(run(case, precision="highest", **options), exact, 1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 8])
+def test_bad_rows_are_named(gpu, chunk_size) -> None:
+    case = random_case("ids", n=30)
+    for label in (5, -1, 2**40):
+        labels = case.labels.clone()
+        labels[21] = labels[25] = label
+        with pytest.raises(ValueError, match=rf"^labels\[21\] is {label}, outside \[0, 5\)"):
+            score(case.features, case.weight, labels, case.bias, chunk_size=chunk_size)
+    features = case.features.clone()
+    features[17, 2] = features[20, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^features\[17, 2\] is nan; row 17 is the first"):
+        score(features, *case.args[1:], chunk_size=chunk_size)
+    features = case.features.clone()
+    features[19] = 3e38
+    with pytest.raises(ValueError, match=r"row 19 overflow float32"):
+        score(features, *case.args[1:], chunk_size=chunk_size)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_and_alignments(gpu, dtype) -> None:
+    case = random_case("ids", n=40, c=5, d=48, dtype=dtype)
+    exact = closed_form_stats(*case.args)
+    wide = torch.full((40, 133), float("nan"), dtype=dtype)
+    views = []
+    for start in (0, 8, 1):  # aligned rows need a stride of whole 16 bytes, which 133 is not
+        wide[:, start : start + 48] = case.features
+        views.append(wide[:, start : start + 48].clone(memory_format=torch.preserve_format))
+        padded = torch.full((40, 64 + start), float("nan"), dtype=dtype)
+        padded[:, start : start + 48] = case.features
+        views.append(padded[:, start : start + 48])
+    every_second = torch.full((40, 96), float("nan"), dtype=dtype)
+    every_second[:, ::2] = case.features
+    views += [every_second[:, ::2], case.features.T.contiguous().T]
+    aligned = set()
+    for features in views:
+        gpu.launches.clear()
+        stats = score(features, *case.args[1:], precision="highest")
+        assert_stats_match(stats, exact, 1e-5)
+        aligned.add(gpu.launches[0][1]["aligned"])
+    assert aligned == {0, 1}
+
+
+def test_equal_rows_behind_one_address(gpu) -> None:
+    row = torch.randn(1, 40, generator=generator(5))
+    case = Case(row.expand(200, 40), torch.randn(3, 40, generator=generator(6)),
+                torch.arange(200) % 3, None)  # fmt: skip
+    check(case, 1e-5)
+
+
+@pytest.mark.raw_memory
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_beyond_32_bits(gpu, dtype) -> None:
+    """Three rows 2^30 numbers apart; the pages between them are never touched."""
+    case = random_case("ids", n=3, c=3, d=8, dtype=dtype)
+    memory = torch.empty(2 * 2**30 + 8, dtype=dtype)
+    far = memory.as_strided((3, 8), (2**30, 1))
+    far.copy_(case.features)
+    stats = score(far, *case.args[1:], precision="highest")
+    assert_stats_match(stats, closed_form_stats(*case.args), 1e-5)
+
+
+def test_features_are_read_once_a_pass(gpu, emulator) -> None:
+    """16 bytes at a time: by cp.async in the first pass, straight to registers in the second."""
+    case = random_case("ids", n=128, c=10, d=512, dtype=torch.bfloat16)
+    emulator.take_counts()
+    run(case)
+    counts = emulator.take_counts()
+    chunks = 128 * 512 * 2 // 16
+    assert counts["cp.async"] == counts["global 16 bytes"] == chunks
+    assert [name for name, _ in gpu.launches] == [
+        "few_classes_first", "few_classes_reduce", "few_classes_second"
+    ]  # fmt: skip
+
+
+# --- order and rounding --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_equal_whatever_the_gpu(gpu, emulator, dtype) -> None:
+    case = random_case("ids", n=500, c=6, d=40, dtype=dtype)
+    first = run(case)
+    for multiprocessors, reverse in ((1, False), (2, True), (100, True)):
+        gpu.multiprocessors = multiprocessors
+        emulator.set_options(reverse, False)
+        again = run(case)
+        for name in FIELDS:
+            assert torch.equal(getattr(again, name), getattr(first, name)), name
+        assert torch.equal(again.scores(), first.scores())
+    assert len({job["blocks"] for name, job in gpu.launches if name == "few_classes_first"}) == 4
+
+
+@pytest.mark.parametrize("dtype, precision", [
+    (torch.float32, "highest"), (torch.bfloat16, "highest"), (torch.bfloat16, "medium"),
+])  # fmt: skip
+def test_long_slabs_on_tensor_cores_that_cut_sums_off(
+    gpu, emulator, monkeypatch, dtype, precision
+) -> None:
+    """Equal rows, whose errors do not average out, in one slab as long as they come."""
+    emulator.set_options(False, True)
+    monkeypatch.setattr(emulator, "few_classes_slab_rows", lambda rows, limit: limit)
+    rows = 2048 if precision == "highest" else 8192
+    row = torch.randn(1, 6, generator=generator(1)).to(dtype)
+    weight = torch.randn(3, 6, generator=generator(2))
+    case = Case(row.expand(rows, 6), weight, torch.zeros(rows, dtype=torch.long), torch.ones(3))
+    stats = score(*case.args, precision=precision)
+    assert gpu.launches[1][1]["slabs"] == 1
+    assert_stats_match(stats, closed_form_stats(*case.args), CUT_ERROR[precision])
+
+
+# --- the emulator finds mistakes -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("race", "race: write after a read"),
+        ("late write", "race: read after a write"),
+        ("unwritten", "nobody wrote"),
+        ("beyond shared memory", "is beyond 1024"),
+        ("misaligned", "misaligned"),
+        ("beyond the array", "not part of any array"),
+        ("write to an input", "write to an address"),
+        ("copy not waited for", "copy that is under way"),
+        ("copy left under way", "ended with copies under way"),
+        ("copy not published", "race: read after a write|nobody wrote"),
+        ("lanes part ways", "waits for threads that never come"),
+        ("different instructions", "different instructions"),
+        ("barrier missed", "waits for threads that never come"),
+    ],
+)
+def test_emulator_reports(emulator, fault, words) -> None:
+    numbers = torch.zeros(64)
+    emulator.register_array(numbers.data_ptr(), 256, False)
+    try:
+        assert emulator.run_fault("none", numbers.data_ptr()) == ""
+        report = emulator.run_fault(fault, numbers.data_ptr())
+    finally:
+        emulator.forget_arrays()
+    assert any(part in report for part in words.split("|")), report
+
+
+def test_backend_is_listed(gpu) -> None:
+    assert list_backends()["cuda"].available

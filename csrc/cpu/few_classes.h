@@ -24,13 +24,17 @@ constexpr int dot_rows(int classes) {
   return rows[classes - 1];
 }
 
-// How far ahead features are asked for; about what two rows of work take to compute.
-constexpr int64_t kPrefetchBytes = 8192;
+// Rows ahead of those at work that are asked for, into the second-level cache. In the first pass
+// the gradient, which reads what is cached already, asks for the first rows of the next tile
+// meanwhile, so that memory is never idle.
+constexpr int kAheadFirst = kTileRows / 4;
+constexpr int kAheadSecond = kTileRows / 8;
 
-// acc[r][c] = lane sums of <rows[r], w[c]>, and with Norm norm[r] those of |rows[r]|^2.
-template <int R, int C, bool Norm, bool Prefetch, class T>
-MOSO_INLINE void dots(const T* const* rows, const float* w, int64_t ldw, int64_t dim,
-                      vf (&acc)[R][C], vf (&norm)[R]) {
+// acc[r][c] = lane sums of <rows[r], w[c]>, and with Norm norm[r] those of |rows[r]|^2; asks for
+// ahead[r] where ahead is given.
+template <int R, int C, bool Norm, class T>
+MOSO_INLINE void dots(const T* const* rows, const T* const* ahead, const float* w, int64_t ldw,
+                      int64_t dim, vf (&acc)[R][C], vf (&norm)[R]) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     norm[r] = vf{};
@@ -54,7 +58,7 @@ MOSO_INLINE void dots(const T* const* rows, const float* w, int64_t ldw, int64_t
   for (; d + VL <= dim; d += VL) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      if (Prefetch) __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + d) + kPrefetchBytes);
+      if (ahead) __builtin_prefetch(ahead[r] + d, 0, 2);
       h[r] = load(rows[r] + d);
     }
     step(h, d);
@@ -66,6 +70,9 @@ MOSO_INLINE void dots(const T* const* rows, const float* w, int64_t ldw, int64_t
   }
 }
 
+// Lane sums are taken for this many rows at once: whole vectors of results.
+constexpr int sum_rows(int rows) { return rows % 3 ? VL : 3 * VL; }
+
 // z[c * kTileRows + row] for C classes of every row, and the norms with the first classes.
 template <int C, bool First, class T>
 inline void dot_classes(const T* const* rows, int64_t count, const float* w, int64_t ldw,
@@ -73,7 +80,8 @@ inline void dot_classes(const T* const* rows, int64_t count, const float* w, int
   constexpr int R = dot_rows(C), kSums = R * C + (First ? R : 0);
   for (int64_t row = 0; row < count; row += R) {
     vf acc[R][C], norm[R];
-    dots<R, C, First, First>(rows + row, w, ldw, dim, acc, norm);
+    const T* const* ahead = rows + std::min<int64_t>(row + kAheadFirst, kTileRows - R);
+    dots<R, C, First>(rows + row, First ? ahead : nullptr, w, ldw, dim, acc, norm);
     vf sums[(kSums + VL - 1) / VL * VL] = {};
 #pragma GCC unroll 12
     for (int c = 0; c < C; ++c)
@@ -91,52 +99,94 @@ inline void dot_classes(const T* const* rows, int64_t count, const float* w, int
   }
 }
 
-// g[m * ldg + ...] += sum over rows of r[m * kTileRows + row] * rows[row][d ...].
-template <int M, class T>
-inline void add_outer_rows(const T* const* rows, int64_t count, int64_t d, const float* r, float* g,
-                           int64_t ldg, int lanes) {
-  vf acc[M][kTileV];
-  const bool whole = lanes == kPanel;
+// Vectors of columns that M classes of sums leave registers for: long runs of a row at a time, and
+// enough sums under way to hide the latency of a multiply-add.
+constexpr int outer_vectors(int classes) {
+  if (VL == 16) return classes <= 2 ? 8 : classes <= 6 ? 4 : classes <= 9 ? 3 : 2;
+  return classes <= 2 ? 4 : classes == 3 ? 3 : 2;
+}
+
+// g[m * ldg + v * VL] += sum over rows of r[m * kTileRows + row] * rows[row][d + v * VL]; of the
+// last vector only `lanes` numbers exist. Asks for the same columns of next[0 ... kAheadFirst),
+// where next is given.
+template <int M, int V, class T>
+inline void add_outer_block(const T* const* rows, const T* const* next, int64_t count, int64_t d,
+                            const float* r, float* g, int64_t ldg, int lanes) {
+  vf acc[M][V];
 #pragma GCC unroll 14
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < kTileV; ++v)
-      acc[m][v] = load_n(g + m * ldg + v * VL, std::clamp(lanes - v * VL, 0, VL));
-  for (int64_t k = 0; k < count; ++k) {
-    vf h[kTileV];
-#pragma GCC unroll 2
-    for (int v = 0; v < kTileV; ++v) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      acc[m][v] = v + 1 < V ? load(g + m * ldg + v * VL) : load_n(g + m * ldg + v * VL, lanes);
+  const auto add = [&](int64_t k) __attribute__((always_inline)) {
+    vf h[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
       const T* at = rows[k] + d + v * VL;
-      h[v] =
-          whole || lanes >= (v + 1) * VL ? load(at) : load_first(at, std::max(0, lanes - v * VL));
+      h[v] = v + 1 < V || lanes == VL ? load(at) : load_first(at, lanes);
     }
 #pragma GCC unroll 14
     for (int m = 0; m < M; ++m) {
       const vf x = splat(r[m * kTileRows + k]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kTileV; ++v) acc[m][v] += x * h[v];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[m][v] += x * h[v];
+    }
+  };
+  int64_t k = 0;
+  if (next) {
+    for (const int64_t end = std::min<int64_t>(count, kAheadFirst); k < end; ++k) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) __builtin_prefetch(next[k] + d + v * VL, 0, 2);
+      add(k);
     }
   }
+  for (; k < count; ++k) add(k);
 #pragma GCC unroll 14
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < kTileV; ++v)
-      store_n(g + m * ldg + v * VL, acc[m][v], std::clamp(lanes - v * VL, 0, VL));
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      if (v + 1 < V)
+        store(g + m * ldg + v * VL, acc[m][v]);
+      else
+        store_n(g + m * ldg + v * VL, acc[m][v], lanes);
+    }
+}
+
+// The same for all dim columns of g (M, ldg).
+template <int M, class T>
+inline void add_outer_rows(const T* const* rows, const T* const* next, int64_t count, int64_t dim,
+                           const float* r, float* g, int64_t ldg) {
+  constexpr int V = outer_vectors(M);
+  int64_t d = 0;
+  for (; d + V * VL <= dim; d += V * VL)
+    add_outer_block<M, V>(rows, next, count, d, r, g + d, ldg, VL);
+  for (; d < dim; d += VL)
+    add_outer_block<M, 1>(rows, next, count, d, r, g + d, ldg, int(std::min<int64_t>(VL, dim - d)));
 }
 
 // sums[row] += sum over C classes of r <h, G>.
 template <int C, class T>
 inline void weigh_classes(const T* const* rows, int64_t count, const float* mean_grad, int64_t ldw,
                           int64_t dim, const float* r, float* sums) {
-  constexpr int R = dot_rows(C);
-  for (int64_t row = 0; row < count; row += R) {
-    vf acc[R][C], norm[R];
-    dots<R, C, false, true>(rows + row, mean_grad, ldw, dim, acc, norm);
-    for (int i = 0; i < R; ++i) {
-      vf weighted{};
+  constexpr int R = dot_rows(C), kGroup = sum_rows(R);
+  vf weighted[kGroup];
+  for (int64_t start = 0; start < count; start += kGroup) {
+    for (int64_t row = 0; row < kGroup; row += R) {
+      vf acc[R][C], norm[R];
+      const T* const* now = rows + start + row;
+      dots<R, C, false>(now, now + kAheadSecond, mean_grad, ldw, dim, acc, norm);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const float* weights = r + start + row + i;
+        vf total = splat(weights[0]) * acc[i][0];
 #pragma GCC unroll 12
-      for (int c = 0; c < C; ++c) weighted += splat(r[c * kTileRows + row + i]) * acc[i][c];
-      sums[row + i] += sum(weighted);
+        for (int c = 1; c < C; ++c) total += splat(weights[c * kTileRows]) * acc[i][c];
+        weighted[row + i] = total;
+      }
+    }
+    for (int i = 0; i < kGroup; i += VL) {
+      float* to = sums + start + i;
+      store(to, load(to) + sum_each(weighted + i));
     }
   }
 }
@@ -144,7 +194,8 @@ inline void weigh_classes(const T* const* rows, int64_t count, const float* mean
 template <class T>
 struct FewClasses {
   using Dot = void (*)(const T* const*, int64_t, const float*, int64_t, int64_t, float*, float*);
-  using Outer = void (*)(const T* const*, int64_t, int64_t, const float*, float*, int64_t, int);
+  using Outer = void (*)(const T* const*, const T* const*, int64_t, int64_t, const float*, float*,
+                         int64_t);
   using Weigh = void (*)(const T* const*, int64_t, const float*, int64_t, int64_t, const float*,
                          float*);
   template <bool First, int... I>
@@ -187,7 +238,7 @@ struct FewClasses {
 
   // One worker's tile.
   struct Tile {
-    const T* rows[kTileRows];
+    const T* rows[kTileRows + kAheadFirst];  // and the next rows, only to be asked for
     bool counted[kTileRows];
     int32_t label[kTileRows];
     float weight[kTileRows];
@@ -208,6 +259,8 @@ struct FewClasses {
       t->label[i] = used ? int32_t(p.labels[row]) : 0;
       t->weight[i] = !used ? 0.0f : p.sample_weight ? p.sample_weight[row] : 1.0f;
     }
+    for (int64_t i = kTileRows; i < kTileRows + kAheadFirst; ++i)
+      t->rows[i] = first + i < p.rows ? feature_row<T>(p, first + i) : zero_row.data();
   }
 
   void logits(Tile* t, int64_t count) const {
@@ -252,6 +305,7 @@ struct FewClasses {
         store_n(out->entropy + at, stats.entropy, lanes);
         const vf ones = splat(p.bias ? 1.0f : 0.0f);
         const vf size = stats.residual_sqnorm * (load(t->norms + i) + ones) + stats.loss;
+        if (finite(sum(size * splat(0.0f)))) continue;
         for (int lane = 0; lane < lanes; ++lane)
           if (!finite(size[lane]) && t->counted[i + lane])
             t->status.note(kStatusLogits, p.first_row + first + i + lane);
@@ -297,23 +351,23 @@ struct FewClasses {
     for (int64_t i = 0; i < count; ++i) job.counted[first + i] = t.counted[i];
     if (!job.residual) return;
     for (int64_t c = 0; c < width; ++c)
-      for (int64_t i = 0; i < count; ++i)
-        job.residual[(first + i) * width + c] = t.residual.get()[c * kTileRows + i];
+      std::memcpy(job.residual + c * p.rows + first, t.residual.get() + c * kTileRows,
+                  size_t(count) * 4);
   }
 
   void add_gradients(const Tile& t, int64_t count, float* grad) const {
     const int64_t group = class_group(width);
     for (int64_t c = 0; c < width; c += group) {
-      const auto outer = kOuter[size_t(std::min(group, width - c) - 1)];
-      for (int64_t d = 0; d < dim; d += kPanel)
-        outer(t.rows, count, d, t.residual.get() + c * kTileRows, grad + c * dim + d, dim,
-              int(std::min<int64_t>(kPanel, dim - d)));
+      kOuter[size_t(std::min(group, width - c) - 1)](t.rows, c == 0 ? t.rows + kTileRows : nullptr,
+                                                     count, dim, t.residual.get() + c * kTileRows,
+                                                     grad + c * dim, dim);
     }
     for (int64_t c = 0; c < width; ++c) {
-      const float* r = t.residual.get() + c * kTileRows;
-      float total = 0.0f;
-      for (int64_t i = 0; i < count; ++i) total += r[i];
-      grad[width * dim + c] += total;
+      vf total{};
+      for_lanes(count, [&](int64_t i, int lanes) {
+        total += load_n(t.residual.get() + c * kTileRows + i, lanes);
+      });
+      grad[width * dim + c] += sum(total);
     }
   }
 
@@ -343,10 +397,11 @@ struct FewClasses {
   }
 
   void load_residuals(const SecondPass& job, Tile* t, int64_t first, int64_t count) const {
-    clear(t->residual.get(), width * kTileRows);
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t c = 0; c < width; ++c)
-        t->residual.get()[c * kTileRows + i] = job.residual[(first + i) * width + c];
+    for (int64_t c = 0; c < width; ++c) {
+      float* to = t->residual.get() + c * kTileRows;
+      std::memcpy(to, job.residual + c * p.rows + first, size_t(count) * 4);
+      clear(to + count, kTileRows - count);
+    }
   }
 
   void alignments(const SecondPass& job, Tile* t, const float* mean_grad, int64_t first,

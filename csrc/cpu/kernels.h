@@ -53,7 +53,8 @@ struct FirstPass {
   float* feature_sqnorm;  // (rows)
   uint8_t* counted;       // (rows)
   int64_t* status;        // (kStatusSlots): smallest offending row so far
-  float* residual;        // (rows, heads * classes), or null unless split_grad
+  float* residual;        // (rows, heads * classes), or null unless split_grad; with few_classes
+                          // (heads * classes, rows)
   double* grad_sum;       // (heads * classes, dim), added to
   double* bias_grad_sum;  // (heads * classes), added to
 };
@@ -61,7 +62,7 @@ struct FirstPass {
 struct SecondPass {
   Problem problem;
   const uint8_t* counted;       // (rows)
-  const float* residual;        // (rows, heads * classes), or null: compute it again
+  const float* residual;        // as the first pass wrote it, or null: compute it again
   const float* mean_grad;       // (heads * classes, dim)
   const float* mean_bias_grad;  // (heads * classes) or null
   float* alignment;             // (heads, rows) with alignment_stride between heads

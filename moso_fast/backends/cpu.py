@@ -84,10 +84,9 @@ class CpuBackend(Backend):
         self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
     ) -> FirstPass:
         """See :class:`moso_fast.backends.base.Backend`."""
-        shape = (rows.stop - rows.start, problem.heads, problem.classes)
         residual = None
         if keep_residual or _split_grad(problem):
-            residual = torch.empty(shape, dtype=torch.float32)
+            residual = _empty_residual(problem, rows.stop - rows.start)
         grad_sum = torch.zeros(problem.weight.shape, dtype=torch.float64)
         bias_grad_sum = torch.zeros(problem.weight.shape[:2], dtype=torch.float64)
         inputs, job = _job(problem, rows)
@@ -159,6 +158,14 @@ def _few_classes(problem: Problem) -> bool:
 
 def _split_grad(problem: Problem) -> bool:
     return problem.weight.numel() >= _SPLIT_GRAD_NUMBERS and not _few_classes(problem)
+
+
+def _empty_residual(problem: Problem, rows: int) -> Tensor:
+    """(rows, K, C), in memory as the kernels go through it: few classes lane by lane of rows."""
+    heads, classes = problem.heads, problem.classes
+    if _few_classes(problem):
+        return torch.empty(heads, classes, rows, dtype=torch.float32).permute(2, 0, 1)
+    return torch.empty(rows, heads, classes, dtype=torch.float32)
 
 
 def _threads(problem: Problem, rows: int) -> int:

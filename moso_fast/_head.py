@@ -40,7 +40,7 @@ def find_head(model: nn.Module, head: str | nn.Module | None = None) -> tuple[st
         return _checked(head, modules[head], "head")
     if head is not None:
         raise TypeError(f"head must be a name, a module or None, got {type(head).__name__}")
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     for method in ("get_classifier", "get_output_embeddings"):
         found = _asked(inner, method)
         if isinstance(found, (tuple, list)):
@@ -94,7 +94,8 @@ def _candidates(model: nn.Module) -> str:
     return f"its nn.Linear modules are {more}{', '.join(linear[-_SHOWN:])}"
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network inside DataParallel, DistributedDataParallel and torch.compile."""
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, parallel):
@@ -108,4 +109,4 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def predicts_next_token(model: nn.Module) -> bool:
     """Tell whether ``model`` is a causal language model as transformers names them."""
     endings = ("ForCausalLM", "LMHeadModel")
-    return any(c.__name__.endswith(endings) for c in type(_unwrapped(model)).__mro__)
+    return any(c.__name__.endswith(endings) for c in type(unwrapped(model)).__mro__)

@@ -26,13 +26,14 @@ class ModelWeights:
     def __init__(
         self,
         model: nn.Module,
-        head: nn.Module,
+        head: nn.Module | None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.device, self.dtype = device, dtype
         own = {id(t) for t in (*model.parameters(), *model.buffers())}
+        head = nn.Module() if head is None else head
         self._head = {id(t) for t in (*head.parameters(), *head.buffers())}
         self._buffers = {id(t) for t in model.buffers()}
         self._foreign = ""

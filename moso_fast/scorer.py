@@ -10,41 +10,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._full_job import FullJob
+from ._full_loss import check_loss
 from ._job import ScoringJob, with_scores
 from .backends import backends
 from .combine import check_combine, combine_checkpoints
 from .features import find_head, predicts_next_token
 from .formulas import check_formula
+from .full_gradient import choose_parameters
 from .parts import PartStats
 from .problem import build_problem
 from .table import ScoreTable
 
 __all__ = ["MoSoScorer"]
 
-GRADIENTS = ("last_layer",)
+GRADIENTS = ("last_layer", "full")
 FEATURE_CACHES = ("auto", "float32", "bfloat16")
 
 
 class MoSoScorer:
-    """Scores every sample of a data set by the gradients of a network's last layer.
+    """Scores every sample of a data set by the gradients of a network, or of its last layer.
 
-    One forward pass over the data per checkpoint, or one in all where only the head differs. The
-    model is left as it was: its weights are exchanged by reference and put back, also after an
-    exception, and so are the training modes of its modules.
+    Last layer: one forward pass over the data per checkpoint, or one in all where only the head
+    differs. Whole network: a forward and backward pass of whole batches, and one in forward mode,
+    for every checkpoint. Both in eval mode (running statistics). The model is left as it was: its
+    weights are exchanged by reference and put back, also after an exception, and so are the
+    training modes of its modules.
+
+    A head must be called once in a forward pass, on (B, D) features, or on (B, T, D) token features
+    with labels (B, T): then a sequence is one sample.
 
     Parameters
     ----------
     model
-        The network. Its head must be called once in a forward pass, on (B, D) features, or on
-        (B, T, D) token features with labels (B, T): then a sequence is one sample.
+        The network.
     head
         Name or module of the last `nn.Linear`; None finds it (see `features.find_head`). The loss
         is taken of the head's output, whatever the model does to it afterwards.
     gradient
-        ``"last_layer"``, the only value in this version.
+        ``"last_layer"``, or ``"full"``: all parameters in ``scope``, as in the paper. Then the loss
+        is taken of the model's output: logits (N, C) or (N, T, C), also as ``logits`` of a
+        structure; ``head``, ``precision``, ``backend`` and ``feature_cache`` do not apply.
+    scope
+        With ``gradient="full"``: which parameters count, of those that require grad. None (all),
+        names or patterns of parameters or modules, or a predicate ``(name, parameter) -> bool``.
     loss
         ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"mse"``; labels (N, C) for the last
-        two, class ids or (N, C) probabilities for the first.
+        two, class ids or (N, C) probabilities for the first. With ``gradient="full"`` also a
+        callable ``(outputs, labels) -> (N,)`` losses.
+    views
+        With ``gradient="full"``: readings of every sample of a data set with random augmentation,
+        seeded; the loss of a sample is the mean over them. 1 takes one reading, and refuses data
+        that differ from the first pass to the second.
+    autocast
+        With ``gradient="full"``: 16-bit dtype of `torch.autocast` for both passes; None leaves the
+        caller's setting.
     label_smoothing, ignore_index
         As in `torch.nn.functional.cross_entropy`.
     device, dtype
@@ -79,7 +99,10 @@ class MoSoScorer:
         *,
         head: str | nn.Module | None = None,
         gradient: str = "last_layer",
-        loss: str = "cross_entropy",
+        scope: Any = None,
+        views: int = 1,
+        autocast: torch.dtype | None = None,
+        loss: Any = "cross_entropy",
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         device: torch.device | str | None = None,
@@ -96,7 +119,7 @@ class MoSoScorer:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         _one_of("gradient", gradient, GRADIENTS)
-        if callable(loss):
+        if gradient == "last_layer" and callable(loss):
             raise ValueError(
                 "loss must be the name of a loss for gradient='last_layer' (cross_entropy, "
                 f"binary_cross_entropy, mse), got {type(loss).__name__} (a callable)"
@@ -109,8 +132,28 @@ class MoSoScorer:
             raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+        if isinstance(views, bool) or not isinstance(views, int) or views < 1:
+            raise ValueError(f"views must be a positive int, got {views!r}")
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast must be None, bfloat16 or float16, got {autocast!r}")
+        _only_with(
+            gradient,
+            full={"scope": scope is not None, "views": views > 1, "autocast": autocast is not None},
+            last_layer={
+                "head": head is not None,
+                "precision": precision is not None,
+                "backend": backend != "auto",
+                "feature_cache": feature_cache != "auto",
+            },
+        )
         self.model = model
-        self.head_name, self.head = find_head(model, head)
+        self.head_name, self.head = "", None
+        if gradient == "last_layer":
+            self.head_name, self.head = find_head(model, head)
+        else:
+            check_loss(loss)
+            choose_parameters(model, scope)
+        self.gradient, self.scope, self.views, self.autocast = gradient, scope, views, autocast
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
         self.feature_cache, self.batch_size, self.progress = feature_cache, batch_size, progress
@@ -124,9 +167,11 @@ class MoSoScorer:
         }
         self.backend, self.chunk_size = backend, chunk_size
         # An empty problem has every check of the options and none of the data.
-        labels = torch.zeros(0, 1) if loss in ("binary_cross_entropy", "mse") else torch.zeros(0)
+        soft = not callable(loss) and loss in ("binary_cross_entropy", "mse")
+        labels = torch.zeros(0, 1) if soft else torch.zeros(0)
         labels = labels if labels.dim() == 2 else labels.long()
-        build_problem(torch.zeros(0, 1), torch.zeros(1, 1), labels, **self.options)
+        checked = {**self.options, "loss": "cross_entropy" if callable(loss) else loss}
+        build_problem(torch.zeros(0, 1), torch.zeros(1, 1), labels, **checked)
 
     def score(
         self,
@@ -187,7 +232,9 @@ class MoSoScorer:
         index = _check_index(index)
         # Results that an inference-mode caller can still use anywhere afterwards.
         with torch.inference_mode(False), torch.no_grad():
-            job = ScoringJob(self, data, checkpoints, formula, partition, seed, index, resume)
+            kind: type[ScoringJob] | type[FullJob]
+            kind = ScoringJob if self.gradient == "last_layer" else FullJob
+            job = kind(self, data, checkpoints, formula, partition, seed, index, resume)
             groups = job.run()
             stats = [one for group in groups for one in with_scores(group, formula, job.ids)]
             provenance = self._provenance(job, groups[0])
@@ -202,18 +249,23 @@ class MoSoScorer:
                 provenance=provenance,
             )
 
-    def _provenance(self, job: ScoringJob, stats: PartStats) -> dict[str, Any]:
+    def _provenance(self, job: ScoringJob | FullJob, stats: PartStats) -> dict[str, Any]:
         from . import __version__
 
         with_rates = job.rates[0] is not None
+        loss = self.options["loss"]
+        own: dict[str, Any] = {"head": self.head_name}
+        if isinstance(job, FullJob):
+            own = job.describe()
         return {
             "moso_fast": __version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
             "backend": stats.backend,
-            "gradient": "last_layer",
-            "head": self.head_name,
+            "gradient": self.gradient,
+            **own,
             **self.options,
+            "loss": getattr(loss, "__qualname__", type(loss).__name__) if callable(loss) else loss,
             "precision": self.options["precision"] or job.precision,
             "features": job.feature_dtype,
             "shift_labels": self.shift,
@@ -237,8 +289,14 @@ def _check_index(index: Any) -> Tensor | None:
     return index.detach().cpu().long()
 
 
+def _only_with(gradient: str, full: dict[str, bool], last_layer: dict[str, bool]) -> None:
+    """Raise ValueError for an argument that was given and belongs to the other gradient."""
+    refused, other = (full, "full") if gradient == "last_layer" else (last_layer, "last_layer")
+    for name, given in refused.items():
+        if given:
+            raise ValueError(f"{name} goes with gradient={other!r}, not with {gradient!r}")
+
+
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
-        values = ", ".join(known)
-        only = " (the only value in this version)" if len(known) == 1 else ""
-        raise ValueError(f"{name} must be one of {values}{only}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -32,9 +32,9 @@ def states(model: SmallNet) -> list[dict[str, Tensor]]:
 
 BAD_SETTINGS: list[tuple[dict, type, str]] = [
     (
-        {"gradient": "full"},
+        {"gradient": "half"},
         ValueError,
-        "gradient must be one of last_layer (the only value in this version), got 'full'",
+        "gradient must be one of last_layer, full, got 'half'",
     ),
     (
         {"loss": F.cross_entropy},

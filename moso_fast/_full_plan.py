@@ -1,0 +1,246 @@
+"""Finding out, on a few samples, how a network's gradients can be had without one per sample.
+
+Every choice is checked against plain autograd, sample by sample, before the work starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _per_sample
+from ._full_batches import Batch
+from ._full_loss import RowLosses
+from ._full_passes import (
+    Gradients,
+    Network,
+    alignment_double_backward,
+    alignment_forward,
+    explicit_gradients,
+    traced,
+)
+from ._norms.layout import Layout
+from ._norms.tape import Plan, Tape
+from ._norms.trace import Trace
+
+# Allowed relative difference to plain autograd; beyond it, the rule itself must be wrong.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
+_ROUGH_TOLERANCE = 0.1
+# What rounding leaves of a parameter's gradient that should vanish, relative to the whole one.
+_FLOOR = 1e-6
+
+Aligned = Callable[[Network, Batch, Gradients], RowLosses]
+
+
+class Methods:
+    """How the gradients of one network are had; filled in by `prepare`."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.plan = Plan(dict(network.names))
+        self.expanding = True
+        self.others = _per_sample.vmapped
+        self.others_reason = ""
+        self.aligned: Aligned | None = alignment_forward
+        self.reasons: list[str] = []
+        self.prepared = False
+        self.bytes_per_sample = 0
+
+    @property
+    def tolerance(self) -> float:
+        """Allowed relative difference of two ways to the same gradient."""
+        dtype = self.network.parameters[0].dtype
+        if self.network.autocast is not None or torch.is_autocast_enabled(self.network.device.type):
+            return _ROUGH_TOLERANCE
+        return _TOLERANCE.get(dtype, _ROUGH_TOLERANCE)
+
+    def prepare(self, batch: Batch) -> None:
+        """Find and check the methods on the first samples of ``batch``, all of which count.
+
+        Raises
+        ------
+        ValueError
+            The samples of a batch influence each other.
+        """
+        few = batch.take(slice(0, 3))
+        if few.samples == 1 and few.views == 1 and batch.rows > 1:
+            few = batch.take(torch.tensor([0, 0]))
+        first, last = few.take(slice(0, 1)), few.take(slice(few.samples - 1, few.samples))
+        expected = [explicit_gradients(self.network, one) for one in (first, last)]
+        self._check_independence(few, first)
+        if few.rows > 1:
+            self._find_layouts(few)
+        self._check_norms(few, expected)
+        self._check_sum(first, expected[0])
+        if self.plan.others:
+            self._choose_others(few, expected)
+        if not self.prepared:
+            self._choose_alignment(few, expected)
+        self.prepared = True
+
+    def _check_independence(self, few: Batch, first: Batch) -> None:
+        with torch.no_grad(), self.network.context():
+            together = self.network.losses(self.network.forward(few), few).loss
+            alone = self.network.losses(self.network.forward(first), first).loss
+        mine = together[: len(alone)]
+        scale = together.abs().max().clamp_min(1e-3)
+        if bool(((mine - alone).abs() > max(self.tolerance, 1e-3) * scale).any()):
+            raise ValueError(
+                "model: the loss of a sample changes with the other samples of its batch "
+                f"({float(alone[0]):.6g} alone, {float(mine[0]):.6g} among {few.samples}); "
+                "gradients of single samples are not defined"
+            )
+
+    def _find_layouts(self, few: Batch) -> None:
+        """Find by the gradients of single rows where the samples lie in each call's output."""
+        network, plan = self.network, self.plan
+        try:
+            tape, rows = self._probed(few)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            if not self.expanding:
+                raise
+            # A look-up repeated for each sample does not fit what the model does with it.
+            self.expanding = False
+            plan.layouts.clear()
+            tape, rows = self._probed(few)
+        known: dict[int, list[Layout]] = {}
+        if rows.requires_grad:
+            for row, one in enumerate(torch.eye(few.rows, dtype=rows.dtype, device=rows.device)):
+                tape.seen.clear()
+                torch.autograd.grad(
+                    rows, network.parameters, one, retain_graph=True, allow_unused=True
+                )
+                tape.possible_layouts(row, known)
+        agreed: dict[Any, list[Layout]] = {}
+        for call, _, _ in tape.calls:
+            found = known.get(call.number, [])
+            if call.key in agreed:
+                found = [layout for layout in agreed[call.key] if layout in found]
+            agreed[call.key] = found
+        for call, _, used in tape.calls:
+            if agreed[call.key]:
+                plan.layouts[call.key] = agreed[call.key][0]
+                continue
+            for key in used:
+                plan.others.setdefault(key, "used where the samples do not lie apart")
+        for key, kinds in tape.kinds.items():
+            if len(kinds) > 1:
+                plan.others.setdefault(key, "used in different shapes")
+
+    def _probed(self, few: Batch) -> tuple[Tape, Tensor]:
+        network = self.network
+        tape = Tape(self.plan, few.rows, few.samples, network.device, probing=True)
+        with torch.enable_grad(), network.context():
+            trace = Trace(tape, self.expanding)
+            with trace:
+                outputs = network.forward(few)
+            rows = network.losses(outputs, few).differentiable
+        self.bytes_per_sample = max(self.bytes_per_sample, trace.bytes // few.samples)
+        return tape, rows
+
+    def _check_sum(self, first: Batch, expected: Gradients) -> None:
+        """Compare the summed gradient of a traced pass, here of one sample."""
+        found = traced(self.network, self.plan, first, self.expanding)[1]
+        for p, g in zip(self.network.parameters, found, strict=True):
+            wanted = expected[id(p)]
+            error = wanted if g is None else g - wanted
+            length = sum(float(e.double().square().sum()) for e in expected.values()) ** 0.5
+            if not float(error.double().norm()) <= self.tolerance * length + 1e-30:
+                raise RuntimeError(
+                    f"self-check failed: the gradient of {self.plan.names[id(p)]} differs from "
+                    "plain autograd; please report this with the model"
+                )
+
+    def _check_norms(self, few: Batch, expected: list[Gradients]) -> None:
+        """Compare norms parameter by parameter; what differs is not traced any more."""
+        _, _, tape, _ = traced(self.network, self.plan, few, self.expanding)
+        for at, gradients in zip((0, -1), expected, strict=True):
+            squares = {key: float(g.double().square().sum()) for key, g in gradients.items()}
+            floor = _FLOOR * sum(squares.values())
+            for key, square in squares.items():
+                if key in self.plan.others:
+                    continue
+                found = float(tape.norms[key][at]) if key in tape.norms else 0.0
+                if abs(found - square) > self.tolerance * square + floor:
+                    self.plan.others[key] = "its traced gradients differ from plain autograd"
+
+    def _choose_others(self, few: Batch, expected: list[Gradients]) -> None:
+        only = list(self.plan.others)
+        wanted = [sum(float(g[k].double().square().sum()) for k in only) for g in expected]
+        try:
+            found = _per_sample.norms(_per_sample.vmapped, self.network, few, only)
+        except Exception as error:  # whatever the model does that vmap cannot
+            self.others, self.others_reason = _per_sample.one_by_one, _first_line(error)
+            return
+        for at, square in zip((0, -1), wanted, strict=True):
+            if not abs(float(found[at]) - square) <= self.tolerance * square + 1e-30:
+                self.others = _per_sample.one_by_one
+                self.others_reason = "vmap gives other gradients than plain autograd"
+
+    def _choose_alignment(self, few: Batch, expected: list[Gradients]) -> None:
+        """Take the first method that agrees with plain autograd along a gradient."""
+        direction = {k: (expected[0][k] + expected[1][k]) / 2 for k in expected[0]}
+        ways: list[tuple[str, Aligned]] = [
+            ("forward mode", alignment_forward),
+            ("double backward", alignment_double_backward),
+        ]
+        for name, way in ways:
+            try:
+                losses = way(self.network, few, direction)
+            except Exception as error:  # an operation without that derivative
+                self.reasons.append(f"no {name}: {_first_line(error)}")
+                continue
+            assert losses.tangent is not None
+            found = self.network.per_sample(losses.tangent, few)
+            if self._agrees(found, direction, expected):
+                self.aligned = way
+                return
+            self.reasons.append(f"no {name}: its values differ from plain autograd")
+        self.aligned = None
+        if not self.plan.others:
+            self._choose_explicit(few, expected)
+
+    def _choose_explicit(self, few: Batch, expected: list[Gradients]) -> None:
+        others = self.plan.others
+        self.plan.others = dict.fromkeys(self.plan.names, "")
+        self._choose_others(few, expected)
+        self.plan.others = others
+
+    def _agrees(self, found: Tensor, direction: Gradients, expected: list[Gradients]) -> bool:
+        size = sum(float(d.double().square().sum()) for d in direction.values()) ** 0.5
+        for at, gradients in zip((0, -1), expected, strict=True):
+            wanted = sum(
+                float((g.double() * direction[k].double()).sum()) for k, g in gradients.items()
+            )
+            length = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+            if not abs(float(found[at]) - wanted) <= self.tolerance * size * length + 1e-30:
+                return False
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the provenance of a table."""
+        names = self.plan.names
+        others = sorted({f"{names[k]} ({why})" for k, why in self.plan.others.items()})
+        vmap = self.others is _per_sample.vmapped
+        explicit = "vmap" if vmap else f"one by one (no vmap: {self.others_reason})"
+        way = {alignment_forward: "forward mode", alignment_double_backward: "double backward"}
+        alignment = explicit if self.aligned is None else way[self.aligned]
+        return {
+            "alignment": "; ".join([alignment, *self.reasons]),
+            "norms": f"{len(names) - len(self.plan.others)} of {len(names)} parameters traced",
+            "norms_explicit": others,
+            "norms_explicit_by": explicit if others else "",
+        }
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    line = text[0] if text else type(error).__name__
+    operator = re.search(r"forward AD with (\S+) that does not support", line)
+    if operator:
+        return f"{operator[1]} does not support it"
+    return line[:160]

@@ -1,0 +1,74 @@
+"""Embeddings: the gradient touches the looked-up rows only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .factors import Factors
+from .tape import Call, Tape
+
+if TYPE_CHECKING:
+    from .trace import Trace
+
+
+class _Embedding(torch.autograd.Function):
+    """F.embedding, whose backward adds to the tape."""
+
+    traced = True
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, index: Tensor, skip: int | None, tape: Tape, call: Call
+    ) -> Tensor:
+        ctx.save_for_backward(weight, index)
+        ctx.skip, ctx.tape, ctx.call = skip, tape, call
+        return F.embedding(index, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        weight, index = ctx.saved_tensors
+        tape, call = ctx.tape, ctx.call
+        if tape.probing:
+            tape.probe(call, gradient)
+            return None, None, None, None, None
+        cols = tape.arrange(call, gradient)
+        rows = tape.arrange(call, index)
+        if ctx.skip is not None:
+            # The row of the padding token is held fixed.
+            cols = cols.masked_fill((rows == ctx.skip)[..., None], 0.0)
+        total = tape.matrix(weight, Factors(rows, cols[:, None]), weight.shape[0])[0]
+        return total.to(weight.dtype), None, None, None, None
+
+
+def embedding(
+    trace: Trace,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """Trace ``F.embedding``, except where a gradient depends on the other samples of the batch."""
+    if max_norm is not None or scale_grad_by_freq or sparse or input.dim() < 1:
+        return NotImplemented
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    kinds = (("matrix", 1, *weight.shape),)
+    rows = trace.tape.rows
+    if trace.expanding and input.shape[0] == 1 and input.dim() > 1:
+        # Positions, the same for all samples: looked up for each, so that gradients stay apart.
+        input = input.expand(rows, *input.shape[1:])
+    elif trace.expanding and input.dim() == 1 and input.shape[0] % rows:
+        input = input.expand(rows, *input.shape)
+    rank = input.dim()
+    call = trace.tape.call("embedding", (weight,), kinds, input.shape, rank, rank)
+    if call is None:
+        return NotImplemented
+    return _Embedding.apply(weight, input.long(), padding_idx, trace.tape, call)

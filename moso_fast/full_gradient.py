@@ -1,0 +1,440 @@
+"""Whole-network MoSo statistics of a batch at a time, without a gradient per sample.
+
+Two passes over the samples of a part. The first is one forward and one backward pass of the whole
+batch: its summed gradient gives the mean gradient G, and rules for each kind of layer (``_norms``)
+read |g_i|^2 off the very same backward pass. The second gives the alignment <g_i, G> of all
+samples at once: the derivative of the vector of their losses along G, in forward mode.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import _per_sample
+from ._full_batches import Batch
+from ._full_loss import RowLosses
+from ._full_passes import Gradients, Network, explicit_gradients, traced
+from ._full_plan import Methods
+from ._norms.tape import UnknownCall
+
+__all__ = ["FullGradient", "PartResult", "choose_parameters"]
+
+Scope = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+Result = TypeVar("Result")
+
+FIELDS = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")
+
+# Relative to |G| * sum_i |g_i|, the scale of the rounding in sum_i a_i = N |G|^2.
+_SELF_CHECK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+_ROUGH_SELF_CHECK = 5e-2
+
+_CPU_SHARE, _CUDA_SHARE = 0.25, 0.5
+# Activations, their gradients, and what the norms of the widest layer take beside.
+_COPIES = 4
+
+
+@dataclass
+class PartResult:
+    """Statistics of the samples of one part: name -> (n,) float32 or float64 on the CPU.
+
+    ``index`` (n,) holds their numbers in the data set; ``count`` is N, ``mean_grad_sqnorm`` |G|^2.
+    """
+
+    index: Tensor
+    fields: dict[str, Tensor]
+    count: int
+    mean_grad_sqnorm: float
+
+
+def choose_parameters(model: nn.Module, scope: Scope = None) -> dict[str, nn.Parameter]:
+    """Return the parameters whose gradients count, by name: those in scope that require grad.
+
+    Parameters
+    ----------
+    model
+        The network.
+    scope
+        None (all), a name or several (of parameters or modules, or patterns such as
+        ``"*.lora_?.*"``), or a predicate ``(name, parameter) -> bool``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A scope of another kind, a name that matches nothing, nothing left.
+    """
+    free = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if scope is None:
+        chosen = free
+    elif callable(scope):
+        chosen = {n: p for n, p in free.items() if scope(n, p)}
+    elif isinstance(scope, (str, list, tuple, set)):
+        patterns = [scope] if isinstance(scope, str) else list(scope)
+        chosen = {}
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"scope must hold names, got {type(pattern).__name__}")
+            found = {n: p for n, p in free.items() if _matches(n, pattern)}
+            if not found:
+                known = ", ".join(list(free)[:4]) or "none"
+                raise ValueError(
+                    f"scope {pattern!r} matches no parameter that requires grad; the first are "
+                    f"{known}"
+                )
+            chosen |= found
+        chosen = {n: p for n, p in free.items() if n in chosen}
+    else:
+        raise TypeError(
+            "scope must be None, names or a predicate (name, parameter), "
+            f"got {type(scope).__name__}"
+        )
+    if not chosen:
+        what = "requires grad" if scope is None else "is in scope"
+        raise ValueError(f"model: no parameter {what}, so there is no gradient to score")
+    return chosen
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+
+
+@contextmanager
+def only_these_require_grad(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Run the block with gradients for ``parameters`` alone; what is frozen costs nothing."""
+    wanted = {id(p) for p in parameters}
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(id(p) in wanted)
+        yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)
+
+
+class FullGradient:
+    """Scores parts of a data set with the weights that the network has now.
+
+    The model must be in eval mode and the parameters in scope the only ones that require grad.
+
+    Parameters
+    ----------
+    network
+        Model, loss and parameters.
+    chunk_size
+        Samples at a time; None = as many as a share of the memory allows, at most a batch. Halved
+        where memory runs out; only the chunk at hand is computed again.
+    nonfinite
+        ``"raise"``, or ``"exclude"`` for samples whose loss is not finite: they get NaN.
+    """
+
+    def __init__(
+        self, network: Network, chunk_size: int | None = None, nonfinite: str = "raise"
+    ) -> None:
+        self.network, self.nonfinite = network, nonfinite
+        self.methods = Methods(network)
+        self.chunk, self._fixed = chunk_size, chunk_size is not None
+
+    def part(
+        self,
+        batches: Callable[[], Iterable[Batch]],
+        on_batch: Callable[[], None] = lambda: None,
+        on_count: Callable[[int], None] = lambda count: None,
+    ) -> PartResult:
+        """Score the samples that ``batches()`` yields against their own mean gradient.
+
+        ``on_batch`` is called after every batch of both passes, ``on_count`` with N between them.
+
+        Raises
+        ------
+        ValueError
+            Labels, outputs or losses that cannot be scored; samples that influence each other;
+            batches that differ from the first pass to the second.
+        RuntimeError
+            A self-check failed.
+        """
+        network = self.network
+        totals = {
+            id(p): torch.zeros(p.shape, dtype=torch.float64, device=p.device)
+            for p in network.parameters
+        }
+        blocks, indices, sample = [], [], _Sample()
+        for batch in batches():
+            moved = batch.on(network.device, network.dtype)
+            for chunk, values, gradients in self._in_chunks(moved, self._first):
+                for p, g in zip(network.parameters, gradients, strict=True):
+                    if g is not None:
+                        totals[id(p)] += g
+                sample.take(network, chunk, values["grad_sqnorm"], self.methods.tolerance)
+                blocks.append(values)
+                indices.append(chunk.index)
+            on_batch()
+        if not blocks:
+            raise ValueError("data holds no samples")
+        index = torch.cat(indices)
+        fields = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+        counted = ~fields["grad_sqnorm"].isnan()
+        count = int(counted.sum())
+        on_count(count)
+        tangents: Gradients = {}
+        squared = 0.0
+        for p in network.parameters:
+            mean = totals.pop(id(p)).div_(max(count, 1))
+            squared += float(mean.square().sum())
+            tangents[id(p)] = mean.to(p.dtype)
+        fields["alignment"] = self._second(batches, tangents, fields["loss"], counted, on_batch)
+        sample.check_alignment(tangents, fields["alignment"], index, self.methods.tolerance)
+        self._self_check(fields, count, squared)
+        dtype = torch.float64 if network.parameters[0].dtype == torch.float64 else torch.float32
+        fields = {name: fields[name].to(dtype) for name in FIELDS}
+        return PartResult(index, fields, count, squared)
+
+    def _first(self, chunk: Batch) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """Norms, losses and metrics of the samples of a chunk, and their summed gradients."""
+        network, methods = self.network, self.methods
+        counts = network.loss.counted(chunk.labels).reshape(chunk.samples, -1).all(1).cpu()
+        nothing: list[Tensor | None] = [None] * len(network.parameters)
+        if not bool(counts.any()):
+            return _spread({}, counts), nothing
+        kept = chunk.take(counts.nonzero().flatten())
+        if not methods.prepared:
+            finite = self._finite(kept)
+            if not bool(finite.all()):
+                counts[counts.clone()] = finite
+                if not bool(finite.any()):
+                    return _spread({}, counts), nothing
+                kept = kept.take(finite.nonzero().flatten())
+            methods.prepare(kept)
+            self._choose_chunk()
+        losses, gradients, values = self._traced(kept)
+        finite = network.per_sample(losses.loss, kept).isfinite().cpu()
+        if not bool(finite.all()):
+            self._refuse(kept, finite)
+            counts[counts.clone()] = finite
+            if not bool(finite.any()):
+                return _spread({}, counts), nothing
+            kept = kept.take(finite.nonzero().flatten())
+            losses, gradients, values = self._traced(kept)
+        return _spread(values, counts), gradients
+
+    def _traced(self, kept: Batch) -> tuple[RowLosses, list[Tensor | None], dict[str, Tensor]]:
+        network, methods = self.network, self.methods
+        for attempt in range(3):
+            try:
+                losses, gradients, tape, outputs = traced(
+                    network, methods.plan, kept, methods.expanding
+                )
+                break
+            except UnknownCall:
+                # Not seen on the first samples: another branch, or the first batch of several.
+                if attempt == 2:
+                    raise RuntimeError(
+                        "model: its calls change from one forward pass to the next"
+                    ) from None
+                methods.prepare(kept)
+        network.loss.check(outputs, kept.labels, kept.index, kept.views)
+        norms = tape.total()
+        if methods.plan.others:
+            norms += _per_sample.norms(methods.others, network, kept, list(methods.plan.others))
+
+        def mean(rows: Tensor) -> Tensor:
+            return network.per_sample(rows, kept).double().cpu()
+
+        values = {
+            "grad_sqnorm": norms.cpu(),
+            "loss": mean(losses.loss),
+            "el2n": mean(losses.residual_sqnorm.sqrt()),
+            "margin": mean(losses.margin),
+            "entropy": mean(losses.entropy),
+        }
+        return losses, gradients, values
+
+    def _second(
+        self,
+        batches: Callable[[], Iterable[Batch]],
+        tangents: Gradients,
+        losses: Tensor,
+        counted: Tensor,
+        on_batch: Callable[[], None],
+    ) -> Tensor:
+        """Alignments of all samples with the mean gradient, (n,) float64."""
+        network = self.network
+        result = torch.full(losses.shape, torch.nan, dtype=torch.float64)
+        start = 0
+
+        def work(chunk: Batch) -> tuple[Tensor, Tensor | None]:
+            at = slice(offset + chunk_start, offset + chunk_start + chunk.samples)
+            kept = chunk.take(counted[at].nonzero().flatten())
+            if not kept.samples:
+                return torch.empty(0), None
+            if self.methods.aligned is None:
+                return _per_sample.dots(self.methods.others, network, kept, tangents).cpu(), None
+            found = self.methods.aligned(network, kept, tangents)
+            assert found.tangent is not None
+            return (
+                network.per_sample(found.tangent, kept).double().cpu(),
+                network.per_sample(found.loss, kept).double().cpu(),
+            )
+
+        for batch in batches():
+            offset, chunk_start = start, 0
+            if offset + batch.samples > len(losses):
+                raise _changed("more samples")
+            for chunk, values, again in self._in_chunks(
+                batch.on(network.device, network.dtype), work
+            ):
+                at = torch.arange(offset + chunk_start, offset + chunk_start + chunk.samples)
+                at = at[counted[at]]
+                result[at] = values
+                if again is not None:
+                    self._check_same(losses[at], again)
+                chunk_start += chunk.samples
+            start += batch.samples
+            on_batch()
+        if start != len(losses):
+            raise _changed("fewer samples")
+        return result
+
+    def _in_chunks(
+        self, batch: Batch, work: Callable[[Batch], tuple[Any, Any]]
+    ) -> Iterator[tuple[Batch, Any, Any]]:
+        """Yield (chunk, *work(chunk)); where memory runs out, chunks become half as large."""
+        start = 0
+        while start < batch.samples:
+            size = min(self.chunk or batch.samples, batch.samples - start)
+            chunk = batch.take(slice(start, start + size))
+            try:
+                done = work(chunk)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or size == 1:
+                    raise
+                done = None
+            if done is None:
+                self.chunk = (size + 1) // 2
+                if batch.labels.is_cuda:
+                    torch.cuda.empty_cache()
+                continue
+            yield chunk, *done
+            start += size
+
+    def _choose_chunk(self) -> None:
+        """Choose how many samples at a time a share of the memory holds the activations of."""
+        if self._fixed or self.chunk is not None or not self.methods.bytes_per_sample:
+            return
+        device = self.network.device
+        if device.type == "cuda":
+            budget = _CUDA_SHARE * torch.cuda.mem_get_info(device)[0]
+        elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+            budget = _CPU_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        else:
+            budget = float(1 << 31)
+        self.chunk = max(1, int(budget / (_COPIES * self.methods.bytes_per_sample)))
+
+    def _finite(self, kept: Batch) -> Tensor:
+        with torch.no_grad(), self.network.context():
+            outputs = self.network.forward(kept)
+            self.network.loss.check(outputs, kept.labels, kept.index, kept.views)
+            losses = self.network.losses(outputs, kept)
+        finite = self.network.per_sample(losses.loss, kept).isfinite().cpu()
+        if not bool(finite.all()):
+            self._refuse(kept, finite)
+        return finite
+
+    def _refuse(self, kept: Batch, finite: Tensor) -> None:
+        if self.nonfinite == "raise":
+            row = int(kept.index[int((~finite).nonzero()[0])])
+            raise ValueError(
+                f"the loss of sample {row} is not finite; row {row} is the first with a "
+                "non-finite value (nonfinite='exclude' scores the others)"
+            )
+
+    def _check_same(self, before: Tensor, again: Tensor) -> None:
+        scale = before.abs().max().clamp_min(1e-3)
+        if bool(((before - again).abs() > max(1e-3, self.methods.tolerance) * scale).any()):
+            raise _changed("other losses")
+
+    def _self_check(self, fields: dict[str, Tensor], count: int, squared: float) -> None:
+        alignment, norms = fields["alignment"].nansum(), fields["grad_sqnorm"].sqrt().nansum()
+        tolerance = _SELF_CHECK_TOLERANCE.get(self.network.parameters[0].dtype, _ROUGH_SELF_CHECK)
+        if self.methods.tolerance > 0.01:
+            tolerance = _ROUGH_SELF_CHECK
+        bound = tolerance * squared**0.5 * float(norms) + 1e-30
+        if not abs(float(alignment) - count * squared) <= bound:
+            raise RuntimeError(
+                f"self-check failed: the alignments sum to {float(alignment):.9g} but N |G|^2 is "
+                f"{count * squared:.9g} (allowed difference {bound:.3g}); please report this"
+            )
+
+
+class _Sample:
+    """The first sample of a part that counts: its explicit gradient checks norm and alignment."""
+
+    def __init__(self) -> None:
+        self.gradient: Gradients | None = None
+        self.number = -1
+
+    def take(self, network: Network, chunk: Batch, norms: Tensor, tolerance: float) -> None:
+        """Compare the norm of the first sample with its explicit gradient."""
+        counted = (~norms.isnan()).nonzero().flatten()
+        if self.gradient is not None or not len(counted):
+            return
+        at = int(counted[0])
+        self.number = int(chunk.index[at])
+        self.gradient = explicit_gradients(network, chunk.take(slice(at, at + 1)))
+        square = sum(float(g.double().square().sum()) for g in self.gradient.values())
+        if not abs(square - float(norms[at])) <= tolerance * square + 1e-30:
+            raise RuntimeError(
+                f"self-check failed: |g|^2 of sample {self.number} is {float(norms[at]):.9g}, "
+                f"by plain autograd {square:.9g}; please report this"
+            )
+
+    def check_alignment(
+        self, tangents: Gradients, alignment: Tensor, index: Tensor, tolerance: float
+    ) -> None:
+        """Compare the alignment of the same sample with the product of explicit gradients."""
+        if self.gradient is None:
+            return
+        product = size = length = 0.0
+        for key, g in self.gradient.items():
+            mean = tangents[key].double()
+            product += float((g.double() * mean).sum())
+            size += float(mean.square().sum())
+            length += float(g.double().square().sum())
+        found = float(alignment[index == self.number][0])
+        if not abs(found - product) <= tolerance * (size * length) ** 0.5 + 1e-30:
+            raise RuntimeError(
+                f"self-check failed: the alignment of sample {self.number} is {found:.9g}, by "
+                f"plain autograd {product:.9g}; please report this"
+            )
+
+
+def _spread(values: dict[str, Tensor], counted: Tensor) -> dict[str, Tensor]:
+    """Values of the samples that count at their places among all; NaN elsewhere."""
+    names = [name for name in FIELDS if name != "alignment"]
+    result = {}
+    for name in names:
+        result[name] = torch.full(counted.shape, torch.nan, dtype=torch.float64)
+        if values:
+            result[name][counted] = values[name]
+    return result
+
+
+def _changed(what: str) -> ValueError:
+    return ValueError(
+        f"data: the second pass over the data gives {what} than the first; the transform must be "
+        "deterministic (views= scores the mean over augmented views)"
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()

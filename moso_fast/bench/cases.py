@@ -111,7 +111,7 @@ CASES: dict[str, Case] = {
             heads=12,
         ),
         Case("vocab-50257", "one vocabulary head (GPT-2), tokens as samples", "head", 50257, 768,
-             128, 1024),
+             128, 512),
         Case("few-rows", "256 rows: what a call costs before it does anything", "head", 10, 512,
              256, 256),
         Case("sequences-c8192", "token head, 64 tokens a sequence", "sequences", 8192, 256,

@@ -32,7 +32,8 @@ class Settings:
     Attributes
     ----------
     budget
-        Seconds that the rounds of one provider may take together, but for ``least`` rounds.
+        Seconds that the rounds of one provider may take together, but for ``least`` rounds (three
+        where one call takes longer than this).
     patience
         Seconds of one call above which a provider gets no further round.
     memory_limit
@@ -58,9 +59,9 @@ class Settings:
         if profile == "full":
             options = {
                 "least": 5,
-                "most": 21,
-                "budget": 1.5,
-                "patience": 12.0,
+                "most": 15,
+                "budget": 1.0,
+                "patience": 6.0,
                 "memory_limit": 60.0,
                 "all_memory": True,
                 **options,
@@ -208,8 +209,9 @@ def _time(
         if entry.first >= settings.patience:
             entry.times = {0: entry.first}  # one call, the only one it gets
         else:
+            least = settings.least if entry.first < settings.budget else min(3, settings.least)
             rounds[entry.provider.name] = plan_rounds(
-                entry.first, settings.budget, settings.least, settings.most
+                entry.first, settings.budget, least, settings.most
             )
     jobs = {e.provider.name: e.job for e in right if e.provider.name in rounds and e.job}
     times = interleaved(jobs, rounds, settings.device, lambda: tick(f"{case.name}: timing"))

@@ -81,7 +81,7 @@ def _jvp(case: Case, inputs: Inputs) -> Job:
 
 _KINDS = frozenset({"network"})
 PROVIDERS = (
-    Provider(OURS, "ours", _KINDS, _ours, needs=("moso_fast.full_gradient",)),
+    Provider(OURS, "ours", _KINDS, _ours),
     Provider("torch.func.jvp", "plain", _KINDS, _jvp, note="no norms"),
     Provider("torch.func.vmap(grad)", "autograd", _KINDS, _vmap),
     Provider("autograd, batch size 1", "autograd", _KINDS, _loop),

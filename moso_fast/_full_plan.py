@@ -227,8 +227,10 @@ class Methods:
         others = sorted({f"{names[k]} ({why})" for k, why in self.plan.others.items()})
         vmap = self.others is _per_sample.vmapped
         explicit = "vmap" if vmap else f"one by one (no vmap: {self.others_reason})"
-        way = {alignment_forward: "forward mode", alignment_double_backward: "double backward"}
-        alignment = explicit if self.aligned is None else way[self.aligned]
+        forward = self.aligned is alignment_forward
+        alignment = "forward mode" if forward else "double backward"
+        if self.aligned is None:
+            alignment = explicit
         return {
             "alignment": "; ".join([alignment, *self.reasons]),
             "norms": f"{len(names) - len(self.plan.others)} of {len(names)} parameters traced",

@@ -24,27 +24,29 @@ def recurrent(linear: Linear, kind: str, args: tuple[Any, ...], kwargs: dict[str
     if kwargs or len(args) != 9 or isinstance(args[3], (list, tuple)):
         return NotImplemented
     x, state, weights, has_bias, layers, dropout, training, two_way, batch_first = args
-    hidden, cell = state if kind == "lstm" else (state, None)
+    hidden, cell = state if kind == "lstm" else (state, state)
     per_direction = 4 if has_bias else 2
     directions = 2 if two_way else 1
     if len(weights) != layers * directions * per_direction or (dropout and training):
         return NotImplemented
-    if kind == "lstm" and cell.shape[-1] != hidden.shape[-1]:
+    if cell.shape[-1] != hidden.shape[-1]:
         return NotImplemented
     steps = x.transpose(0, 1) if batch_first else x
-    last_hidden, last_cell = [], []
+    last_hidden: list[Tensor] = []
+    last_cell: list[Tensor] = []
     for layer in range(layers):
         outputs = []
         for direction in range(directions):
             number = layer * directions + direction
             own = weights[number * per_direction : (number + 1) * per_direction]
             w_in, w_state, b_in, b_state = own if has_bias else (*own, None, None)
-            start = (hidden[number], None if cell is None else cell[number])
+            start = (hidden[number], cell[number] if kind == "lstm" else None)
             sequence = steps.flip(0) if direction else steps
             result, h, c = _layer(linear, kind, sequence, start, w_in, w_state, b_in, b_state)
             outputs.append(result.flip(0) if direction else result)
             last_hidden.append(h)
-            last_cell.append(c)
+            if c is not None:
+                last_cell.append(c)
         steps = torch.cat(outputs, -1) if two_way else outputs[0]
     result = steps.transpose(0, 1) if batch_first else steps
     if kind == "lstm":

@@ -218,6 +218,8 @@ SUPPORTED = [
     (1, False, 16, 2048, True),
     (1, False, 32, 1024, True),
     (1, False, 80, 512, True),
+    (1, False, 100, 512, False),
+    (1, False, 104, 512, False),
     (1, True, 10, 512, True),
     (1, True, 10, 2048, True),
     (1, True, 64, 512, False),
@@ -239,7 +241,7 @@ def test_plans_fit(index, feature, exact, classes, dim, small) -> None:
 
 
 def test_layout_has_no_overlap(index) -> None:
-    for feature, exact, classes, dim in product(range(3), (False, True), (1, 10, 33, 80), (1, 512)):
+    for feature, exact, classes, dim in product(range(3), (False, True), (1, 10, 33, 80, 100), (1, 512)):
         plan = index.few_classes_plan(feature, exact, classes, dim, H200_SHARED)
         if not plan["ok"]:
             continue
@@ -263,9 +265,20 @@ def test_layout_has_no_overlap(index) -> None:
         assert layout["slices"] * rows == 128 and layout["logit_stride"] >= classes
 
 
+def test_instantiations_cover_every_class_and_column(index) -> None:
+    for classes in range(1, 113):
+        tiles = index.tiles_for(classes)
+        assert tiles in (1, 2, 5, 7) and 16 * tiles >= classes
+        parts, own = index.parts_of(tiles), index.class_tiles_of(tiles)
+        assert parts * own >= tiles > (parts - 1) * own
+        # Sums of the mean gradient in the registers of a thread, of 255.
+        assert own * (index.most_columns(tiles) // 64) * 4 <= 160
+    assert index.tiles_for(113) == 0
+
+
 @pytest.mark.parametrize(
     "classes, dim, reason",
-    [(81, 8, "80 classes"), (33, 513, "512"), (17, 1025, "1024"), (3, 2049, "2048")],
+    [(113, 8, "112 classes"), (33, 513, "512"), (17, 1025, "1024"), (3, 2049, "2048")],
 )
 def test_what_is_too_large_is_refused_with_a_reason(index, classes, dim, reason) -> None:
     plan = index.few_classes_plan(1, False, classes, dim, H200_SHARED)

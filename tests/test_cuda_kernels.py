@@ -72,7 +72,7 @@ def check(case: Case, tolerance: float, **options) -> None:
 # --- every kernel --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("classes, dim", [(10, 1100), (24, 530), (70, 200)])
+@pytest.mark.parametrize("classes, dim", [(10, 1100), (24, 530), (70, 200), (100, 140)])
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instantiation(gpu, emulator, dtype, exact, classes, dim) -> None:
@@ -81,7 +81,7 @@ def test_every_instantiation(gpu, emulator, dtype, exact, classes, dim) -> None:
     check(random_case("ids", n=37, c=classes, d=dim, dtype=dtype), ERROR[precision],
           precision=precision)  # fmt: skip
     first, second = gpu.launches[0][1], gpu.launches[-1][1]
-    assert first["tiles"] == second["tiles"] == {10: 1, 24: 2, 70: 5}[classes]
+    assert first["tiles"] == second["tiles"] == {10: 1, 24: 2, 70: 5, 100: 7}[classes]
     assert first["exact"] == second["exact"] == exact
 
 

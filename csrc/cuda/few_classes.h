@@ -12,6 +12,12 @@ enum class Feature : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 // Status slots, as in moso_fast/problem.py.
 constexpr int kStatusLabel = 0, kStatusFeature = 1, kStatusLogits = 2;
 
+// Registers a thread that ptxas may use, by tiles of 16 classes; 255 is the most there is.
+// tests/test_cuda_report.py holds every architecture to them, without spills. 128 let two blocks of
+// the second pass share a multiprocessor: more loads under way.
+constexpr int kFirstRegisters = 255;
+constexpr int second_registers(int tiles) { return tiles <= 2 ? 128 : 255; }
+
 // First pass over rows [0, rows): row 0 is called first_row in status. "classes" are those of one
 // head; head k, class c is line k * classes + c of weight.
 struct FirstPass {
@@ -71,6 +77,7 @@ struct Plan {
   bool ok;
   const char* reason;
   int tiles;  // of 16 classes: which instantiation
+  int parts;  // blocks for the same rows
   int tile_rows, stages;
   int64_t first_bytes, second_bytes;  // shared memory of a block
   int64_t slab_limit;                 // rows of a slab at most

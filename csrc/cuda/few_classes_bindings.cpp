@@ -34,6 +34,9 @@ void bind(py::module_& m) {
         "How a problem is cut for a GPU with this much shared memory a block (bytes), or why it "
         "cannot be run: ok, reason, tiles, tile_rows, stages, first_bytes, second_bytes, "
         "slab_limit. Needs no GPU.");
+  m.attr("few_classes_first_registers") = kFirstRegisters;
+  m.def("few_classes_second_registers", &second_registers, py::arg("tiles"),
+        "Registers a thread that the kernels may use, by tiles of 16 classes.");
   m.def("few_classes_slab_rows", &slab_rows_for, py::arg("rows"), py::arg("limit"),
         "Rows of a slab, the unit of one partial sum of the mean gradient.");
   m.def("few_classes_partial_columns", &partial_columns, py::arg("dim"),

@@ -2,10 +2,10 @@
 // one partial sum of the mean gradient for each slab of rows.
 //
 //   Z = H W^T + b     R = softmax(Z) - onehot(y)     partial(slab) = R^T H over the slab's rows
-//   H (n, D), W (C, D) with the classes of all heads, C padded to 16 MTiles
+//   H (n, D), W (C, D) with the classes of all heads, C padded to 16 ClassTiles
 //
 // A block of 8 warps stages tiles of 16, 32 or 64 whole rows in shared memory (cp.async, up to
-// three tiles ahead of the arithmetic) and reads each tile twice there:
+// two tiles ahead of the arithmetic) and reads each tile twice there:
 //
 //   logits     warp = 16 rows x a slice of D; slices are added up in fixed order
 //   softmax    4 to 32 lanes a row (few_classes_softmax.cuh); R goes back as packed fragments
@@ -18,8 +18,10 @@
 //
 // Bytes from memory: rows x D x item + rows x C x 4 (residuals) + slabs x C x D x 4. FLOPs: 4 rows
 // C D a product of terms. With bfloat16 that is 2 C FLOPs a byte: bound by memory below C of about
-// 100. MTiles x NTiles x 4 sums a thread must fit its 255 registers: 16 classes at D = 2048, 32 at
-// 1024, 80 at 512. One block a multiprocessor, because its tiles fill the shared memory.
+// 100. The sums a thread keeps must fit its 255 registers: 16 classes at D = 2048, 32 at 1024, 80
+// at 512. From 81 to 112 classes two blocks take the same rows at the same time, each for half of
+// the classes: the second read of H is one of the L2 cache, the logits are computed twice. One
+// block a multiprocessor, because its tiles fill the shared memory.
 #pragma once
 
 #include "few_classes_softmax.cuh"
@@ -119,14 +121,16 @@ MOSO_DEVICE void some_logits(const FirstPass& p, uint32_t stage) {
 }
 
 // All logits, First and up: as many at once as there are registers beside the sums of the gradient.
-template <Feature F, class M, int MTiles, int First = 0>
+template <Feature F, class M, int ClassTiles, int First = 0>
 MOSO_DEVICE void tile_logits(const FirstPass& p, uint32_t stage) {
-  constexpr int kTiles = 2 * MTiles, kWide = F == Feature::kFloat16 ? 4 : 5;
-  constexpr int kAtOnce = MTiles <= 2 ? kTiles : kTiles - First < kWide ? kTiles - First : kWide;
+  constexpr int kTiles = 2 * ClassTiles, kWide = F == Feature::kFloat16 ? 4 : 5;
+  constexpr int kAtOnce = ClassTiles <= 2          ? kTiles
+                          : kTiles - First < kWide ? kTiles - First
+                                                   : kWide;
   some_logits<F, M, First, kAtOnce>(p, stage);
   if constexpr (First + kAtOnce < kTiles) {
     if (8 * (First + kAtOnce) < p.heads * p.classes)
-      tile_logits<F, M, MTiles, First + kAtOnce>(p, stage);
+      tile_logits<F, M, ClassTiles, First + kAtOnce>(p, stage);
   }
 }
 
@@ -170,9 +174,9 @@ struct GradientOperand {
   }
 };
 
-// sums[m][n] += R^T H of the staged tile, this warp's columns.
-template <Feature F, class M, int MTiles, int NTiles>
-MOSO_DEVICE void tile_gradient(const FirstPass& p, uint32_t stage,
+// sums[m][n] += R^T H of the staged tile: class tiles begin + m, this warp's columns.
+template <Feature F, class M, int ClassTiles, int MTiles, int NTiles>
+MOSO_DEVICE void tile_gradient(const FirstPass& p, uint32_t stage, int begin,
                                float (&sums)[MTiles][NTiles][4]) {
   const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
   const FirstLayout& layout = p.layout;
@@ -187,11 +191,11 @@ MOSO_DEVICE void tile_gradient(const FirstPass& p, uint32_t stage,
       operand.load(pair, b);
       MOSO_UNROLL
       for (int m = 0; m < MTiles; ++m) {
-        if (16 * m >= width) continue;
+        if (16 * (begin + m) >= width) continue;
         uint32_t a[M::kTerms][4];
         MOSO_UNROLL
         for (int i = 0; i < M::kTerms; ++i) {
-          const uint32_t block = uint32_t((step * M::kTerms + i) * MTiles + m);
+          const auto block = uint32_t((step * M::kTerms + i) * ClassTiles + begin + m);
           const auto v =
               device::shared_load<Words4>(layout.residuals + (block * kLanes + lane) * 16);
           MOSO_UNROLL
@@ -207,7 +211,8 @@ MOSO_DEVICE void tile_gradient(const FirstPass& p, uint32_t stage,
 
 // Writes the slab's sums and starts new ones.
 template <int MTiles, int NTiles>
-MOSO_DEVICE void store_partial(const FirstPass& p, int64_t slab, float (&sums)[MTiles][NTiles][4]) {
+MOSO_DEVICE void store_partial(const FirstPass& p, int64_t slab, int begin,
+                               float (&sums)[MTiles][NTiles][4]) {
   const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
   const int width = p.heads * p.classes, columns = partial_columns(p.dim);
   float* to = p.partial + slab * width * columns + 2 * (lane % 4);
@@ -219,7 +224,7 @@ MOSO_DEVICE void store_partial(const FirstPass& p, int64_t slab, float (&sums)[M
     for (int m = 0; m < MTiles; ++m) {
       MOSO_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int cls = 16 * m + accumulator_row(lane, 2 * half);
+        const int cls = 16 * (begin + m) + accumulator_row(lane, 2 * half);
         MOSO_UNROLL
         for (int n = 2 * pair; n < 2 * pair + 2; ++n) {
           if (cls < width)
@@ -267,7 +272,7 @@ struct BiasSums {
       float sum = 0.0f;
       for (int w = 0; w < kWarps; ++w)
         sum += device::shared_load<float>(layout.bias_sums + 4 * uint32_t(w * width + cls));
-      device::global_store(to + cls, sum);
+      if (to) device::global_store(to + cls, sum);
     }
     clear();
   }
@@ -297,15 +302,20 @@ MOSO_DEVICE void clear_rows(const FirstLayout& layout, uint32_t stage) {
   }
 }
 
-// The kernel: up to 16 MTiles classes, up to 64 NTiles columns; p.heads * p.classes and p.dim
-// decide how much of that is worked on. Launch with FirstLayout::bytes of shared memory.
-template <Feature F, bool Exact, int MTiles, int NTiles>
+// The kernel: up to 16 ClassTiles classes and most_columns(ClassTiles) columns; p.heads * p.classes
+// and p.dim decide how much of that is worked on. Launch with FirstLayout::bytes of shared memory
+// and a multiple of parts_of(ClassTiles) blocks.
+template <Feature F, bool Exact, int ClassTiles>
 MOSO_DEVICE void first_pass(const FirstPass& p) {
   using M = Mode<F, Exact>;
+  constexpr int kParts = parts_of(ClassTiles), kMTiles = class_tiles_of(ClassTiles);
+  constexpr int kNTiles = most_columns(ClassTiles) / 64;
   const int width = p.heads * p.classes;
+  const int part = int(device::block_index() % kParts), begin = part * kMTiles;
+  if (part > 0 && !p.partial) return;
   const FirstLayout& layout = p.layout;
   const TileWalk& walk = p.walk;
-  TileCursor ahead = first_tile(walk, device::block_index()), now = ahead;
+  TileCursor ahead = first_tile(walk, device::block_index() / kParts), now = ahead;
 
   const auto stage_next = [&](int stage) {
     if (!behind_last(walk, ahead)) {
@@ -318,20 +328,20 @@ MOSO_DEVICE void first_pass(const FirstPass& p) {
   for (int stage = 0; stage + 1 < layout.stages; ++stage) stage_next(stage);
 
   pack_operand<M::kItem, M::kTerms>(layout.weights, p.weight, width, p.dim);
-  const int fragments = int(residual_bytes(M::kTerms, MTiles, layout.tile_rows)) / 16;
+  const int fragments = int(residual_bytes(M::kTerms, ClassTiles, layout.tile_rows)) / 16;
   for (int i = device::thread_index(); i < fragments; i += kThreads)
     device::shared_store(layout.residuals + 16 * uint32_t(i), Words4{{0, 0, 0, 0}});
 
-  float sums[MTiles][NTiles][4];
+  float sums[kMTiles][kNTiles][4];
   MOSO_UNROLL
-  for (int m = 0; m < MTiles; ++m) {
+  for (int m = 0; m < kMTiles; ++m) {
     MOSO_UNROLL
-    for (int n = 0; n < NTiles; ++n) {
+    for (int n = 0; n < kNTiles; ++n) {
       MOSO_UNROLL
       for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
     }
   }
-  BiasSums<(MTiles + 1) / 2> bias_sums;
+  BiasSums<(ClassTiles + 1) / 2> bias_sums;
   bias_sums.clear();
 
   int stage = 0;
@@ -350,20 +360,20 @@ MOSO_DEVICE void first_pass(const FirstPass& p) {
     stage = stage + 1 == layout.stages ? 0 : stage + 1;
     const int count = rows_of(walk, now);
 
-    tile_logits<F, M, MTiles>(p, tile);
+    tile_logits<F, M, ClassTiles>(p, tile);
     device::sync_block();
-    const bool dirty = softmax_tile<F, M::kTerms>(p, MTiles, tile, now.row, count);
+    const bool dirty = softmax_tile<F, M::kTerms>(p, ClassTiles, tile, now.row, count, part == 0);
     if (device::sync_block_or(dirty)) {
       clear_rows(layout, tile);
       device::sync_block();
     }
-    if (p.residual) store_residuals(p, now.row, count);
+    if (p.residual && part == 0) store_residuals(p, now.row, count);
     if (!p.partial) continue;
     bias_sums.add_tile(layout, width);
-    tile_gradient<F, M, MTiles, NTiles>(p, tile, sums);
+    tile_gradient<F, M, ClassTiles>(p, tile, begin, sums);
     if (!last_of_slab(walk, now)) continue;
-    store_partial<MTiles, NTiles>(p, now.slab, sums);
-    bias_sums.store(layout, width, p.bias_partial + now.slab * width);
+    store_partial(p, now.slab, begin, sums);
+    bias_sums.store(layout, width, part == 0 ? p.bias_partial + now.slab * width : nullptr);
   }
 }
 

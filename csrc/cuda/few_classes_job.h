@@ -57,7 +57,8 @@ inline FirstPass read_first_pass(const pybind11::dict& job) {
   const Launch launch = read_launch(job);
   const int64_t slab_rows = number<int64_t>(job, "slab_rows");
   const int tile_rows = number<int>(job, "tile_rows");
-  p.walk = {p.rows, slab_rows, ceil_div(p.rows, slab_rows), launch.blocks, tile_rows};
+  p.walk = {p.rows, slab_rows, ceil_div(p.rows, slab_rows), launch.blocks / parts_of(launch.tiles),
+            tile_rows};
   p.layout = first_layout(launch.feature == Feature::kFloat32 ? 4 : 2,
                           terms_of(launch.feature, launch.exact).first, launch.tiles,
                           p.heads * p.classes, p.dim, tile_rows, number<int>(job, "stages"));
@@ -103,6 +104,7 @@ inline pybind11::dict plan_dict(int feature, bool exact, int classes, int dim,
   d["ok"] = plan.ok;
   d["reason"] = plan.reason;
   d["tiles"] = plan.tiles;
+  d["parts"] = plan.parts;
   d["tile_rows"] = plan.tile_rows;
   d["stages"] = plan.stages;
   d["first_bytes"] = plan.first_bytes;

@@ -22,18 +22,16 @@ inline void require(cudaError_t status, const char* what) {
                            cudaGetErrorName(status) + ")");
 }
 
-// 255 registers a thread: one block of 8 warps fills the multiprocessor's shared memory anyway.
-template <Feature F, bool Exact, int MTiles, int NTiles>
-__global__ void __launch_bounds__(kThreads, 1) first_pass_kernel(const FirstPass p) {
-  first_pass<F, Exact, MTiles, NTiles>(p);
+template <Feature F, bool Exact, int ClassTiles>
+__global__ void __launch_bounds__(kThreads, 65536 / kThreads / kFirstRegisters)
+    first_pass_kernel(const FirstPass p) {
+  first_pass<F, Exact, ClassTiles>(p);
 }
 
-// Two blocks a multiprocessor (128 registers a thread) where few classes leave room for the packed
-// mean gradient twice: more loads under way.
-template <Feature F, bool Exact, int Tiles>
-__global__ void __launch_bounds__(kThreads, Tiles <= 4 ? 2 : 1)
+template <Feature F, bool Exact, int ClassTiles>
+__global__ void __launch_bounds__(kThreads, 65536 / kThreads / second_registers(ClassTiles))
     second_pass_kernel(const SecondPass p) {
-  second_pass<F, Exact, Tiles>(p);
+  second_pass<F, Exact, 2 * ClassTiles>(p);
 }
 
 template <class P>
@@ -49,15 +47,17 @@ void launch_kernel(void (*kernel)(P), const P& p, const Launch& l, const char* n
 
 template <Feature F, bool Exact>
 void launch_first_as(const FirstPass& p, const Launch& l) {
-  if (l.tiles == 1) return launch_kernel(first_pass_kernel<F, Exact, 1, 32>, p, l, "first pass");
-  if (l.tiles == 2) return launch_kernel(first_pass_kernel<F, Exact, 2, 16>, p, l, "first pass");
-  launch_kernel(first_pass_kernel<F, Exact, 5, 8>, p, l, "first pass");
+  if (l.tiles == 1) return launch_kernel(first_pass_kernel<F, Exact, 1>, p, l, "first pass");
+  if (l.tiles == 2) return launch_kernel(first_pass_kernel<F, Exact, 2>, p, l, "first pass");
+  if (l.tiles == 5) return launch_kernel(first_pass_kernel<F, Exact, 5>, p, l, "first pass");
+  launch_kernel(first_pass_kernel<F, Exact, 7>, p, l, "first pass");
 }
 template <Feature F, bool Exact>
 void launch_second_as(const SecondPass& p, const Launch& l) {
-  if (l.tiles == 1) return launch_kernel(second_pass_kernel<F, Exact, 2>, p, l, "second pass");
-  if (l.tiles == 2) return launch_kernel(second_pass_kernel<F, Exact, 4>, p, l, "second pass");
-  launch_kernel(second_pass_kernel<F, Exact, 10>, p, l, "second pass");
+  if (l.tiles == 1) return launch_kernel(second_pass_kernel<F, Exact, 1>, p, l, "second pass");
+  if (l.tiles == 2) return launch_kernel(second_pass_kernel<F, Exact, 2>, p, l, "second pass");
+  if (l.tiles == 5) return launch_kernel(second_pass_kernel<F, Exact, 5>, p, l, "second pass");
+  launch_kernel(second_pass_kernel<F, Exact, 7>, p, l, "second pass");
 }
 
 }  // namespace moso_fast::few_classes

@@ -2,13 +2,6 @@
 #include "few_classes.h"
 
 namespace moso_fast::few_classes {
-namespace {
-
-// Columns whose sums fit the registers beside this many tiles of 16 classes: 64 NTiles.
-int most_columns(int tiles) { return tiles == 1 ? 2048 : tiles == 2 ? 1024 : 512; }
-
-}  // namespace
-
 // As Mode in operands.cuh.
 Terms terms_of(Feature feature, bool exact) {
   if (exact) return {3, 3};
@@ -18,9 +11,10 @@ Terms terms_of(Feature feature, bool exact) {
 Plan make_plan(Feature feature, bool exact, int classes, int dim, int64_t shared_limit) {
   Plan plan{};
   plan.slab_limit = exact ? 2048 : 8192;
-  plan.tiles = classes <= 16 ? 1 : classes <= 32 ? 2 : 5;
-  if (classes > 80) {
-    plan.reason = "more than 80 classes of all heads together";
+  plan.tiles = tiles_for(classes);
+  plan.parts = parts_of(plan.tiles);
+  if (plan.tiles == 0) {
+    plan.reason = "more than 112 classes of all heads together";
     return plan;
   }
   if (dim > most_columns(plan.tiles)) {

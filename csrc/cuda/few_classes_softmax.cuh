@@ -139,10 +139,11 @@ MOSO_DEVICE RowStats softmax_item(const FirstPass& p, int tiles, const Item& ite
 }
 
 // One tile after its logits: residuals, statistics and status of rows first .. first + count.
-// Returns whether this thread met a row whose features are not to enter the mean gradient.
+// `writes`: another block may write the same rows. Returns whether this thread met a row whose
+// features must not enter the mean gradient.
 template <Feature F, int Terms>
 MOSO_DEVICE bool softmax_tile(const FirstPass& p, int tiles, uint32_t features, int64_t first,
-                              int count) {
+                              int count, bool writes) {
   constexpr int kItem = F == Feature::kFloat32 ? 4 : 2;
   const FirstLayout& layout = p.layout;
   const int items = layout.tile_rows * p.heads, lanes = lanes_per_item(items);
@@ -183,7 +184,7 @@ MOSO_DEVICE bool softmax_tile(const FirstPass& p, int tiles, uint32_t features, 
     if (item.live && p.sample_weight) item.weight = device::global_load(p.sample_weight + at);
 
     const RowStats stats = softmax_item<kItem, Terms>(p, tiles, item, row, head, lane, lanes);
-    if (!first_lane || !inside || !p.loss) continue;
+    if (!first_lane || !inside || !writes || !p.loss) continue;
     if (item.live && !is_finite(stats.loss + stats.residual_sqnorm * norm))
       device::atomic_min(p.status + kStatusLogits, p.first_row + at);
     const int64_t to = head * p.stat_stride + at;

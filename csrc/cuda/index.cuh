@@ -34,7 +34,7 @@ constexpr int kBankLine = 128;  // bytes that shared memory serves at once
 MOSO_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 MOSO_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// --- features ---------------------------------------------------------------------------------
+// --- features ---
 
 MOSO_HD constexpr int vector_numbers(int item) { return 16 / item; }  // E
 MOSO_HD constexpr int group_columns(int item) { return 4 * vector_numbers(item); }
@@ -54,8 +54,7 @@ MOSO_HD constexpr uint32_t feature_offset(int row, int chunk, int bytes_of_row) 
   return uint32_t(row * bytes_of_row + 16 * ((chunk & ~7) | ((chunk ^ swizzle(row)) & 7)));
 }
 
-// --- weights and mean gradient, packed as the B operand
-// --------------------------------------------
+// --- weights and mean gradient, packed as the B operand ---
 
 // One or two terms are split when they are packed. Three would need 6 bytes a number: it stays
 // float32 and is split by every reader. A *block* holds, for each class, what its four lanes read
@@ -83,8 +82,7 @@ MOSO_HD constexpr int64_t operand_bytes(int item, int terms, int classes, int di
          operand_lane_bytes(item, terms);
 }
 
-// --- residuals, packed as the A operand R^T (classes x rows)
-// --------------------------------------
+// --- residuals, packed as the A operand R^T (classes x rows) ---
 
 // Row of a block of 16 that is k-number j (0..3: k = 2 t, 2 t + 1, 2 t + 8, 2 t + 9) of lane t.
 // Features of 2 bytes arrive by ldmatrix in their own order. Those of 4 bytes are read one by one:
@@ -115,8 +113,23 @@ MOSO_HD constexpr int64_t residual_bytes(int terms, int tiles, int tile_rows) {
   return int64_t(tile_rows / 16) * terms * tiles * kLanes * 16;
 }
 
-// --- accumulators
-// ----------------------------------------------------------------------------------
+// --- instantiations ---
+
+// By tiles of 16 classes of all heads: 1, 2, 5 or 7. What a thread sums of the mean gradient must
+// fit its registers: class_tiles_of(tiles) x most_columns(tiles) / 64 x 4 numbers, at most 160.
+// With 7 tiles two blocks work on the same rows, each for half of the classes.
+MOSO_HD constexpr int tiles_for(int classes) {
+  return classes <= 16 ? 1 : classes <= 32 ? 2 : classes <= 80 ? 5 : classes <= 112 ? 7 : 0;
+}
+MOSO_HD constexpr int parts_of(int tiles) { return tiles == 7 ? 2 : 1; }
+MOSO_HD constexpr int class_tiles_of(int tiles) {
+  return (tiles + parts_of(tiles) - 1) / parts_of(tiles);
+}
+MOSO_HD constexpr int most_columns(int tiles) {
+  return tiles == 1 ? 2048 : tiles == 2 ? 1024 : 512;
+}
+
+// --- accumulators ---
 
 MOSO_HD constexpr int accumulator_row(int lane, int i) { return lane / 4 + 8 * (i >> 1); }
 MOSO_HD constexpr int accumulator_column(int lane, int i) { return 2 * (lane % 4) + (i & 1); }
@@ -127,8 +140,7 @@ MOSO_HD constexpr int gradient_column(int warp, int pair) { return (pair * kWarp
 MOSO_HD constexpr int gradient_pair_bytes(int item) { return kWarps * 16 * item; }
 MOSO_HD constexpr int partial_columns(int dim) { return int(round_up(dim, 16)); }
 
-// --- row slabs: one partial sum each, whatever the number of multiprocessors
-// ------------------------
+// --- row slabs: one partial sum each, whatever the number of multiprocessors ---
 
 constexpr int64_t kSlabs = 512;  // about four rounds of 132 multiprocessors
 constexpr int64_t kSmallestSlab = 64;
@@ -173,7 +185,7 @@ MOSO_HD void advance(const TileWalk& walk, TileCursor& at) {
   }
 }
 
-// --- order of the sum over slabs ----------------------------------------------------------------
+// --- order of the sum over slabs ---
 
 constexpr int kReduceColumns = 32;  // neighbouring numbers a block
 constexpr int kReduceStrands = 16;  // strand s adds slabs s, s + 16, ...; then a tree over strands
@@ -183,8 +195,7 @@ MOSO_HD constexpr int reduce_partner(int strand, int width) {
   return strand < width ? strand + width : -1;
 }
 
-// --- shared memory
-// ----------------------------------------------------------------------------------
+// --- shared memory ---
 
 // Byte offsets of what the first pass keeps in shared memory. Worked out on the host: as kernel
 // parameters they cost no registers.

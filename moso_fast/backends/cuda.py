@@ -38,6 +38,7 @@ class CudaBackend(Backend):
     """One kernel a pass and one for the sum between them; cross-entropy with class ids."""
 
     name = "cuda"
+    streams = True
 
     def availability(self) -> Availability:
         """Whether ``moso_fast._cuda`` is there and has a device."""
@@ -57,7 +58,7 @@ class CudaBackend(Backend):
     def supports(self, problem: Problem) -> str | None:
         """Cross-entropy with class ids, few classes, on a GPU the kernels are compiled for."""
         if problem.device.type != "cuda":
-            return f"features are on {problem.device}; CUDA kernels read the memory of a GPU"
+            return f"features and heads are on {problem.device}; CUDA kernels need a GPU"
         major, minor = torch.cuda.get_device_capability(problem.device)
         if major not in _COMPILED:
             return f"the kernels are not compiled for compute capability {major}.{minor}"
@@ -226,7 +227,7 @@ def _unit_columns(features: Tensor) -> bool:
 
 
 def _unit_rows(problem: Problem, rows: slice) -> Tensor:
-    features = problem.features[rows]
+    features = problem.feature_rows(rows)
     return features if _unit_columns(features) else features.contiguous()
 
 
@@ -280,10 +281,10 @@ def _first(
     sample_weight = problem.sample_weight
     if sample_weight is not None:
         sample_weight = sample_weight[rows].contiguous()
-    slabs = -(-features.shape[0] // slab_rows)
+    slabs, parts = -(-features.shape[0] // slab_rows), plan["parts"]
     job = _features_job(problem, features, plan) | _NO_STATISTICS | statistics
     job |= {
-        "blocks": min(slabs, _multiprocessors(problem.device)),
+        "blocks": min(slabs, _multiprocessors(problem.device) // parts) * parts,
         "shared_bytes": plan["first_bytes"],
         "first_row": rows.start,
         "weight": weight.data_ptr(),

@@ -7,29 +7,31 @@
 namespace moso_fast::few_classes {
 namespace {
 
-template <Feature F, bool Exact, int MTiles, int NTiles>
+template <Feature F, bool Exact, int ClassTiles>
 void run_first(void* p) {
-  first_pass<F, Exact, MTiles, NTiles>(*static_cast<FirstPass*>(p));
+  first_pass<F, Exact, ClassTiles>(*static_cast<FirstPass*>(p));
 }
-template <Feature F, bool Exact, int Tiles>
+template <Feature F, bool Exact, int ClassTiles>
 void run_second(void* p) {
-  second_pass<F, Exact, Tiles>(*static_cast<SecondPass*>(p));
+  second_pass<F, Exact, 2 * ClassTiles>(*static_cast<SecondPass*>(p));
 }
 
 }  // namespace
 
 template <Feature F>
 Body Instances<F>::first(bool exact, int tiles) {
-  if (tiles == 1) return exact ? run_first<F, true, 1, 32> : run_first<F, false, 1, 32>;
-  if (tiles == 2) return exact ? run_first<F, true, 2, 16> : run_first<F, false, 2, 16>;
-  return exact ? run_first<F, true, 5, 8> : run_first<F, false, 5, 8>;
+  if (tiles == 1) return exact ? run_first<F, true, 1> : run_first<F, false, 1>;
+  if (tiles == 2) return exact ? run_first<F, true, 2> : run_first<F, false, 2>;
+  if (tiles == 5) return exact ? run_first<F, true, 5> : run_first<F, false, 5>;
+  return exact ? run_first<F, true, 7> : run_first<F, false, 7>;
 }
 
 template <Feature F>
 Body Instances<F>::second(bool exact, int tiles) {
-  if (tiles == 1) return exact ? run_second<F, true, 2> : run_second<F, false, 2>;
-  if (tiles == 2) return exact ? run_second<F, true, 4> : run_second<F, false, 4>;
-  return exact ? run_second<F, true, 10> : run_second<F, false, 10>;
+  if (tiles == 1) return exact ? run_second<F, true, 1> : run_second<F, false, 1>;
+  if (tiles == 2) return exact ? run_second<F, true, 2> : run_second<F, false, 2>;
+  if (tiles == 5) return exact ? run_second<F, true, 5> : run_second<F, false, 5>;
+  return exact ? run_second<F, true, 7> : run_second<F, false, 7>;
 }
 
 template struct Instances<Feature::MOSO_FEATURE>;

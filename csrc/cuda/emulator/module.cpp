@@ -81,6 +81,10 @@ PYBIND11_MODULE(_cuda_emulator, m) {
   m.def("feature_offset", &feature_offset);
   m.def("row_bytes", &row_bytes);
   m.def("groups_of", &groups_of);
+  m.def("tiles_for", &tiles_for);
+  m.def("parts_of", &parts_of);
+  m.def("class_tiles_of", &class_tiles_of);
+  m.def("most_columns", &most_columns);
   m.def("operand_class", &operand_class);
   m.def("operand_column", &operand_column);
   m.def("operand_offset", &operand_offset);

@@ -100,7 +100,7 @@ def explicit_gradients(network: Network, batch: Batch, only: Sequence[int] = ())
 
 def traced(
     network: Network, plan: Plan, batch: Batch, expanding: bool = True
-) -> tuple[RowLosses, list[Tensor | None], Tape, Any]:
+) -> tuple[RowLosses, list[Tensor | None], Tape]:
     """One forward and backward pass: losses, summed gradients, and a tape with the norms.
 
     Parameters that the trace has missed are added to ``plan.others``, and the pass begins again.
@@ -110,15 +110,16 @@ def traced(
         with torch.enable_grad(), network.context():
             with Trace(tape, expanding):
                 outputs = network.forward(batch)
+            network.loss.check(outputs, batch.labels, batch.index, batch.views)
             losses = network.losses(outputs, batch)
             total = losses.differentiable.sum() / batch.views
         if not total.requires_grad:
-            return losses, [None] * len(network.parameters), tape, outputs
+            return losses, [None] * len(network.parameters), tape
         if not missed(plan, total):
             break
     gradients = torch.autograd.grad(total, network.parameters, allow_unused=True)
     tape.finish()
-    return losses, list(gradients), tape, outputs
+    return losses, list(gradients), tape
 
 
 def missed(plan: Plan, total: Tensor) -> bool:

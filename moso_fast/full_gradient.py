@@ -139,6 +139,12 @@ class FullGradient:
         self, network: Network, chunk_size: int | None = None, nonfinite: str = "raise"
     ) -> None:
         self.network, self.nonfinite = network, nonfinite
+        for name, module in network.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                raise ValueError(
+                    f"model: batch norm {name!r} uses the statistics of the batch, so that samples "
+                    "influence each other; it needs running statistics (track_running_stats=True)"
+                )
         self.methods = Methods(network)
         self.chunk, self._fixed = chunk_size, chunk_size is not None
 
@@ -228,7 +234,7 @@ class FullGradient:
         network, methods = self.network, self.methods
         for attempt in range(3):
             try:
-                losses, gradients, tape, outputs = traced(
+                losses, gradients, tape = traced(
                     network, methods.plan, kept, methods.expanding
                 )
                 break
@@ -239,7 +245,6 @@ class FullGradient:
                         "model: its calls change from one forward pass to the next"
                     ) from None
                 methods.prepare(kept)
-        network.loss.check(outputs, kept.labels, kept.index, kept.views)
         norms = tape.total()
         if methods.plan.others:
             norms += _per_sample.norms(methods.others, network, kept, list(methods.plan.others))
@@ -273,7 +278,7 @@ class FullGradient:
             at = slice(offset + chunk_start, offset + chunk_start + chunk.samples)
             kept = chunk.take(counted[at].nonzero().flatten())
             if not kept.samples:
-                return torch.empty(0), None
+                return torch.empty(0, dtype=torch.float64), None
             if self.methods.aligned is None:
                 return _per_sample.dots(self.methods.others, network, kept, tangents).cpu(), None
             found = self.methods.aligned(network, kept, tangents)

@@ -64,6 +64,22 @@ def score(
     loss: Annotated[
         str, typer.Option(help="cross_entropy, binary_cross_entropy or mse.")
     ] = "cross_entropy",
+    gradient: Annotated[
+        str, typer.Option(help="Of the --model: last_layer, or full (all parameters).")
+    ] = "last_layer",
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --gradient full: parameters or modules that count, or a pattern.",
+            metavar="NAME",
+        ),
+    ] = None,
+    views: Annotated[
+        int, typer.Option(help="With --gradient full: augmented readings of every sample.")
+    ] = 1,
+    autocast: Annotated[
+        str | None, typer.Option(help="With --gradient full: bfloat16 or float16.")
+    ] = None,
     label_smoothing: Annotated[float, typer.Option(help="In [0, 1).")] = 0.0,
     ignore_index: Annotated[int, typer.Option(help="Label of samples to leave out.")] = -100,
     precision: Annotated[
@@ -103,6 +119,7 @@ def score(
     _check_mode(by_file, {**by_path, "--checkpoint": checkpoint}, needed=(by_file, by_path))
     sources, option = (head, "--head") if features is not None else (checkpoint, "--checkpoint")
     rates = _check_rates(lr, sources or [], option)
+    full = _full_options(gradient, scope, views, autocast, from_files=features is not None)
     _check_device(device)
     options: dict[str, Any] = {
         "loss": loss,
@@ -132,7 +149,7 @@ def score(
             data,
             checkpoint or [],
             rates,
-            {**options, "batch_size": batch_size, "device": device},
+            {**options, **full, "batch_size": batch_size, "device": device},
             how,
             progress=not quiet,
         )
@@ -179,6 +196,27 @@ def _check_rates(rates: list[float] | None, sources: list[str], option: str) -> 
         if not 0.0 <= rate < float("inf"):
             raise ValueError(f"--lr must be a number >= 0; got {rate}")
     return rates
+
+
+def _full_options(
+    gradient: str, scope: list[str] | None, views: int, autocast: str | None, from_files: bool
+) -> dict[str, Any]:
+    """Return the arguments of the scorer that go with ``--gradient full``."""
+    if from_files:
+        if gradient != "last_layer":
+            raise ValueError(f"--gradient {gradient} goes with --model and --data, not with files")
+        return {}
+    import torch
+
+    dtypes = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if autocast not in dtypes:
+        raise ValueError(f"--autocast must be bfloat16 or float16; got {autocast!r}")
+    return {
+        "gradient": gradient,
+        "scope": scope or None,
+        "views": views,
+        "autocast": dtypes[autocast],
+    }
 
 
 def _check_device(name: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Where the CUDA kernels put every number: the functions that they themselves call, exhaustively."""
+"""Where the CUDA kernels put every number: their own index functions, called exhaustively."""
 
 from __future__ import annotations
 
@@ -108,8 +108,9 @@ def test_reads_of_staged_rows_meet_no_bank_twice(index, bytes_of_row) -> None:
     for group, pair in product(range(chunks // 4), range(4)):
         # 16 bytes a lane: eight lanes at once, the four chunks of a group in two rows.
         used = [
-            banks(index.feature_offset(2 * pair + lane // 4, 4 * group + lane % 4, bytes_of_row),
-                  16)  # fmt: skip
+            banks(
+                index.feature_offset(2 * pair + lane // 4, 4 * group + lane % 4, bytes_of_row), 16
+            )
             for lane in range(8)
         ]
         assert len(set().union(*used)) == 32
@@ -241,7 +242,9 @@ def test_plans_fit(index, feature, exact, classes, dim, small) -> None:
 
 
 def test_layout_has_no_overlap(index) -> None:
-    for feature, exact, classes, dim in product(range(3), (False, True), (1, 10, 33, 80, 100), (1, 512)):
+    for feature, exact, classes, dim in product(
+        range(3), (False, True), (1, 10, 33, 80, 100), (1, 512)
+    ):
         plan = index.few_classes_plan(feature, exact, classes, dim, H200_SHARED)
         if not plan["ok"]:
             continue

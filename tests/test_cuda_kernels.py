@@ -17,7 +17,6 @@ from core_support import (
     generator,
     random_case,
     rank_correlation,
-    relative_error,
 )
 from cuda_emulator import EmulatedCuda
 
@@ -129,7 +128,8 @@ def test_losses_and_heads(gpu, kind, heads, bias) -> None:
     for options in ({}, {"chunk_size": 32}, {"sample_weight": weight}):
         stats = run(case, **options)
         exact = closed_form_stats(
-            *case.args, **{**case.options, **{k: v for k, v in options.items() if k != "chunk_size"}}
+            *case.args,
+            **{**case.options, **{k: v for k, v in options.items() if k != "chunk_size"}},
         )
         assert_stats_match(stats, exact, 1e-5, floor=1e-6)
 

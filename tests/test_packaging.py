@@ -110,8 +110,9 @@ def build(
     """Call one build hook (PEP 517) as pip does, with MOSO_FAST_BUILD=mode."""
     out.mkdir(parents=True, exist_ok=True)
     clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "CUDA_HOME", "CUDA_PATH")}
-    # -O1: the tests need the modules to exist, not to be fast.
-    clean |= {"MOSO_FAST_BUILD": mode, "CXXFLAGS": "-O1", **env}
+    # -O1 and one kind of GPU: the tests need the modules to exist, not to be fast.
+    clean |= {"MOSO_FAST_BUILD": mode, "CXXFLAGS": "-O1", "MOSO_FAST_CUDA_ARCHITECTURES": "80"}
+    clean |= env
     command = [sys.executable, "-c", HOOK, hook, str(out), json.dumps(settings)]
     return subprocess.run(
         command, cwd=source, env=clean, capture_output=True, text=True, check=False
@@ -293,6 +294,12 @@ BROKEN_NVCC = (
             {"c++": "", "nvcc": "echo sm_52"},
             {},
             "nvcc supports none of sm_80, sm_90a, sm_100",
+        ),
+        (
+            "auto",
+            {"c++": "", "nvcc": "echo sm_80 sm_90"},
+            {"MOSO_FAST_CUDA_ARCHITECTURES": "80 89"},
+            "MOSO_FAST_CUDA_ARCHITECTURES names '89', which is not one of 80 90a",
         ),
         ("auto", {}, {"CXX": "no-such-c++ -m64"}, "CXX names 'no-such-c++', which cannot be found"),
         ("auto", {"c++": "echo broken; exit 1"}, {}, "MOSO_FAST_BUILD=none installs pure Python"),

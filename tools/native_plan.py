@@ -7,6 +7,8 @@ auto   (default) moso_fast._cpu where a C++ compiler is found, moso_fast._cuda w
 none   pure Python
 cpu    moso_fast._cpu, or an error
 cuda   moso_fast._cpu and moso_fast._cuda, or an error
+
+MOSO_FAST_CUDA_ARCHITECTURES ("80 90a") restricts the GPUs compiled for, which saves build time.
 """
 
 from __future__ import annotations
@@ -79,6 +81,10 @@ def make_plan(env: Mapping[str, str]) -> Plan:
         plan.nvcc, plan.cuda_architectures, reason = find_nvcc(env)
         if reason:
             plan.missing["_cuda"] = reason
+        elif env.get("MOSO_FAST_CUDA_ARCHITECTURES", "").strip():  # an explicit choice
+            plan.error = restrict_architectures(plan, env["MOSO_FAST_CUDA_ARCHITECTURES"])
+            if plan.error:
+                return plan
 
     unmet = [plan.missing[name] for name in REQUIRED[plan.mode] if name in plan.missing]
     if plan.mode == "cuda" and not plan.cxx:
@@ -130,6 +136,17 @@ def supported_architectures(gpu_codes: str) -> list[str]:
     """
     listed = set(re.findall(r"sm_(\d+)", gpu_codes))
     return [arch for arch in CUDA_ARCHITECTURES if arch.rstrip("a") in listed]
+
+
+def restrict_architectures(plan: Plan, names: str) -> str:
+    """Keep the named architectures of the plan; return what is wrong with the names, or ""."""
+    wanted = re.split(r"[\s,;]+", names.strip())
+    unknown = [name for name in wanted if name not in plan.cuda_architectures]
+    if unknown:
+        known = " ".join(plan.cuda_architectures)
+        return f"MOSO_FAST_CUDA_ARCHITECTURES names {unknown[0]!r}, which is not one of {known}"
+    plan.cuda_architectures = [arch for arch in plan.cuda_architectures if arch in wanted]
+    return ""
 
 
 def ptx_architecture(architectures: Sequence[str]) -> str:

@@ -47,6 +47,18 @@ PYBIND11_MODULE(_cuda, m) {
         "Devices as a dict: count, devices (index, name, capability, total_memory in bytes, "
         "multiprocessors), driver_version and runtime_version (13000 = 13.0; driver 0 = none) and "
         "error (empty, or why no device can be used). Never raises on a machine without a GPU.");
+  m.def(
+      "device_limits",
+      [](int device) {
+        moso_fast::DeviceLimits limits;
+        {
+          py::gil_scoped_release release;
+          limits = moso_fast::device_limits(device);
+        }
+        return py::make_tuple(limits.shared_memory, limits.multiprocessors);
+      },
+      py::arg("device"),
+      "Bytes of shared memory that one block may have, and multiprocessors, of a device (index).");
   m.def("check_launch", &moso_fast::check_launch, py::arg("device"),
         py::call_guard<py::gil_scoped_release>(),
         "Runs a small kernel on the device (index); returns '' or the CUDA error as text.");

@@ -88,6 +88,16 @@ DeviceReport query_devices() {
   return report;
 }
 
+DeviceLimits device_limits(int device) {
+  int shared = 0;
+  DeviceLimits limits;
+  MOSO_FAST_CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  MOSO_FAST_CUDA(
+      cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  limits.shared_memory = shared;
+  return limits;
+}
+
 std::string check_launch(int device) {
   try {
     const DeviceGuard guard(device);

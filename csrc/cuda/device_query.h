@@ -27,6 +27,14 @@ struct DeviceReport {
 // Throws std::runtime_error when a device exists but cannot be asked.
 DeviceReport query_devices();
 
+struct DeviceLimits {
+  std::int64_t shared_memory = 0;  // bytes that a block may have when it asks for them
+  int multiprocessors = 0;
+};
+
+// Throws std::runtime_error where there is no such device. Creates no CUDA context.
+DeviceLimits device_limits(int device);
+
 // Runs a one-thread kernel on the device and reads its result back. Returns "" when that works,
 // else the CUDA error, e.g. "no kernel image is available" on a device older than every
 // architecture this module was compiled for. Restores the current device. Creates a CUDA context.

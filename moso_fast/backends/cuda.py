@@ -12,6 +12,7 @@ term of weights and residuals; float32 features are two terms at "high" and "med
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -62,7 +63,7 @@ class CudaBackend(Backend):
         major, minor = torch.cuda.get_device_capability(problem.device)
         if major not in _COMPILED:
             return f"the kernels are not compiled for compute capability {major}.{minor}"
-        return _refusal(problem, _shared_limit(problem.device))
+        return _unknown(problem) or _too_large(problem, _shared_limit(problem.device))
 
     def not_by_default(self, problem: Problem) -> str | None:
         """Until a GPU's measurements are committed."""
@@ -77,10 +78,12 @@ class CudaBackend(Backend):
     def describe(self, problem: Problem) -> str:
         """Tile of the first pass, operand terms and passes over the features."""
         plan = _plan(problem, _shared_limit(problem.device))
+        blocks = ", two blocks a tile" if plan["parts"] == 2 else ""
+        digits = "all" if _exact(problem) else "leading"
         return (
             f"cuda: few classes, {problem.heads * problem.classes} of {16 * plan['tiles']}, tiles "
-            f"of {plan['tile_rows']} rows, {plan['stages']} staged, features read once a pass, "
-            f"{'all' if _exact(problem) else 'leading'} digits of float32 operands"
+            f"of {plan['tile_rows']} rows, {plan['stages']} staged{blocks}, features read once a "
+            f"pass, {digits} digits of float32 operands"
         )
 
     def first_pass(
@@ -175,13 +178,23 @@ def _module() -> ModuleType:
     return module
 
 
+@cache
+def _limits(device: int) -> tuple[int, int]:
+    shared, multiprocessors = _module().device_limits(device)
+    return int(shared), int(multiprocessors)
+
+
 def _shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that one block may have."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return _limits(_index(device))[0]
 
 
 def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return _limits(_index(device))[1]
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _stream(device: torch.device) -> int:
@@ -194,12 +207,16 @@ def _launch(problem: Problem, function: Callable[[Any], None], job: dict[str, An
         function(job | {"stream": _stream(problem.device)})
 
 
-def _refusal(problem: Problem, shared_limit: int) -> str | None:
-    """Why these kernels cannot take the problem, wherever it lies; or None."""
+def _unknown(problem: Problem) -> str | None:
+    """Why these kernels cannot take this kind of problem, whatever its size; or None."""
     if problem.loss != "cross_entropy" or problem.soft_labels:
         return "the CUDA C++ kernels know cross-entropy with class ids only"
     if problem.features.dtype not in _DTYPES:
         return "float64 features need float64 accumulators, which only torch has"
+    return None
+
+
+def _too_large(problem: Problem, shared_limit: int) -> str | None:
     plan = _plan(problem, shared_limit)
     return None if plan["ok"] else str(plan["reason"])
 

@@ -124,7 +124,7 @@ CASES: dict[str, Case] = {
         Case("grads-sequences", "token head of 2048 words, 32 tokens a sequence", "sequences",
              2048, 128, 256, 1024, tokens=32, heavy=True),
         Case("network-mlp", "all parameters of a perceptron, 784-256-256-10", "network", 10, 784,
-             128, 1024, network="mlp"),
+             128, 512, network="mlp"),
         Case("network-cnn", "all parameters of a small convolutional network", "network", 10, 784,
              64, 512, network="cnn"),
     )

@@ -36,12 +36,12 @@ from .row_epilogue import class_columns, item_residuals, items_of, to_items, wri
 
 @triton.jit
 def _features_of(
-    features, at, stop, dim, in_dim, FEATURE_STRIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr
+    features, at, stop, dim, in_dim, keep, FEATURE_STRIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ):
     """Tile (PARTS, BLOCK_ROWS, BLOCK_DIM) from row ``at`` (int64) on, 0 beyond ``stop`` and D."""
     row = at + tl.arange(0, BLOCK_ROWS)
     address = features + row[None, :, None] * FEATURE_STRIDE + dim
-    return tl.load(address, mask=(row < stop)[None, :, None] & in_dim, other=0.0)
+    return tl.load(address, mask=((row < stop) & keep)[None, :, None] & in_dim, other=0.0)
 
 
 @triton.jit
@@ -82,14 +82,16 @@ def few_classes_first_kernel(
     SMOOTH: tl.constexpr,
     EXCLUDE: tl.constexpr,
     PREFETCH: tl.constexpr,  # ask for the next tile of features before working on this one
+    RELOAD: tl.constexpr,  # fetch the features again for the second product: from L1, or L2
     ROUND: tl.constexpr,  # bfloat16 operands, else PRECISION on float32 ones
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One slab, one tile of heads; see the head of this file."""
     TILE: tl.constexpr = HEADS_A_TILE * LANES
-    group = tl.program_id(0)  # neighbours share a slab, hence its features, through L2
-    slab = tl.program_id(1).to(tl.int64)
+    GROUPS: tl.constexpr = (HEADS + HEADS_A_TILE - 1) // HEADS_A_TILE
+    group = tl.program_id(0) % GROUPS  # neighbours share a slab, hence its features, through L2
+    slab = (tl.program_id(0) // GROUPS).to(tl.int64)
     column, is_column = class_columns(group, HEADS, HEADS_A_TILE, CLASSES, LANES)
     part = tl.arange(0, PARTS)[:, None, None]
     dim = part * BLOCK_DIM + tl.arange(0, BLOCK_DIM)[None, None, :]  # (PARTS, 1, BLOCK_DIM)
@@ -107,15 +109,16 @@ def few_classes_first_kernel(
     start = slab * slab_rows
     stop = tl.minimum(start + slab_rows, rows)
     if PREFETCH:
-        ahead = _features_of(features, start, stop, dim, in_dim, FEATURE_STRIDE, BLOCK_ROWS)
-    for at in range(start, stop, BLOCK_ROWS):
+        ahead = _features_of(features, start, stop, dim, in_dim, True, FEATURE_STRIDE, BLOCK_ROWS)
+    for step in range(0, (stop - start).to(tl.int32), BLOCK_ROWS):
+        at = start + step
         if PREFETCH:
             h = ahead
             ahead = _features_of(
-                features, at + BLOCK_ROWS, stop, dim, in_dim, FEATURE_STRIDE, BLOCK_ROWS
+                features, at + BLOCK_ROWS, stop, dim, in_dim, True, FEATURE_STRIDE, BLOCK_ROWS
             )
         else:
-            h = _features_of(features, at, stop, dim, in_dim, FEATURE_STRIDE, BLOCK_ROWS)
+            h = _features_of(features, at, stop, dim, in_dim, True, FEATURE_STRIDE, BLOCK_ROWS)
         if UPCAST or not ROUND:
             h = h.to(tl.float32)
         wide = h.to(tl.float32)
@@ -179,6 +182,10 @@ def few_classes_first_kernel(
         bias_grad += tl.sum(r, axis=0)
         left = tl.trans(as_operand(r, ROUND, UPCAST))[None, :, :]
         left = tl.broadcast_to(left, [PARTS, TILE, BLOCK_ROWS])
+        if RELOAD:
+            h = _features_of(features, at, stop, dim, in_dim, finite, FEATURE_STRIDE, BLOCK_ROWS)
+            if UPCAST or not ROUND:
+                h = h.to(tl.float32)
         grad = tl.dot(left, h, grad, input_precision=PRECISION)
 
     base = slab * HEADS * CLASSES + column

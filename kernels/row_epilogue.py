@@ -36,7 +36,7 @@ def items_of(
     HEADS_A_TILE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Row (int64) and head of every item of the tile that starts at row ``at``; does it exist?"""
+    """Row (int64) and head of every item of the tile from row ``at`` on, and whether it exists."""
     item = tl.arange(0, BLOCK_ROWS * HEADS_A_TILE)
     row = at + item // HEADS_A_TILE
     head = group * HEADS_A_TILE + item % HEADS_A_TILE

@@ -110,7 +110,7 @@ def _squared(z, inside, t):
 def row_loss(
     z, inside, label, t, smoothing, LOSS: tl.constexpr, CLASSES: tl.constexpr, SMOOTH: tl.constexpr
 ):
-    """Residual (items, lanes); loss, margin, entropy (items,); and are all logits finite?
+    """Residual (items, lanes); loss, margin, entropy (items,); whether all logits are finite.
 
     ``z`` must be 0 outside ``inside`` (items, lanes). ``label`` (items,) is the class that plays
     the label in cross-entropy, ``t`` (items, lanes) the targets of the other three, 0 outside.

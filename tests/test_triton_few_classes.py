@@ -1,0 +1,15 @@
+"""The kernels for few classes in Triton's interpreter: numbers, edges, bad input, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from interpreter import run_interpreted
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+
+@pytest.mark.parametrize("file", ["test_few_classes_first.py", "test_few_classes_second.py"])
+def test_in_interpreter(file: str, tmp_path: Path) -> None:
+    run_interpreted(file, tmp_path)

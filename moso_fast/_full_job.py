@@ -80,8 +80,12 @@ class FullJob(Job):
             "parameters": digest({name: torch.zeros(0) for name in names}),
             "chunk_size": scorer.chunk_size,
             "views": f"{scorer.views}, seed {self.seed}" if scorer.views > 1 else "1",
-            "autocast": None if scorer.autocast is None else str(scorer.autocast),
+            "autocast": self._autocast(),
         }
+
+    def _autocast(self) -> str | None:
+        dtype = self.engine.network.autocast
+        return None if dtype is None else str(dtype)
 
     def _run(self, on_batch: Callable[[], None]) -> list[PartStats]:
         results: list[PartStats] = []
@@ -167,6 +171,6 @@ class FullJob(Job):
         return {
             "parameters": f"{len(self.parameters)} ({total} numbers), {scope}",
             "views": scorer.views,
-            "autocast": None if scorer.autocast is None else str(scorer.autocast),
+            "autocast": self._autocast(),
             **self.engine.methods.describe(),
         }

@@ -34,7 +34,7 @@ class Network:
     device, dtype
         Where, and for floating-point inputs in which dtype, the model runs.
     autocast
-        16-bit dtype of `torch.autocast`, or None.
+        16-bit dtype of `torch.autocast` for forward passes; None takes the caller's, if any.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class Network:
         self.model, self.loss = model, loss
         self.names = {id(p): name for name, p in parameters.items()}
         self.parameters = list(parameters.values())
+        if autocast is None and torch.is_autocast_enabled(device.type):
+            autocast = torch.get_autocast_dtype(device.type)
         self.device, self.dtype, self.autocast = device, dtype, autocast
 
     def forward(self, batch: Batch) -> Any:
@@ -69,12 +71,9 @@ class Network:
         if plain_attention:
             # The fused kernels have neither a forward-mode nor a second derivative, nor vmap.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        kind = self.device.type
-        dtype = self.autocast
-        if dtype is None and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        if dtype is not None:
-            stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
+        if self.autocast is not None:
+            kind = self.device.type
+            stack.enter_context(torch.autocast(kind, self.autocast, cache_enabled=False))
         return stack
 
     def per_sample(self, rows: Tensor, batch: Batch) -> Tensor:
@@ -171,6 +170,9 @@ class Substitution(TorchFunctionMode):
             result = recurrent(F.linear, RECURRENT[func], args, kwargs)
             if result is not NotImplemented:
                 return result
+        if func is F.batch_norm and args[0].dtype in (torch.float16, torch.bfloat16):
+            # Its forward-mode rule gives a tangent of another dtype than the 16-bit result.
+            return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
         result = func(*args, **kwargs)
         if func is F.embedding:
             return _padding_held(result, *args, **kwargs)

@@ -54,7 +54,7 @@ class Methods:
     def tolerance(self) -> float:
         """Allowed relative difference of two ways to the same gradient."""
         dtype = self.network.parameters[0].dtype
-        if self.network.autocast is not None or torch.is_autocast_enabled(self.network.device.type):
+        if self.network.autocast is not None:
             return _ROUGH_TOLERANCE
         return _TOLERANCE.get(dtype, _ROUGH_TOLERANCE)
 

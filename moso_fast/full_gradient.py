@@ -166,6 +166,16 @@ class FullGradient:
         RuntimeError
             A self-check failed.
         """
+        # Forward passes open the autocast that they need; backward passes must have none.
+        with torch.autocast(self.network.device.type, enabled=False):
+            return self._part(batches, on_batch, on_count)
+
+    def _part(
+        self,
+        batches: Callable[[], Iterable[Batch]],
+        on_batch: Callable[[], None],
+        on_count: Callable[[int], None],
+    ) -> PartResult:
         network = self.network
         totals = {
             id(p): torch.zeros(p.shape, dtype=torch.float64, device=p.device)
@@ -234,9 +244,7 @@ class FullGradient:
         network, methods = self.network, self.methods
         for attempt in range(3):
             try:
-                losses, gradients, tape = traced(
-                    network, methods.plan, kept, methods.expanding
-                )
+                losses, gradients, tape = traced(network, methods.plan, kept, methods.expanding)
                 break
             except UnknownCall:
                 # Not seen on the first samples: another branch, or the first batch of several.

@@ -109,6 +109,13 @@ def batch_norm(
     return _BatchNorm.apply(input, weight, bias, running_mean, running_var, eps, trace.tape, call)
 
 
+def _as_autocast_does(x: Tensor) -> Tensor:
+    """Within autocast, layer norm and group norm compute in float32."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float16, torch.bfloat16):
+        return x.float()
+    return x
+
+
 class _LayerNorm(torch.autograd.Function):
     """F.layer_norm, whose backward adds to the tape."""
 
@@ -160,6 +167,7 @@ def layer_norm(
     """Trace ``F.layer_norm``."""
     shape = list(normalized_shape)
     lead = input.dim() - len(shape)
+    input = _as_autocast_does(input)
     mixed = any(p is not None and p.dtype != input.dtype for p in (weight, bias))
     if lead < 1 or mixed:
         return NotImplemented
@@ -233,6 +241,7 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Trace ``F.group_norm``."""
+    input = _as_autocast_does(input)
     if any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
         return NotImplemented
     rank = input.dim()

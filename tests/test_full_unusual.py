@@ -1,0 +1,232 @@
+"""Whole-network scores of models that do unusual things: exact, traced or not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from full_cases import CLASSES, build, data, gradients, scores
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from moso_fast.scorer import MoSoScorer
+from moso_fast.table import ScoreTable
+
+N = 13
+
+
+def score(model: nn.Module, inputs: Tensor, labels: Tensor, **options: object) -> ScoreTable:
+    scorer = MoSoScorer(model, gradient="full", batch_size=5, progress=False, **options)
+    return scorer.score(TensorDataset(inputs, labels))
+
+
+class Frames(nn.Module):
+    """Images folded into the batch, sample by sample or frame by frame."""
+
+    def __init__(self, frames_first: bool) -> None:
+        super().__init__()
+        self.conv, self.bn, self.gn = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
+        self.ln, self.mix, self.fc = nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, CLASSES)
+        self.frames_first = frames_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, frames = x.shape[:2]
+        x = (x.transpose(0, 1) if self.frames_first else x).reshape(-1, 1, 6, 6)
+        h = self.gn(torch.relu(self.bn(self.conv(x)))).mean((2, 3))
+        h = self.mix(self.ln(h))
+        if self.frames_first:
+            return self.fc(h.view(frames, samples, 4).mean(0))
+        return self.fc(h.view(samples, frames, 4).mean(1))
+
+
+class Volumes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv3 = nn.Conv3d(1, 4, 2, (1, 2, 1), (1, 0, 1), (1, 1, 2))
+        self.conv1 = nn.Conv1d(4, 6, 3, groups=2, padding="same")
+        self.bn, self.fc = nn.BatchNorm1d(6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.bn(self.conv1(self.conv3(x[:, None]).flatten(2).tanh())).mean(2))
+
+
+class InPlace(nn.Module):
+    """A view, an operation in place, a scalar parameter and one that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(144, CLASSES)
+        self.scale = nn.Parameter(torch.tensor(1.3))
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).relu_().view(x.size(0), -1)) * self.scale
+
+
+class Masked(nn.Module):
+    """Self-attention with both masks and weights, and cross-attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.decoder = nn.TransformerDecoderLayer(12, 2, 16, batch_first=True)
+        self.fc = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.flatten(1)[:, :48].unflatten(1, (4, 12))
+        padding = torch.zeros(len(z), 4, dtype=torch.bool)
+        padding[:, 3] = x[:, 0, 0, 0] > 0
+        causal = torch.ones(4, 4, dtype=torch.bool).triu(1)
+        mixed, weights = self.attention(
+            z, z, z, key_padding_mask=padding, attn_mask=causal, average_attn_weights=False
+        )
+        return self.fc(self.decoder(z, mixed).mean(1)) + weights.mean((1, 2, 3))[:, None]
+
+
+class Queries(nn.Module):
+    """Learned queries through a layer that sees no samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, 2, 12))
+        self.q, self.k, self.fc = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.flatten(1)[:, :48].unflatten(1, (4, 12))
+        weights = (self.q(self.queries) @ self.k(z).transpose(1, 2)).softmax(-1)
+        return self.fc((weights @ z).mean(1))
+
+
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.ConvTranspose2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True)
+        self.fc = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(x)).relu().amax((2, 3)))
+
+
+class Gpt(nn.Module):
+    """Positions looked up once, addmm with a raw weight, a norm used twice, a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(11, 8), nn.Embedding(7, 8)
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.weight, self.bias = (
+            nn.Parameter(0.2 * torch.randn(8, 24)),
+            nn.Parameter(torch.ones(24)),
+        )
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x) + self.positions(torch.arange(7)[None])
+        mixed = torch.addmm(self.bias, self.norm(h).view(-1, 8), self.weight)
+        q, k, v = (t.transpose(1, 2) for t in mixed.view(*x.shape, 3, 2, 4).unbind(2))
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(self.norm(h + self.out(a.transpose(1, 2).flatten(2))))[:, -1]
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.rnn = nn.Embedding(11, 6), nn.LSTM(6, 4, batch_first=True)
+        self.fc = nn.Linear(4, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = (x > 2).sum(1).clamp_min(1)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.embed(x), lengths, batch_first=True, enforce_sorted=False
+        )
+        return self.fc(self.rnn(packed)[1][0][-1])
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc = nn.EmbeddingBag(11, 6), nn.Linear(6, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.embed(x))
+
+
+# name: model, how many of its parameters are not traced, how the alignment is computed
+CASES: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
+    "frames, sample by sample": (lambda: Frames(False), 0, "forward mode"),
+    "frames, frame by frame": (lambda: Frames(True), 0, "forward mode"),
+    "volumes": (Volumes, 0, "forward mode"),
+    "in place": (InPlace, 0, "forward mode"),
+    "masked": (Masked, 4, "forward mode"),
+    "queries": (Queries, 3, "forward mode"),
+    "transposed": (Transposed, 4, "forward mode"),
+    "lstm: gpt": (Gpt, 0, "forward mode"),
+    "lstm: packed": (Packed, 4, "double backward; no forward mode: _pack_padded_sequence does not"),
+    "lstm: bag": (Bag, 1, "vmap; no forward mode: _embedding_bag does not support it"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_are_exact(name: str) -> None:
+    build_it, explicit, alignment = CASES[name]
+    torch.manual_seed(0)
+    model = build_it().double().eval()
+    inputs, labels = data(name, N)
+    expected = scores(gradients(model, inputs, labels), "moso")
+    table = score(model, inputs, labels)
+    assert (table.scores - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert len(table.provenance["norms_explicit"]) == explicit
+    assert table.provenance["alignment"].startswith(alignment)
+
+
+def test_batches_of_every_size_one_after_the_other() -> None:
+    inputs, labels = data("resnet", N)
+    expected = score(build("resnet"), inputs, labels).scores
+    sizes = [[0], [1, 2, 3, 4, 5, 6], [7], [8, 9, 10, 11, 12]]
+    loader = DataLoader(TensorDataset(inputs, labels), batch_sampler=sizes)
+    scorer = MoSoScorer(build("resnet"), gradient="full", progress=False)
+    table = scorer.score(loader)
+    torch.testing.assert_close(table.scores, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_compiled_model_and_other_dtype() -> None:
+    inputs, labels = data("cnn", N)
+    expected = score(build("cnn"), inputs, labels).scores
+    compiled = torch.compile(build("cnn"), backend="eager")
+    torch.testing.assert_close(score(compiled, inputs, labels).scores, expected)
+    model = build("cnn")
+    kept = copy.deepcopy(model.state_dict())
+    table = score(model, inputs, labels, dtype=torch.float32)
+    assert table.scores.dtype == torch.float32
+    assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items())
+    torch.testing.assert_close(table.scores.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_under_inference_mode_and_autocast_of_the_caller() -> None:
+    inputs, labels = data("cnn", N)
+    model = build("cnn", torch.float32)
+    inputs = inputs.float()
+    expected = score(model, inputs, labels)
+    with torch.inference_mode():
+        table = score(model, inputs, labels)
+    assert torch.equal(table.scores, expected.scores)
+    assert not table.scores.is_inference()
+    own = score(model, inputs, labels, autocast=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        callers = score(model, inputs, labels)
+        after = model(inputs)
+    assert torch.equal(callers.scores, own.scores)
+    assert callers.provenance["autocast"] == own.provenance["autocast"] == "torch.bfloat16"
+    assert own.provenance["alignment"] == "forward mode"
+    assert after.dtype == torch.bfloat16
+
+
+def test_numbers_are_repeatable() -> None:
+    inputs, labels = data("resnet", N, torch.float32)
+    one = score(build("resnet", torch.float32), inputs, labels)
+    other = score(build("resnet", torch.float32), inputs, labels)
+    assert torch.equal(one.scores, other.scores)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moso_fast.bench import compare, growth, measure, memory, runner, store
+from moso_fast.bench import compare, energy, growth, measure, memory, runner, store
 from moso_fast.bench.cases import CASES, PROFILES, Case, select_cases
 from moso_fast.bench.inputs import errors_of, exact, make_inputs
 from moso_fast.bench.providers import PROVIDERS, Provider, providers_for
@@ -171,6 +171,18 @@ def test_a_child_that_takes_too_long_is_ended() -> None:
     peak, why = memory.peak_bytes_in_child(replace(HEAD, classes=2000), 200_000, "naive", 1, 0.3)
     assert peak is None and why == "not done within 0 s"
     assert time.monotonic() - start < 20
+
+
+def test_energy_of_a_call() -> None:
+    used = [0.0]
+
+    def job() -> None:
+        used[0] += 3.0
+        time.sleep(0.01)
+
+    assert energy.joules_per_call(job, lambda: used[0], seconds=0.05) == pytest.approx(3.0)
+    if not torch.cuda.is_available():
+        assert energy.gpu_energy_counter("cuda") is None
 
 
 def test_exponents() -> None:

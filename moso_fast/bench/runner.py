@@ -6,12 +6,14 @@ import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from . import facts
 from .cases import Case
+from .energy import gpu_energy_counter, joules_per_call
 from .inputs import Inputs, Result, errors_of, exact, make_inputs
 from .measure import ceilings, floor_seconds, interleaved, plan_rounds, quartiles, timed
 from .memory import allocator_peak, peak_bytes_in_child
@@ -78,6 +80,7 @@ class _Entry:
     problem: str = ""
     times: dict[int, float] = field(default_factory=dict)
     peak: int | None = None
+    joules: float | None = None
 
 
 def measure_case(
@@ -126,7 +129,7 @@ def measure_case(
         if settings.device != "cpu":
             for entry in entries:
                 if entry.times and entry.job is not None:
-                    entry.peak = allocator_peak(entry.job, settings.device)
+                    _on_gpu(entry, entry.job, settings.device)
     found = [_row(entry, case, rows) for entry in entries]
     floor = floor_seconds(case, rows, roof)
     record: dict[str, Any] = {
@@ -219,6 +222,13 @@ def _time(
         entry.times = times.get(entry.provider.name, entry.times)
 
 
+def _on_gpu(entry: _Entry, job: Job, device: str) -> None:
+    entry.peak = allocator_peak(job, device)
+    counter = gpu_energy_counter(device)
+    if counter is not None:
+        entry.joules = joules_per_call(job, counter, partial(torch.cuda.synchronize, device))
+
+
 def add_memory(
     case: Case,
     record: dict[str, Any],
@@ -252,6 +262,7 @@ def _row(entry: _Entry, case: Case, rows: int) -> dict[str, Any]:
         "problem": entry.problem or None,
         "peak_bytes": entry.peak,
         "no_peak": None,
+        "joules": entry.joules,
     }
     if entry.times:
         low, middle, high = quartiles(list(entry.times.values()))

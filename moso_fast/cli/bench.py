@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ._bench_output import print_cases, print_registry
 from ._common import Json, Quiet, caption_bar, emit, print_table
 
 _AGAINST = ("plain", "peers")
@@ -84,7 +85,7 @@ def bench(
     if write_gate and gate is None:
         raise ValueError("--write-gate needs --gate FILE")
     if list_cases:
-        _list(profile)
+        print_registry(profile)
     elif compare is not None:
         _compare(*compare, as_json=json, quiet=quiet)
     elif draw is not None:
@@ -149,7 +150,7 @@ def _measure(
     if as_json:
         emit({"wrote": written, "cases": now}, as_json=True, quiet=quiet)
     elif not quiet:
-        _print(now, machine)
+        print_cases(now, machine)
         print("wrote " + ", ".join(written))
     wrong = [
         f"{name}, {row['provider']}: {row['problem']}"
@@ -212,50 +213,6 @@ def _draw(path: Path) -> list[str]:
         charts = draw_all(results, path.parent)
     html = page.write_page(results, charts, path.with_suffix(".html"))
     return [str(written) for written in (*charts, html)]
-
-
-def _print(cases: dict[str, Any], machine: dict[str, Any]) -> None:
-    """Print a table a case; fastest first."""
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    for name, record in cases.items():
-        speedup = record["speedup"]
-        noise = record["noise"]
-        print(f"\n{name}: {record['title']}, N={record['rows_scored']:,}")
-        if speedup:
-            spread = "" if noise is None else f" (spread of the ratio {noise:.0%})"
-            print(f"{speedup:.2f} times as fast as {record['best_plain']}{spread}")
-        rows = [
-            [
-                row["provider"],
-                1e3 * row["seconds"] if row["seconds"] else "-",
-                row.get("times_ours") or "-",
-                _rounded(row.get("percent_of_floor")),
-                _rounded(row["peak_bytes"] and row["peak_bytes"] / 2**20),
-                f"{max(row['errors'].values()):.0e}" if row["errors"] else "-",
-                row["problem"] or row["note"],
-            ]
-            for row in sorted(record["rows"], key=lambda row: row["seconds"] or float("inf"))
-        ]
-        columns = ("provider", "ms", "x ours", "% of floor", "peak MiB", "error", "")
-        print_table(columns, rows)
-        for entry in record["skipped"]:
-            if "one chunk" not in entry["why"]:
-                print(f"skipped {entry['provider']}: {entry['why']}")
-
-
-def _rounded(value: float | None) -> Any:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _list(profile: str) -> None:
-    from ..bench.cases import CASES
-    from ..bench.providers import providers_for
-
-    rows = [
-        [c.name, c.title, c.rows(profile), c.classes, c.dim, len(providers_for(c, peers=True))]
-        for c in CASES.values()
-    ]
-    print_table(("case", "what", "N", "C", "D", "providers"), rows)
 
 
 def _compare(a: Path, b: Path, *, as_json: bool, quiet: bool) -> None:

@@ -220,6 +220,7 @@ def _provider(name: str, opponent: Opponent, **options: Any) -> Provider:
 
 
 def _compiled_job(case: Case, inputs: Inputs) -> Job:
+    torch.compiler.reset()  # after a few shapes of other cases it would no longer compile
     return _on_heads(compiled(COMPILED_ROWS))(case, inputs)
 
 

@@ -46,6 +46,9 @@ def bench(
     growth: Annotated[
         bool, typer.Option("--growth", help="Also how time and memory grow with N, C, D and K.")
     ] = False,
+    charts: Annotated[
+        bool, typer.Option(help="Draw charts and page after measuring; --draw does it later.")
+    ] = True,
     list_cases: Annotated[bool, typer.Option("--list", help="List cases and providers.")] = False,
     draw: Annotated[
         Path | None,
@@ -94,7 +97,17 @@ def bench(
         _gate(gate, write_gate, json, quiet)
     else:
         _measure(
-            profile, case, against == "peers", out, threads, device, measure, growth, json, quiet
+            profile,
+            case,
+            against == "peers",
+            out,
+            threads,
+            device,
+            measure,
+            growth,
+            charts,
+            json,
+            quiet,
         )
 
 
@@ -107,6 +120,7 @@ def _measure(
     device: str,
     measure: str,
     growth: bool,
+    charts: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -145,7 +159,7 @@ def _measure(
     finally:
         torch.set_num_threads(before)
     kept = store.load(path)
-    written = [str(path), *_draw(path)]
+    written = [str(path), *(_draw(path) if charts else ())]
     now = {case.name: kept["cases"][case.name] for case in cases}
     if as_json:
         emit({"wrote": written, "cases": now}, as_json=True, quiet=quiet)

@@ -12,7 +12,15 @@ import torch
 
 from .cases import Case
 
-__all__ = ["ceilings", "floor_seconds", "interleaved", "plan_rounds", "quartiles", "timed"]
+__all__ = [
+    "ceilings",
+    "floor_seconds",
+    "interleaved",
+    "medians",
+    "plan_rounds",
+    "quartiles",
+    "timed",
+]
 
 _MATRIX = 1536
 _READ_BYTES = 256 * 2**20
@@ -98,11 +106,15 @@ def ceilings(device: str = "cpu") -> dict[str, float]:
     return found
 
 
+def medians(times: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    """Median seconds of every job that :func:`interleaved` has timed."""
+    return {name: statistics.median(by_round.values()) for name, by_round in times.items()}
+
+
 def _medians(jobs: Mapping[str, Callable[[], Any]], device: str) -> dict[str, float]:
     for job in jobs.values():
         job()
-    times = interleaved(jobs, _CEILING_ROUNDS, device)
-    return {name: statistics.median(t.values()) for name, t in times.items()}
+    return medians(interleaved(jobs, _CEILING_ROUNDS, device))
 
 
 def floor_seconds(case: Case, rows: int, roof: Mapping[str, float]) -> float | None:

@@ -11,9 +11,11 @@ The floor of a row: each pass takes the longer of one read of the features and i
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +24,11 @@ import torch.nn.functional as F
 from opponents import naive
 from torch import Tensor
 
+from moso_fast import engine
 from moso_fast.backends import _PREFERENCE, backends, get
+from moso_fast.backends._triton_choice import REGIME_VARIABLE, REGIMES, choose_regime
 from moso_fast.functional import last_layer_stats
-from moso_fast.problem import build_problem
+from moso_fast.problem import Problem, build_problem
 
 # (N, C, D) of the H200 table; the rows of its last part take seconds each and are skipped by time.
 TABLE = (
@@ -68,28 +72,72 @@ class Contender:
     problem: str = ""
 
 
-def contenders(device: torch.device, dtype: torch.dtype, compiled: bool) -> list[Contender]:
-    """Everything to be timed on features of this dtype."""
+def contenders(
+    shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, compiled: bool
+) -> list[Contender]:
+    """Everything to be timed on features of this shape and dtype.
+
+    "triton" is the regime that its table chooses; the others that fit follow as triton/NAME.
+    """
     found = []
     precisions = ("highest", "high") if dtype == torch.float32 else ("medium",)
-    names = [n for n in _PREFERENCE["cuda"] if backends()[n].available]
-    probe = torch.zeros(2, 2, dtype=dtype, device=device)
-    problem = build_problem(probe, probe, torch.zeros(2, dtype=torch.long, device=device))
     for precision in precisions:
-        for name in names:
-            if get(name).supports(problem) is None:
-                found.append(Contender(name, precision, dtype, _ours(name, precision), True))
+        problem = _outline(shape, device, dtype, precision)
+        for name in _PREFERENCE["cuda"]:
+            if not backends()[name].available or get(name).supports(problem) is not None:
+                continue
+            found.append(Contender(name, precision, dtype, _ours(name, precision), True))
+            if name == "triton":
+                found += [
+                    Contender(f"triton/{r}", precision, dtype, _ours(name, precision, r), True)
+                    for r in _other_regimes(problem)
+                ]
         found.append(Contender("eager", precision, dtype, naive, False))
         if compiled:
             found.append(Contender("compile", precision, dtype, torch.compile(naive), False))
     return found
 
 
-def _ours(backend: str, precision: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _outline(
+    shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, precision: str
+) -> Problem:
+    """Describe a problem of this shape without its memory."""
+    n, c, d = shape
+    row = torch.zeros(1, d, dtype=dtype, device=device)
+    labels = torch.zeros(1, dtype=torch.long, device=device).expand(n)
+    return build_problem(row.expand(n, d), row.expand(c, d), labels, precision=precision)
+
+
+def _other_regimes(problem: Problem) -> list[str]:
+    size = 4 * problem.rows * problem.classes
+    kept = size <= engine.residual_budget(problem.device)
+    chosen = choose_regime(problem, kept).regime.name
+    return [r for r in REGIMES if r != chosen and REGIMES[r].fits(problem) is None]
+
+
+@contextmanager
+def forced(regime: str | None) -> Iterator[None]:
+    """Force a regime of the Triton backend for a while; None: leave the choice to it."""
+    before = os.environ.get(REGIME_VARIABLE)
+    if regime is not None:
+        os.environ[REGIME_VARIABLE] = regime
+    try:
+        yield
+    finally:
+        if regime is not None:
+            os.environ.pop(REGIME_VARIABLE)
+            if before is not None:
+                os.environ[REGIME_VARIABLE] = before
+
+
+def _ours(
+    backend: str, precision: str, regime: str | None = None
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     def run(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor) -> Any:
-        stats = last_layer_stats(
-            features, weight, labels, bias, backend=backend, precision=precision
-        )
+        with forced(regime):
+            stats = last_layer_stats(
+                features, weight, labels, bias, backend=backend, precision=precision
+            )
         return stats.loss, stats.alignment, stats.grad_sqnorm
 
     return run
@@ -232,7 +280,7 @@ def time_row(
         free = torch.cuda.mem_get_info(device)[0] * _FRACTION_OF_MEMORY
         if n * d * item * 1.5 > free:
             return "the features do not fit in the memory of the device"
-    found = contenders(device, dtype, compiled)
+    found = contenders(shape, device, dtype, compiled)
     quickest = min(floor_seconds(shape, c, roof) for c in found)
     if quickest > LONGEST_JOB:
         return f"one job takes at least {quickest:.1f} s"
@@ -285,3 +333,52 @@ def _check(
     limit = (OURS if contender.ours else PLAIN)[contender.precision]
     if not contender.error <= limit:
         contender.problem = f"wrong: relative error {contender.error:.2g} > {limit:g}"
+
+
+# (N, C, D) of the rows whose features stay in main memory.
+STREAMED = ((1_280_000, 10, 512), (1_280_000, 100, 512))
+
+
+def time_streaming(device: torch.device, deadline: float, rounds: int) -> list[dict[str, Any]]:
+    """Time scoring of page-locked bfloat16 features in main memory beside one copy of them.
+
+    With all of them kept on the device for the second pass, and with none: the bus is crossed
+    once or twice. The floor is that many copies at the rate measured here.
+    """
+    clock = Clock(device)
+    run = _ours("triton", "medium")
+    rows: list[dict[str, Any]] = []
+    for shape in STREAMED:
+        if time.monotonic() > deadline:
+            rows.append({"row": str(shape), "why": "the time is up"})
+            continue
+        data = inputs(shape, torch.bfloat16, device)
+        truth = exact(*data)
+        host = data[0].cpu().pin_memory()
+        copy = clock.median(lambda host=host, data=data: data[0].copy_(host, non_blocking=True))
+        data[0] = host
+        before = engine._resident_budget
+        for crossings, budget in ((1, 2**62), (2, 0)):
+            engine._resident_budget = lambda *given, budget=budget: budget
+            try:
+                error = _error(run(*data), truth)
+                seconds = [clock.time(lambda data=data: run(*data)) for _ in range(rounds)]
+            finally:
+                engine._resident_budget = before
+            median = statistics.median(seconds)
+            wrong = not error <= OURS["medium"]
+            rows.append(
+                {
+                    "n": shape[0],
+                    "classes": shape[1],
+                    "dim": shape[2],
+                    "crossings": crossings,
+                    "milliseconds": None if wrong else 1e3 * median,
+                    "floor_milliseconds": 1e3 * crossings * copy,
+                    "percent_of_floor": None if wrong else 100 * crossings * copy / median,
+                    "gigabytes_per_second": host.nbytes / copy / 1e9,
+                    "relative_error": error if error == error else None,
+                    "problem": f"wrong: relative error {error:.2g}" if wrong else None,
+                }
+            )
+    return rows

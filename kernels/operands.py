@@ -52,6 +52,14 @@ def input_precision(precision: str) -> str:
     return _PRODUCTS[precision]
 
 
+def capability_major(device: torch.device) -> int:
+    """Return the major compute capability if tests compile for it, else 8, the most modest."""
+    if device.type != "cuda":
+        return 8
+    major = torch.cuda.get_device_capability(device)[0]
+    return major if major in (8, 9, 10) else 8
+
+
 def describe(tensor: Tensor) -> str:
     """Shape and dtype, for error messages."""
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

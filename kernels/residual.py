@@ -24,6 +24,20 @@ class RowOutputs(NamedTuple):
     entropy: Tensor
 
 
+class SoftmaxState(NamedTuple):
+    """What residuals can be computed from again: (K, n) float32, unit stride along the rows.
+
+    For c other than the label, r_c = w (e^(z_c - top - log_sum) - eps / C). ``top`` is the largest
+    logit and ``log_sum`` the logarithm of sum e^(z - top); their sum, the log-sum-exp, would round
+    away what logits of 1e4 tell. Both are NaN where a row does not count, and ``label_residual``
+    (r_y as stored, from the other classes, never p - 1) is 0 there.
+    """
+
+    top: Tensor
+    log_sum: Tensor
+    label_residual: Tensor
+
+
 @dataclass(frozen=True)
 class RowConfig:
     """One tile, and the resources that every variant compiled for it keeps to.
@@ -96,6 +110,7 @@ def residual_rows(
     ignore_index: int = -100,
     sample_weight: Tensor | None = None,
     counted: Tensor | None = None,
+    softmax: SoftmaxState | None = None,
 ) -> None:
     """Overwrite logits by residuals dloss/dlogits and write the statistics of every row.
 
@@ -133,6 +148,9 @@ def residual_rows(
         (n,) float32, contiguous: factors on loss and residual.
     counted
         (n,) bool, contiguous: rows that count; None: all.
+    softmax
+        Where to leave what ``stacked_alignment`` computes residuals from; cross-entropy with
+        class ids only. Strides as in ``out``.
 
     Raises
     ------
@@ -141,6 +159,10 @@ def residual_rows(
     """
     soft = labels.dim() == 2
     rows, heads = _check(logits, labels, classes, out, status, loss)
+    if softmax is not None:
+        if soft or loss != "cross_entropy":
+            raise ValueError("softmax goes with cross_entropy and labels that are class ids")
+        _check_outputs("softmax", softmax, rows, heads, out.loss.stride(0), logits.device)
     _check_vector("sample_weight", sample_weight, rows, torch.float32, logits.device)
     _check_vector("counted", counted, rows, torch.bool, logits.device)
     if rows == 0:
@@ -171,6 +193,9 @@ def residual_rows(
                 smoothing=label_smoothing,
                 SOFT=soft,
                 SMOOTH=label_smoothing != 0.0,
+                softmax_top=softmax.top if softmax else None,
+                softmax_log_sum=softmax.log_sum if softmax else None,
+                label_residual=softmax.label_residual if softmax else None,
                 **arguments,
             )
         else:
@@ -208,20 +233,35 @@ def _check(
         raise ValueError(
             f"labels must have unit stride along their last axis; got {labels.stride()}"
         )
-    for name, value in out._asdict().items():
-        if value.shape != (heads, rows) or value.dtype != torch.float32:
-            raise ValueError(f"out.{name} must be {(heads, rows)} float32; got {_describe(value)}")
-        if (rows > 1 and value.stride(1) != 1) or value.stride(0) != out.loss.stride(0):
-            raise ValueError(
-                f"out.{name} must have unit row stride and the head stride of out.loss; "
-                f"got strides {value.stride()}"
-            )
+    _check_outputs("out", out, rows, heads, out.loss.stride(0), logits.device)
     if status.dtype != torch.int64 or status.shape != (STATUS_SLOTS,) or not status.is_contiguous():
         raise ValueError(f"status must be ({STATUS_SLOTS},) int64; got {_describe(status)}")
-    for name, value in [("labels", labels), ("status", status), *out._asdict().items()]:
+    for name, value in (("labels", labels), ("status", status)):
         if value.device != logits.device:
             raise ValueError(f"{name} must be on {logits.device} with logits, got {value.device}")
     return rows, heads
+
+
+def _check_outputs(
+    group: str,
+    outputs: RowOutputs | SoftmaxState,
+    rows: int,
+    heads: int,
+    head_stride: int,
+    device: torch.device,
+) -> None:
+    for name, value in outputs._asdict().items():
+        if value.shape != (heads, rows) or value.dtype != torch.float32:
+            raise ValueError(
+                f"{group}.{name} must be {(heads, rows)} float32; got {_describe(value)}"
+            )
+        if (rows > 1 and value.stride(1) != 1) or value.stride(0) != head_stride:
+            raise ValueError(
+                f"{group}.{name} must have unit row stride and the head stride of out.loss; "
+                f"got strides {value.stride()}"
+            )
+        if value.device != device:
+            raise ValueError(f"{group}.{name} must be on {device} with logits, got {value.device}")
 
 
 def _check_vector(

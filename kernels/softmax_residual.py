@@ -116,6 +116,9 @@ def softmax_residual_kernel(
     CONTIGUOUS: tl.constexpr,  # row_stride == K * C, known when compiling: wider loads
     SOFT: tl.constexpr,
     SMOOTH: tl.constexpr,
+    softmax_top=None,  # (K, n) float32 or None, as the next two; see residual.SoftmaxState
+    softmax_log_sum=None,
+    label_residual=None,
 ):
     """Softmax residual in place and row statistics; see the head of this file."""
     ONE_TILE: tl.constexpr = BLOCK_CLASSES >= CLASSES
@@ -242,3 +245,10 @@ def softmax_residual_kernel(
     tl.store(margin + out, tl.where(sane, z_label - top_rival, NAN), mask=exists)
     spread_mean = tl.sum(spread, axis=1) * inverse
     tl.store(entropy + out, tl.where(sane, log_sum + spread_mean, NAN), mask=exists)
+    if softmax_top is not None:
+        r_label = -not_label
+        if SMOOTH:
+            r_label += smoothing - smoothing / CLASSES
+        tl.store(softmax_top + out, tl.where(sane, top, NAN), mask=exists)
+        tl.store(softmax_log_sum + out, tl.where(sane, log_sum, NAN), mask=exists)
+        tl.store(label_residual + out, tl.where(sane, r_label * scale, 0.0), mask=exists)

@@ -36,6 +36,7 @@ from .operands import (
     FLOAT_DTYPES,
     aligned,
     as_operand,
+    capability_major,
     check_matrix,
     check_vector,
     describe,
@@ -59,6 +60,7 @@ class Choice(NamedTuple):
     rounded: bool
     aligned: bool
     tile: Tile
+    majors: tuple[int, ...] = (8, 9, 10)  # compute capabilities: none spills there
 
 
 # By the compiler's figures and the traffic model, not yet by a clock: the largest that compile
@@ -68,6 +70,7 @@ PROJECT_TILES = (
     Choice(True, True, Tile(128, 128, 64, 8, 3, 255, 100352, "HGMMA")),
     Choice(True, False, Tile(64, 64, 32, 8, 3, 255, 18432, "HGMMA")),
     Choice(False, True, Tile(64, 64, 32, 8, 3, 255, 51200, "HGMMA")),
+    Choice(False, True, Tile(128, 64, 32, 8, 3, 255, 67584, "HGMMA"), (9, 10)),
     Choice(False, False, Tile(64, 32, 32, 8, 3, 248, 34816, "HGMMA")),
 )
 PULL_TILES = (
@@ -156,7 +159,7 @@ def stored_alignment(
     if tile is None:
         straight = all(aligned(matrix) for matrix in (features, residual, mean_grad))
         straight = straight and classes * residual.element_size() % 16 == 0
-        tile = choose_tile(classes, project, rounded, straight)
+        tile = choose_tile(classes, project, rounded, straight, capability_major(device))
     if project:
         splits = class_splits(rows, heads, classes, dim * features.element_size(), tile)
     else:
@@ -194,15 +197,28 @@ def stored_alignment(
     add_parts(parts, out, splits)
 
 
-def choose_tile(classes: int, project: bool, rounded: bool, aligned: bool = True) -> Tile:
+def choose_tile(
+    classes: int, project: bool, rounded: bool, aligned: bool = True, major: int = 8
+) -> Tile:
     """Return the tile for C = ``classes``: the smallest that holds all, else the largest.
 
     ``project``: order of the product; ``rounded``: bfloat16 operands, else float32; ``aligned``:
-    rows of all operands begin at multiples of 16 bytes.
+    rows of all operands begin at multiples of 16 bytes; ``major``: compute capability.
     """
-    tiles = PROJECT_TILES if project else PULL_TILES
-    fitting = [t.tile for t in tiles if (t.rounded, t.aligned) == (rounded, aligned)]
-    return next((t for t in fitting if classes <= t.classes), fitting[-1])
+    choices = PROJECT_TILES if project else PULL_TILES
+    return fitting_tile(choices, classes, rounded, aligned, major)
+
+
+def fitting_tile(
+    choices: tuple[Choice, ...], classes: int, rounded: bool, aligned: bool, major: int
+) -> Tile:
+    """Return the first tile for these operands that holds all classes, else the last one."""
+    fitting = [
+        choice.tile
+        for choice in choices
+        if (choice.rounded, choice.aligned) == (rounded, aligned) and major in choice.majors
+    ]
+    return next((tile for tile in fitting if classes <= tile.classes), fitting[-1])
 
 
 def class_splits(rows: int, heads: int, classes: int, row_bytes: int, tile: Tile) -> int:

@@ -159,6 +159,11 @@ def residual_case(kernel: Any, config: RowConfig, *, plain: bool, **constants: b
         "CONTIGUOUS": plain,
     }
     optional = {"sample_weight": "*fp32", "counted": "*i1"}
+    state = ("softmax_top", "softmax_log_sum", "label_residual")
+    if "SOFT" in constants and not constants["SOFT"]:
+        optional |= dict.fromkeys(state, "*fp32")
+    elif "SOFT" in constants:
+        values |= dict.fromkeys(state)
     if plain:
         values |= dict.fromkeys(optional)
     else:

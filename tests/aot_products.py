@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aot import ARCHITECTURES, Resources, compile_kernel, cuobjdump
-from moso_fast.kernels import gradient_sum, stored_alignment
+from moso_fast.kernels import gradient_sum, stacked_alignment, stored_alignment
 from moso_fast.kernels.tiles import Tile
 
 
@@ -27,6 +27,12 @@ class ProductCase:
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     divisible: tuple[str, ...]
+    majors: tuple[int, ...] = (8, 9, 10)  # compute capabilities
+
+    @property
+    def architectures(self) -> tuple[int, ...]:
+        """Those of ``ARCHITECTURES`` that the tile is for."""
+        return tuple(arch for arch in ARCHITECTURES if arch // 10 in self.majors)
 
     @property
     def heaviest(self) -> bool:
@@ -121,7 +127,30 @@ def stored_alignment_cases() -> Iterator[ProductCase]:
                     types,
                     constants,
                     tuple(name for name, kind in types.items() if kind[0] == "*"),
+                    choice.majors,
                 )
+
+
+def stacked_alignment_cases() -> Iterator[ProductCase]:
+    """Every tile with biases, weights, several heads and, where rounded, the self-term."""
+    for choice in stacked_alignment.TILES:
+        odd = 0 if choice.aligned else 1
+        for features in ("bf16",) if choice.rounded else ("fp32", "bf16", "fp16"):
+            types, constants = _alignment_arguments(choice, features, odd)
+            pointers = ("bias", "top", "log_sum", "label_residual", "sample_weight")
+            types |= dict.fromkeys(pointers, "*fp32") | {"labels": "*i64"}
+            types |= {"weight": types["mean_grad"], "state_stride": "i64"}
+            types["smoothing_share"] = "fp32"
+            constants["WEIGHT_STRIDE"] = 512 + odd
+            yield ProductCase(
+                f"stacked-{_shape(choice.tile)}-{features}{_suffix(odd)}",
+                stacked_alignment.stacked_alignment_kernel,
+                choice.tile,
+                types,
+                constants,
+                tuple(name for name, kind in types.items() if kind[0] == "*"),
+                choice.majors,
+            )
 
 
 def _alignment_arguments(
@@ -168,7 +197,7 @@ def _shape(tile: Tile) -> str:
 
 def product_cases() -> list[ProductCase]:
     """All of the cases."""
-    return [*gradient_sum_cases(), *stored_alignment_cases()]
+    return [*gradient_sum_cases(), *stored_alignment_cases(), *stacked_alignment_cases()]
 
 
 def main() -> None:
@@ -178,6 +207,9 @@ def main() -> None:
     for case in product_cases():
         cells = ""
         for arch in ARCHITECTURES:
+            if arch not in case.architectures:
+                cells += f"{'':>26}"
+                continue
             used = case.compile(arch)
             cells += f"{f'{used.registers}/{used.stack}/{used.shared}':>26}"
         print(

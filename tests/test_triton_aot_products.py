@@ -13,14 +13,12 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from aot import ARCHITECTURES
 from aot_products import ProductCase, instructions, product_cases
-
 
 CASES = [
     pytest.param(case, arch, id=f"{case.name}-sm_{arch}")
     for case in product_cases()
-    for arch in (ARCHITECTURES if case.heaviest else (90,))
+    for arch in (case.architectures if case.heaviest else (90,))
 ]
 
 

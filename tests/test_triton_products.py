@@ -10,6 +10,8 @@ from interpreter import run_interpreted
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 
-@pytest.mark.parametrize("file", ["test_gradient_sum.py", "test_stored_alignment.py"])
+@pytest.mark.parametrize(
+    "file", ["test_gradient_sum.py", "test_stored_alignment.py", "test_stacked_alignment.py"]
+)
 def test_in_interpreter(file: str, tmp_path: Path) -> None:
     run_interpreted(file, tmp_path)

@@ -63,7 +63,7 @@ def test_matches_float64(shape, dtype: torch.dtype, order: str, generator) -> No
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize("position", range(6))
 def test_every_shipped_tile(order: str, position: int, generator: torch.Generator) -> None:
     choices = PROJECT_TILES if order == "project" else PULL_TILES
     choice = choices[min(position, len(choices) - 1)]
@@ -181,9 +181,10 @@ def test_rows_do_not_depend_on_their_neighbours(generator: torch.Generator) -> N
 def test_choice_of_order_tile_and_splits(generator: torch.Generator) -> None:
     for project, choices in ((True, PROJECT_TILES), (False, PULL_TILES)):
         for choice in choices:
-            assert (choice.rounded, choice.aligned, choose_tile(
-                choice.tile.classes, project, choice.rounded, choice.aligned
-            )) == tuple(choice)  # fmt: skip
+            kind = (choice.rounded, choice.aligned, choice.majors[0])
+            largest = [c.tile for c in choices if (c.rounded, c.aligned) == kind[:2]][-1]
+            assert choose_tile(choice.tile.classes, project, *kind).classes == choice.tile.classes
+            assert choose_tile(10**6, project, *kind[:2], 10) == largest
     tile = choose_tile(1000, True, True)
     assert tile.classes == 128
     assert class_splits(10**6, 1, 100, 1024, tile) == 1

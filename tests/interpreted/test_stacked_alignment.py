@@ -1,0 +1,338 @@
+"""Alignments from residuals computed again, against float64; and the state of the first pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from alignment_support import BF16, cut, dots, draw, guarded_out
+from far_memory import STRIDE, Sparse
+from moso_fast.kernels import stacked_alignment as module
+from moso_fast.kernels.residual import RowOutputs, SoftmaxState, residual_rows
+from moso_fast.kernels.stacked_alignment import TILES, choose_tile, stacked_alignment
+from moso_fast.kernels.stored_alignment import SelfTerm
+from moso_fast.kernels.tiles import Tile
+from residual_support import reference
+from torch import Tensor
+
+SMALL = Tile(16, 16, 16, 4, 2, 255, 65536, "HMMA")
+# (n, K, C, D): around the edges of the small tile.
+SHAPES = [(1, 1, 1, 1), (15, 1, 17, 15), (16, 2, 16, 16), (17, 3, 5, 33), (33, 1, 40, 31)]
+
+
+class Job:
+    """Features, heads and labels, with what the first pass leaves of them."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        generator: torch.Generator,
+        dtype: torch.dtype = torch.float32,
+        operand: torch.dtype = torch.float32,
+        labels: Tensor | None = None,
+        bias: Tensor | None = None,
+        **options: object,
+    ) -> None:
+        rows, heads, classes, dim = shape
+        self.features = draw((rows, dim), generator, dtype)
+        self.weight = (draw((heads * classes, dim), generator) / dim**0.5).to(operand)
+        self.grad = draw((heads * classes, dim), generator, operand)
+        self.bias = draw((heads * classes,), generator) if bias is None else bias
+        self.bias_grad = draw((heads * classes,), generator)
+        self.labels = (
+            torch.randint(0, classes, (rows,), generator=generator) if labels is None else labels
+        )
+        self.heads, self.options = heads, options
+
+    def logits(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return the logits (n, K, C), computed in ``dtype``."""
+        z = self.features.to(dtype) @ self.weight.to(dtype).T + self.bias.to(dtype)
+        return z.view(len(self.features), self.heads, -1)
+
+    def first_pass(self) -> tuple[Tensor, SoftmaxState]:
+        """Run the residual kernel: residuals (n, K * C) and the softmax state, in guards."""
+        logits = self.logits().float().flatten(1)
+        rows, heads = len(logits), self.heads
+        state = [guarded_out(heads, rows) for _ in SoftmaxState._fields]
+        out = RowOutputs(*(guarded_out(heads, rows).view for _ in RowOutputs._fields))
+        softmax = SoftmaxState(*(guarded.view for guarded in state))
+        status = torch.full((4,), rows)
+        classes = logits.shape[1] // heads
+        residual_rows(logits, self.labels, classes=classes, out=out, status=status,
+                      softmax=softmax, **self.options)  # fmt: skip
+        assert all(guarded.intact() for guarded in state)
+        return logits, softmax
+
+    def second_pass(self, softmax: SoftmaxState, **options: object) -> Tensor:
+        """Run the stacked kernel in a guarded, NaN-filled output; check the guards."""
+        out = guarded_out(self.heads, len(self.features))
+        given = {k: v for k, v in self.options.items() if k in ("label_smoothing", "sample_weight")}
+        arguments = {"bias": self.bias, "mean_bias_grad": self.bias_grad, "tile": SMALL}
+        stacked_alignment(self.features, self.weight, self.grad, self.labels, softmax, out.view,
+                          **(arguments | given | options))  # fmt: skip
+        assert out.intact(), "wrote outside the output"
+        return out.view.clone()
+
+    def exact(self, residual: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Alignments of these residuals (n, K, C) in ``dtype``."""
+        given = (self.features, residual.flatten(1), self.grad, self.bias_grad)
+        return dots(*given, self.heads, dtype)
+
+    def check(self, got: Tensor, tolerance: float = 1e-6) -> None:
+        """At most twice the error of float32 PyTorch, plus a share of sum |r| |s|."""
+        exact_r = reference(self.logits(), self.labels, **self.options)["residual"]
+        own_r = reference(
+            self.logits(torch.float32), self.labels, dtype=torch.float32, **self.options
+        )["residual"]
+        exact = self.exact(exact_r)
+        own = (self.exact(own_r, torch.float32).double() - exact).abs().amax()
+        parts = (self.features, exact_r.flatten(1), self.grad, self.bias_grad)
+        scale = dots(*(part.abs() for part in parts), self.heads)
+        error = (got.double() - exact).abs()
+        bound = 2.0 * own + tolerance * scale
+        assert bool((error <= bound).all()), float((error / bound).max())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+def test_matches_float64(shape, dtype: torch.dtype, generator: torch.Generator) -> None:
+    job = Job(shape, generator, dtype)
+    residual, softmax = job.first_pass()
+    got = job.second_pass(softmax)
+    job.check(got)
+    stored = job.exact(residual)
+    torch.testing.assert_close(got.double(), stored, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_smoothing_weights_ignored_and_uncounted_rows(shape, generator) -> None:
+    rows, _, classes, _ = shape
+    labels = torch.randint(0, classes, (rows,), generator=generator)
+    labels[1::4] = -100
+    options = {
+        "label_smoothing": 0.1,
+        "sample_weight": 2.0 * torch.rand(rows, generator=generator),
+        "counted": torch.arange(rows) % 5 != 3,
+    }
+    job = Job(shape, generator, labels=labels.to(torch.int16), **options)
+    _, softmax = job.first_pass()
+    used = options["counted"] & (labels != -100)
+    job.features[~used] = torch.nan
+    got = job.second_pass(softmax)
+    assert not got[:, ~used].any()
+    job.features[~used] = 0.0
+    job.check(torch.where(used, got, job.exact(torch.zeros_like(job.logits()))))
+
+
+def test_without_biases(generator: torch.Generator) -> None:
+    job = Job((20, 2, 18, 19), generator)
+    job.bias.zero_()
+    job.bias_grad.zero_()
+    _, softmax = job.first_pass()
+    job.check(job.second_pass(softmax, bias=None, mean_bias_grad=None))
+
+
+@pytest.mark.parametrize("choice", TILES, ids=lambda c: f"{c.rounded}-{c.aligned}-{c.majors[0]}")
+def test_every_shipped_tile(choice, generator: torch.Generator) -> None:
+    tile, dtype = choice.tile, BF16 if choice.rounded else torch.float32
+    job = Job((tile.rows + 1, 1, tile.classes + 1, tile.dim + 1), generator, dtype, dtype)
+    _, softmax = job.first_pass()
+    job.check(job.second_pass(softmax, tile=tile))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_self_term_is_what_rounding_took(heads: int, generator: torch.Generator) -> None:
+    job = Job((35, heads, 18, 21), generator, BF16, BF16)
+    residual, softmax = job.first_pass()
+    sqnorm = job.features.double().square().sum(1)
+    plain = job.second_pass(softmax)
+    got = job.second_pass(softmax, self_term=SelfTerm(sqnorm.float(), torch.tensor(29)))
+    rounded = cut(residual)
+    lost = ((residual - rounded).double() * residual.double()).view(35, heads, -1).sum(-1).T
+    expected = lost * sqnorm / 29
+    assert expected.abs().max() > 1e-3
+    # A residual computed again may lie on the other side of a rounding boundary.
+    error = (got.double() - plain.double() - expected).abs()
+    assert float(error.median()) < 1e-6 and float(error.max()) < 0.05 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 4, 5])
+def test_split_classes(splits: int, generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "class_splits", lambda *_: splits)
+    job = Job((20, 2, 65, 18), generator)
+    job.check(job.second_pass(job.first_pass()[1]))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 40])
+def test_confident_model_keeps_its_digits(classes: int, generator: torch.Generator) -> None:
+    # Losses from 1e-9 to 1e-6, where p - 1 is exactly 0 in float32.
+    job = Job((16, 1, classes, 8), generator, labels=torch.zeros(16, dtype=torch.int64))
+    job.weight.zero_()
+    job.bias = torch.rand(classes, generator=generator)
+    job.bias[0] = 22.0
+    residual, softmax = job.first_pass()
+    assert residual.abs().max() < 1e-6 and (residual[:, 0] < 0).all()
+    got, exact_r = job.second_pass(softmax), reference(job.logits(), job.labels)["residual"]
+    exact_r[:, 0, 0] = -exact_r[:, 0, 1:].sum(-1)
+    exact = job.exact(exact_r)
+    parts = (job.features, exact_r.flatten(1), job.grad, job.bias_grad)
+    assert ((got - exact).abs() <= 1e-5 * dots(*(p.abs() for p in parts), 1)).all()
+
+
+@pytest.mark.parametrize("level", [0.0, 1e4, -1e4])
+def test_logits_far_from_zero_lose_nothing(level: float, generator: torch.Generator) -> None:
+    # Exact in float32; a log-sum-exp of 1e4 in one float32 would be wrong by up to 5e-4.
+    bias = level + torch.randint(-8, 9, (20,), generator=generator) / 4.0
+    job = Job((17, 1, 20, 9), generator, bias=bias)
+    job.weight.zero_()
+    job.check(job.second_pass(job.first_pass()[1]))
+
+
+def test_log_sum_exp_from_elsewhere(generator: torch.Generator) -> None:
+    job = Job((17, 2, 9, 9), generator)
+    _, softmax = job.first_pass()
+    lse = torch.logsumexp(job.logits(), -1).T.float().contiguous()
+    label_residual = softmax.label_residual.contiguous()
+    given = SoftmaxState(lse, torch.zeros_like(lse), label_residual)
+    job.check(job.second_pass(given))
+
+
+@pytest.mark.parametrize("classes", [1, 10, 9000])
+def test_state_of_the_first_pass(classes: int, generator: torch.Generator) -> None:
+    labels = torch.randint(0, classes, (7,), generator=generator)
+    labels[3] = -100
+    options = {"label_smoothing": 0.2, "sample_weight": torch.rand(7, generator=generator)}
+    job = Job((7, 2, classes, 3), generator, labels=labels, **options)
+    residual, softmax = job.first_pass()
+    counted = labels != -100
+    for name, value in softmax._asdict().items():
+        uncounted = value[:, ~counted]
+        assert (uncounted == 0).all() if name == "label_residual" else uncounted.isnan().all()
+        assert value[:, counted].isfinite().all()
+    z, r = job.logits(), residual.view(7, 2, classes)
+    lse = softmax.top.double() + softmax.log_sum.double()
+    torch.testing.assert_close(lse[:, counted], z.logsumexp(-1).T[:, counted], rtol=1e-6, atol=1e-6)
+    assert torch.equal(softmax.top[:, counted], z.float().amax(-1).T[:, counted])
+    rows = counted.nonzero()[:, 0]
+    assert torch.equal(softmax.label_residual[:, rows], r[rows, :, labels[rows]].T)
+
+
+def test_no_rows_strides_and_expanded_rows(generator: torch.Generator) -> None:
+    job = Job((50, 2, 9, 40), generator)
+    job.features, job.weight, job.grad = (t[:, 3:20] for t in (job.features, job.weight, job.grad))
+    job.check(job.second_pass(job.first_pass()[1]))
+    job.features = job.features[:1].expand(50, 17)
+    job.check(job.second_pass(job.first_pass()[1]))
+    job.features, job.labels = job.features[:0], job.labels[:0]
+    empty = SoftmaxState(*(torch.empty(2, 0) for _ in range(3)))
+    assert job.second_pass(empty).shape == (2, 0)
+
+
+@pytest.mark.parametrize("which", ["features", "weight", "grad", "state", "out"])
+def test_offsets_are_64_bit(which: str, generator: torch.Generator) -> None:
+    job = Job((3, 3, 1, 7), generator, bias=torch.zeros(3))
+    job = Job((3, 1, 3, 7), generator) if which in ("features", "weight", "grad") else job
+    _, softmax = job.first_pass()
+    softmax = SoftmaxState(*(value.contiguous() for value in softmax))
+    if which == "state":
+        # With one class every residual is 0: put others in place of the label's.
+        softmax = softmax._replace(label_residual=draw((3, 3), generator))
+    near = job.second_pass(softmax)
+    if which == "out":
+        softmax = softmax._replace(label_residual=draw((3, 3), generator))
+        near = job.second_pass(softmax)
+        far = Sparse(3)
+        stacked_alignment(job.features, job.weight, job.grad, job.labels, softmax, far.matrix(),
+                          bias=job.bias, mean_bias_grad=job.bias_grad, tile=SMALL)  # fmt: skip
+        assert torch.equal(far.stacked(), near) and near.any()
+        return
+    if which == "state":
+        far = [Sparse(3) for _ in softmax]
+        for memory, value in zip(far, softmax, strict=True):
+            memory.fill(value)
+        given = SoftmaxState(*(memory.matrix() for memory in far))
+        assert given.top.stride(0) == STRIDE
+    else:
+        far = Sparse(7)
+        far.fill(getattr(job, which))
+        setattr(job, which, far.matrix())
+        given = softmax
+    assert torch.equal(job.second_pass(given), near) and near.any()
+
+
+def test_choice_of_tiles() -> None:
+    for choice in TILES:
+        kind = (choice.rounded, choice.aligned, choice.majors[0])
+        assert choose_tile(choice.tile.classes, *kind).classes == choice.tile.classes
+    assert choose_tile(10**5, True, True, 8).classes == 64
+    assert choose_tile(10**5, True, True, 10).classes == 128
+
+
+def arguments() -> dict:
+    return {
+        "features": torch.zeros(4, 6),
+        "weight": torch.zeros(6, 6),
+        "mean_grad": torch.zeros(6, 6),
+        "labels": torch.zeros(4, dtype=torch.int64),
+        "softmax": SoftmaxState(*(torch.zeros(2, 4) for _ in range(3))),
+        "out": torch.full((2, 4), 7.0),
+    }
+
+
+def state(**fields: Tensor) -> SoftmaxState:
+    return arguments()["softmax"]._replace(**fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("features", torch.zeros(4, 6, dtype=torch.float64), "features must be"),
+        ("weight", torch.zeros(5, 6), r"weight must be \(6, 6\)"),
+        ("weight", torch.zeros(6, 6, dtype=BF16), "weight must be .* one of float32; got"),
+        ("weight", torch.zeros(6, 6, device="meta"), "weight must be on cpu"),
+        ("mean_grad", torch.zeros(5, 6), "mean_grad must be"),
+        ("labels", torch.zeros(4), "labels must be"),
+        ("labels", torch.zeros(4, 3), "labels must be"),
+        ("labels", torch.zeros(8, dtype=torch.int64)[::2], "labels must be contiguous"),
+        ("labels", torch.zeros(4, dtype=torch.int64, device="meta"), "labels must be on cpu"),
+        ("softmax", state(top=torch.zeros(2, 5)), "softmax.top must be"),
+        ("softmax", state(log_sum=torch.zeros(2, 4).double()), "softmax.log_sum must be"),
+        ("softmax", state(log_sum=torch.zeros(4, 2).T), "softmax.log_sum must have unit"),
+        ("softmax", state(label_residual=torch.zeros(2, 8)[:, :4]), "head stride of softmax.top"),
+        ("softmax", state(top=torch.zeros(2, 4, device="meta")), "softmax.top must be on cpu"),
+        ("out", torch.zeros(2, 5), "out must be"),
+        ("bias", torch.zeros(3), "bias must be"),
+        ("mean_bias_grad", torch.zeros(3), "mean_bias_grad must be"),
+        ("sample_weight", torch.zeros(3), "sample_weight must be"),
+        ("label_smoothing", 1.0, "label_smoothing must be"),
+        ("precision", "low", "precision must be one of"),
+    ],
+)
+def test_refused_arguments(name: str, value: object, message: str) -> None:
+    given = arguments()
+    out = given["out"]
+    with pytest.raises(ValueError, match=message) as caught:
+        stacked_alignment(**(given | {name: value}))
+    assert "\n" not in str(caught.value)
+    assert bool((out == 7.0).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": torch.full((4, 3), 1 / 3)}, "softmax goes with cross_entropy"),
+        ({"labels": torch.zeros(4, 3), "loss": "mse"}, "softmax goes with cross_entropy"),
+        ({"softmax": state(top=torch.zeros(2, 5))}, r"softmax.top must be \(2, 4\)"),
+        ({"softmax": state(top=torch.zeros(4, 2).T)}, "softmax.top must have unit row stride"),
+        ({"softmax": state(top=torch.zeros(2, 4, device="meta"))}, "softmax.top must be on cpu"),
+    ],
+)
+def test_first_pass_refuses(options: dict, message: str) -> None:
+    given = {
+        "labels": torch.zeros(4, dtype=torch.int64),
+        "classes": 3,
+        "out": RowOutputs(*(torch.zeros(2, 4) for _ in RowOutputs._fields)),
+        "status": torch.full((4,), 4),
+        "softmax": state(),
+    } | options
+    with pytest.raises(ValueError, match=message):
+        residual_rows(torch.zeros(4, 6), given.pop("labels"), **given)

@@ -31,7 +31,9 @@ A100_SHARED = 166912
 
 
 def compiler() -> list[str] | None:
-    """Return the command of a C++ compiler, or None."""
+    """Return the command of a C++ compiler, or None; None too where the sources are not here."""
+    if not SOURCE.is_dir() or os.name == "nt":
+        return None
     named = shlex.split(os.environ.get("CXX", ""))
     found = named[0] if named else next((c for c in ("c++", "g++", "clang++") if _path(c)), None)
     return (named or [found]) if found and _path(found) else None
@@ -75,6 +77,7 @@ def _compile(command: list[str], folder: Path, target: Path) -> None:
     ]
     jobs += [
         (emulator / "emulator.cpp", "emulator.o", ["-O2"]),
+        (emulator / "instructions.cpp", "instructions.o", ["-O2"]),
         (SOURCE / "few_classes_plan.cpp", "plan.o", ["-O1"]),
         (emulator / "module.cpp", "module.o", ["-O0", *(f"-I{path}" for path in includes)]),
     ]

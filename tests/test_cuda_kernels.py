@@ -22,7 +22,9 @@ from cuda_emulator import EmulatedCuda
 
 from moso_fast import backends as list_backends
 from moso_fast.backends import _REGISTRY, Availability
+from moso_fast.engine import _allocate
 from moso_fast.functional import last_layer_stats, moso_scores
+from moso_fast.problem import build_problem
 from moso_fast.reference import closed_form_stats, explicit_stats
 
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs a C++ compiler")
@@ -209,6 +211,24 @@ def test_ignored_rows_may_hold_anything(gpu, chunk_size, dtype) -> None:
         value = getattr(stats, name)
         assert value[~kept].isnan().all(), name
         assert_close(value[kept], getattr(exact, name)[0], 1e-5, what=name)
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+def test_rows_that_do_not_count_have_no_residual_and_no_alignment(gpu, heads) -> None:
+    case = random_case("ids", n=20, heads=heads)
+    case.labels[[0, 7]] = -100
+    case.features[7, 3] = float("nan")
+    problem = build_problem(*case.args)
+    out = _allocate(problem)
+    first = gpu.first_pass(problem, slice(0, 20), out, True)
+    assert out.counted.tolist() == [i not in (0, 7) for i in range(20)]
+    assert bool((first.residual[[0, 7]] == 0).all())
+    alignment = torch.full_like(out.loss, float("nan"))
+    grad = torch.ones_like(problem.weight)
+    gpu.second_pass(
+        problem, slice(0, 20), out, grad, torch.ones_like(problem.bias), first.residual, alignment
+    )
+    assert bool((alignment[:, [0, 7]] == 0).all()) and bool(torch.isfinite(alignment).all())
 
 
 def test_all_rows_ignored(gpu) -> None:

@@ -38,6 +38,8 @@ MOSO_DEVICE int64_t block_index() { return blockIdx.x; }
 MOSO_DEVICE int64_t block_count() { return gridDim.x; }
 
 MOSO_DEVICE void sync_block() { __syncthreads(); }
+// Brings the lanes of a warp together again: matrix instructions want all of them at once.
+MOSO_DEVICE void sync_warp() { __syncwarp(); }
 MOSO_DEVICE bool sync_block_or(bool value) { return __syncthreads_or(value) != 0; }
 
 template <class T>

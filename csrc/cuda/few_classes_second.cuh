@@ -54,19 +54,33 @@ struct RowTile {
   MOSO_DEVICE void load(int64_t first, int group, Words4 (&v)[kBatch][2]) const {
     const int lane = device::thread_index() % kLanes;
     const auto* base = static_cast<const unsigned char*>(p.features);
+    const unsigned char* from[2];
     MOSO_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int64_t wanted = first + lane / 4 + 8 * half;
-      const int64_t row = wanted < p.rows ? wanted : p.rows - 1;
-      const unsigned char* from = base + row * p.row_stride * M::kItem;
+      from[half] = base + (wanted < p.rows ? wanted : p.rows - 1) * p.row_stride * M::kItem;
+    }
+    if (whole) {
       MOSO_UNROLL
       for (int u = 0; u < kBatch; ++u) {
-        const int at = group + u < groups ? group + u : groups - 1;
-        const int column = operand_column(M::kItem, at, lane, 0);
-        v[u][half] = whole ? device::global_load_once(from + column * M::kItem)
-                           : load_features<M::kItem>(from, column, p.dim, p.aligned != 0);
+        MOSO_UNROLL
+        for (int half = 0; half < 2; ++half)
+          v[u][half] = device::global_load_once(from[half] + column_of(group + u) * M::kItem);
+      }
+    } else {
+      MOSO_UNROLL
+      for (int u = 0; u < kBatch; ++u) {
+        MOSO_UNROLL
+        for (int half = 0; half < 2; ++half)
+          v[u][half] =
+              load_features<M::kItem>(from[half], column_of(group + u), p.dim, p.aligned != 0);
       }
     }
+  }
+
+  MOSO_DEVICE int column_of(int group) const {
+    const int lane = device::thread_index() % kLanes;
+    return operand_column(M::kItem, group < groups ? group : groups - 1, lane, 0);
   }
 
   MOSO_DEVICE void multiply(const Words4 (&v)[kBatch][2], int group) {
@@ -139,6 +153,7 @@ struct RowTile {
       }
     }
     clear();
+    device::sync_warp();
   }
 
   MOSO_DEVICE static int64_t max_of_one(int64_t count) { return count > 1 ? count : 1; }

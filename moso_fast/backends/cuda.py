@@ -53,7 +53,9 @@ class CudaBackend(Backend):
                 "run on a machine with an NVIDIA GPU and a PyTorch built for CUDA",
             )
         return Availability(
-            True, "CUDA C++ kernels for few classes, proven by emulator, not yet run on a GPU"
+            True,
+            "CUDA C++ kernels for few classes, proven by emulator, not yet run on a GPU: "
+            "'auto' does not take them",
         )
 
     def supports(self, problem: Problem) -> str | None:

@@ -39,7 +39,7 @@ void forget_arrays();
 // What ran since the last call: number of times by name.
 std::vector<std::pair<std::string, int64_t>> take_counts();
 
-enum class Collective { kMatrices, kMultiply, kShuffle };
+enum class Collective { kMatrices, kMultiply, kShuffle, kSync };
 
 int thread_index();
 int64_t block_index();
@@ -107,6 +107,9 @@ inline void copy_wait(int pending) {
   emulator::copy_wait(pending < 0 ? 0 : pending > 2 ? 2 : pending);
 }
 
+inline void sync_warp() {
+  emulator::collective(emulator::Collective::kSync, nullptr, 0, nullptr, 0);
+}
 inline void load_matrices_transposed(uint32_t (&words)[4], uint32_t offset) {
   emulator::collective(emulator::Collective::kMatrices, &offset, sizeof offset, words,
                        sizeof words);

@@ -5,6 +5,7 @@
 #include <map>
 
 #include "../device.cuh"
+#include "instructions.h"
 
 namespace moso_fast::emulator {
 namespace {
@@ -35,8 +36,7 @@ struct Warp {
   int arrived = 0;
   uint64_t generation = 0;
   Collective kind{};
-  unsigned char input[kWarpSize][64];
-  unsigned char output[kWarpSize][16];
+  WarpData data;
 };
 
 // State of two shared bytes.
@@ -71,8 +71,8 @@ struct Range {
 
 Block* block = nullptr;
 std::map<uintptr_t, Range> arrays;
-int64_t counts[8];
-const char* const kNames[8] = {"ldmatrix", "mma",    "shuffle",         "barrier",
+int64_t counts[9];
+const char* const kNames[9] = {"ldmatrix", "mma",    "shuffle",         "warp barrier", "barrier",
                                "cp.async", "shared", "global 16 bytes", "global"};
 
 [[noreturn]] void leave_for_good() {
@@ -131,69 +131,6 @@ void cells_of(uint32_t offset, int bytes, bool write) {
       cell.reader = cell.read_epoch == block->epoch && cell.reader != me ? kMany : me;
       cell.read_epoch = block->epoch;
     }
-  }
-}
-
-float bfloat16(uint32_t word, int half) {
-  const uint32_t bits = half ? word & 0xffff0000u : word << 16;
-  return device::bits_float(bits);
-}
-
-// Rounded to nearest, or cut off as tensor cores do.
-float to_float(double sum) {
-  float x = float(sum);
-  if (block->options.cut_sums && std::isfinite(x) && std::fabs(double(x)) > std::fabs(sum))
-    x = std::nextafter(x, 0.0f);
-  return x;
-}
-
-void multiply(Warp& warp) {
-  double a[16][16], b[16][8];
-  float sums[16][8];
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    device::MultiplyInput in;
-    std::memcpy(&in, warp.input[lane], sizeof in);
-    const int g = lane / 4, t = lane % 4;
-    for (int w = 0; w < 4; ++w)
-      for (int e = 0; e < 2; ++e)
-        a[g + 8 * (w & 1)][2 * t + 8 * (w >> 1) + e] = bfloat16(in.a[w], e);
-    for (int w = 0; w < 2; ++w)
-      for (int e = 0; e < 2; ++e) b[2 * t + 8 * w + e][g] = bfloat16(in.b[w], e);
-    for (int i = 0; i < 4; ++i) sums[g + 8 * (i >> 1)][2 * t + (i & 1)] = in.sums[i];
-  }
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    float out[4];
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + 8 * (i >> 1), column = 2 * (lane % 4) + (i & 1);
-      double sum = 0.0;
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-      out[i] = to_float(sum + double(sums[row][column]));
-    }
-    std::memcpy(warp.output[lane], out, sizeof out);
-  }
-}
-
-void load_matrices(Warp& warp) {
-  uint16_t matrix[4][8][8];
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    uint32_t offset;
-    std::memcpy(&offset, warp.input[lane], 4);
-    std::memcpy(matrix[lane / 8][lane % 8], &block->shared[offset], 16);
-  }
-  for (int lane = 0; lane < kWarpSize; ++lane)
-    for (int m = 0; m < 4; ++m) {
-      const int g = lane / 4, t = lane % 4;
-      const uint32_t word = matrix[m][2 * t][g] | uint32_t(matrix[m][2 * t + 1][g]) << 16;
-      std::memcpy(warp.output[lane] + 4 * m, &word, 4);
-    }
-}
-
-void shuffle(Warp& warp) {
-  device::ShuffleInput in[kWarpSize];
-  for (int lane = 0; lane < kWarpSize; ++lane) std::memcpy(&in[lane], warp.input[lane], 8);
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    if (in[lane].mask != in[0].mask) fail("shuffle: lanes disagree in the mask");
-    std::memcpy(warp.output[lane], &in[lane ^ in[lane].mask].bits, 4);
   }
 }
 
@@ -279,7 +216,7 @@ void forget_arrays() { arrays.clear(); }
 
 std::vector<std::pair<std::string, int64_t>> take_counts() {
   std::vector<std::pair<std::string, int64_t>> taken;
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < 9; ++i) {
     taken.emplace_back(kNames[i], counts[i]);
     counts[i] = 0;
   }
@@ -294,7 +231,7 @@ bool barrier_or(bool value) {
   block->barrier_value = block->barrier_value || value;
   const uint64_t seen = block->barrier_generation;
   if (++block->barrier_arrived == int(block->fibers.size())) {
-    ++counts[3];
+    ++counts[4];
     block->barrier_arrived = 0;
     block->barrier_result = block->barrier_value;
     block->barrier_value = false;
@@ -308,18 +245,18 @@ bool barrier_or(bool value) {
 void barrier() { barrier_or(false); }
 
 const unsigned char* shared_read(uint32_t offset, int bytes) {
-  ++counts[5];
+  ++counts[6];
   cells_of(offset, bytes, false);
   return &block->shared[offset];
 }
 unsigned char* shared_write(uint32_t offset, int bytes) {
-  ++counts[5];
+  ++counts[6];
   cells_of(offset, bytes, true);
   return &block->shared[offset];
 }
 
 void check_global(const void* at, int bytes, bool write) {
-  ++counts[bytes == 16 ? 6 : 7];
+  ++counts[bytes == 16 ? 7 : 8];
   const auto address = reinterpret_cast<uintptr_t>(at);
   if (address % uintptr_t(bytes) != 0) fail("global memory: misaligned access");
   auto next = arrays.upper_bound(address);
@@ -338,7 +275,7 @@ void collective(Collective kind, const void* input, int input_bytes, void* outpu
   Warp& warp = block->warps[size_t(block->current / kWarpSize)];
   if (warp.arrived > 0 && warp.kind != kind) fail("lanes of a warp meet at different instructions");
   warp.kind = kind;
-  std::memcpy(warp.input[lane], input, size_t(input_bytes));
+  if (input) std::memcpy(warp.data.input[lane], input, size_t(input_bytes));
   if (kind == Collective::kMatrices) {
     uint32_t offset;
     std::memcpy(&offset, input, 4);
@@ -347,19 +284,20 @@ void collective(Collective kind, const void* input, int input_bytes, void* outpu
   const uint64_t seen = warp.generation;
   if (++warp.arrived == kWarpSize) {
     ++counts[int(kind)];
-    if (kind == Collective::kMultiply) multiply(warp);
-    if (kind == Collective::kMatrices) load_matrices(warp);
-    if (kind == Collective::kShuffle) shuffle(warp);
+    if (kind == Collective::kMultiply) multiply(warp.data, block->options.cut_sums);
+    if (kind == Collective::kMatrices) load_matrices(warp.data, block->shared.data());
+    if (kind == Collective::kShuffle && !shuffle(warp.data))
+      fail("shuffle: lanes disagree in the mask");
     warp.arrived = 0;
     ++warp.generation;
   } else {
     wait_for(&warp.generation, seen);
   }
-  std::memcpy(output, warp.output[lane], size_t(output_bytes));
+  if (output) std::memcpy(output, warp.data.output[lane], size_t(output_bytes));
 }
 
 void copy_async(uint32_t offset, const void* from, int bytes) {
-  ++counts[4];
+  ++counts[5];
   CopyPart part{offset, {}};
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("cp.async: misaligned source");
   if (bytes < 0 || bytes > 16) fail("cp.async: size");
@@ -388,24 +326,6 @@ void copy_wait(int pending) {
     apply(fiber.groups.front());
     fiber.groups.erase(fiber.groups.begin());
   }
-}
-
-uint16_t round_bfloat16(float x) {
-  uint32_t bits = device::float_bits(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
-  bits += 0x7fffu + ((bits >> 16) & 1u);
-  return uint16_t(bits >> 16);
-}
-
-float expand_float16(uint16_t x) {
-  const uint32_t sign = uint32_t(x & 0x8000u) << 16, exponent = (x >> 10) & 31u;
-  const uint32_t mantissa = x & 0x3ffu;
-  if (exponent == 0) {
-    const float tiny = std::ldexp(float(mantissa), -24);
-    return sign ? -tiny : tiny;
-  }
-  if (exponent == 31) return device::bits_float(sign | 0x7f800000u | mantissa << 13);
-  return device::bits_float(sign | (exponent + 112u) << 23 | mantissa << 13);
 }
 
 }  // namespace moso_fast::emulator

@@ -8,33 +8,25 @@ samples at once: the derivative of the vector of their losses along G, in forwar
 
 from __future__ import annotations
 
-import fnmatch
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _per_sample
 from ._full_batches import Batch
-from ._full_loss import RowLosses
-from ._full_passes import Gradients, Network, explicit_gradients, traced
+from ._full_checks import FirstSample, check_sum, out_of_memory
+from ._full_passes import Gradients, Network, traced
 from ._full_plan import Methods
+from ._full_scope import choose_parameters, only_these_require_grad
 from ._norms.tape import UnknownCall
 
-__all__ = ["FullGradient", "PartResult", "choose_parameters"]
-
-Scope = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
-Result = TypeVar("Result")
+__all__ = ["FullGradient", "PartResult", "choose_parameters", "only_these_require_grad"]
 
 FIELDS = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")
-
-# Relative to |G| * sum_i |g_i|, the scale of the rounding in sum_i a_i = N |G|^2.
-_SELF_CHECK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-_ROUGH_SELF_CHECK = 5e-2
 
 _CPU_SHARE, _CUDA_SHARE = 0.25, 0.5
 # Activations, their gradients, and what the norms of the widest layer take beside.
@@ -52,71 +44,6 @@ class PartResult:
     fields: dict[str, Tensor]
     count: int
     mean_grad_sqnorm: float
-
-
-def choose_parameters(model: nn.Module, scope: Scope = None) -> dict[str, nn.Parameter]:
-    """Return the parameters whose gradients count, by name: those in scope that require grad.
-
-    Parameters
-    ----------
-    model
-        The network.
-    scope
-        None (all), a name or several (of parameters or modules, or patterns such as
-        ``"*.lora_?.*"``), or a predicate ``(name, parameter) -> bool``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A scope of another kind, a name that matches nothing, nothing left.
-    """
-    free = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if scope is None:
-        chosen = free
-    elif callable(scope):
-        chosen = {n: p for n, p in free.items() if scope(n, p)}
-    elif isinstance(scope, (str, list, tuple, set)):
-        patterns = [scope] if isinstance(scope, str) else list(scope)
-        chosen = {}
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise TypeError(f"scope must hold names, got {type(pattern).__name__}")
-            found = {n: p for n, p in free.items() if _matches(n, pattern)}
-            if not found:
-                known = ", ".join(list(free)[:4]) or "none"
-                raise ValueError(
-                    f"scope {pattern!r} matches no parameter that requires grad; the first are "
-                    f"{known}"
-                )
-            chosen |= found
-        chosen = {n: p for n, p in free.items() if n in chosen}
-    else:
-        raise TypeError(
-            "scope must be None, names or a predicate (name, parameter), "
-            f"got {type(scope).__name__}"
-        )
-    if not chosen:
-        what = "requires grad" if scope is None else "is in scope"
-        raise ValueError(f"model: no parameter {what}, so there is no gradient to score")
-    return chosen
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
-
-
-@contextmanager
-def only_these_require_grad(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Run the block with gradients for ``parameters`` alone; what is frozen costs nothing."""
-    wanted = {id(p) for p in parameters}
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in before:
-            p.requires_grad_(id(p) in wanted)
-        yield
-    finally:
-        for p, flag in before:
-            p.requires_grad_(flag)
 
 
 class FullGradient:
@@ -181,7 +108,7 @@ class FullGradient:
             id(p): torch.zeros(p.shape, dtype=torch.float64, device=p.device)
             for p in network.parameters
         }
-        blocks, indices, sample = [], [], _Sample()
+        blocks, indices, sample = [], [], FirstSample()
         for batch in batches():
             moved = batch.on(network.device, network.dtype)
             for chunk, values, gradients in self._in_chunks(moved, self._first):
@@ -207,8 +134,9 @@ class FullGradient:
             tangents[id(p)] = mean.to(p.dtype)
         fields["alignment"] = self._second(batches, tangents, fields["loss"], counted, on_batch)
         sample.check_alignment(tangents, fields["alignment"], index, self.methods.tolerance)
-        self._self_check(fields, count, squared)
-        dtype = torch.float64 if network.parameters[0].dtype == torch.float64 else torch.float32
+        first = network.parameters[0].dtype
+        check_sum(fields, count, squared, first, rough=self.methods.tolerance > 0.01)
+        dtype = torch.float64 if first == torch.float64 else torch.float32
         fields = {name: fields[name].to(dtype) for name in FIELDS}
         return PartResult(index, fields, count, squared)
 
@@ -229,18 +157,17 @@ class FullGradient:
                 kept = kept.take(finite.nonzero().flatten())
             methods.prepare(kept)
             self._choose_chunk()
-        losses, gradients, values = self._traced(kept)
-        finite = network.per_sample(losses.loss, kept).isfinite().cpu()
+        gradients, values = self._traced(kept)
+        finite = (values["loss"] + values["grad_sqnorm"]).isfinite()
         if not bool(finite.all()):
             self._refuse(kept, finite)
             counts[counts.clone()] = finite
             if not bool(finite.any()):
                 return _spread({}, counts), nothing
-            kept = kept.take(finite.nonzero().flatten())
-            losses, gradients, values = self._traced(kept)
+            gradients, values = self._traced(kept.take(finite.nonzero().flatten()))
         return _spread(values, counts), gradients
 
-    def _traced(self, kept: Batch) -> tuple[RowLosses, list[Tensor | None], dict[str, Tensor]]:
+    def _traced(self, kept: Batch) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         network, methods = self.network, self.methods
         for attempt in range(3):
             try:
@@ -267,7 +194,7 @@ class FullGradient:
             "margin": mean(losses.margin),
             "entropy": mean(losses.entropy),
         }
-        return losses, gradients, values
+        return gradients, values
 
     def _second(
         self,
@@ -291,10 +218,14 @@ class FullGradient:
                 return _per_sample.dots(self.methods.others, network, kept, tangents).cpu(), None
             found = self.methods.aligned(network, kept, tangents)
             assert found.tangent is not None
-            return (
-                network.per_sample(found.tangent, kept).double().cpu(),
-                network.per_sample(found.loss, kept).double().cpu(),
-            )
+            values = network.per_sample(found.tangent, kept).double().cpu()
+            rest = (~values.isfinite()).nonzero().flatten()
+            if len(rest):
+                # Where a derivative is 0 times infinity, backward and forward mode may disagree.
+                values[rest] = _per_sample.dots(
+                    _per_sample.one_by_one, network, kept.take(rest), tangents
+                ).cpu()
+            return values, network.per_sample(found.loss, kept).double().cpu()
 
         for batch in batches():
             offset, chunk_start = start, 0
@@ -364,68 +295,14 @@ class FullGradient:
         if self.nonfinite == "raise":
             row = int(kept.index[int((~finite).nonzero()[0])])
             raise ValueError(
-                f"the loss of sample {row} is not finite; row {row} is the first with a "
-                "non-finite value (nonfinite='exclude' scores the others)"
+                f"the loss or gradient of sample {row} is not finite; it is the first such sample "
+                "(nonfinite='exclude' scores the others)"
             )
 
     def _check_same(self, before: Tensor, again: Tensor) -> None:
         scale = before.abs().max().clamp_min(1e-3)
         if bool(((before - again).abs() > max(1e-3, self.methods.tolerance) * scale).any()):
             raise _changed("other losses")
-
-    def _self_check(self, fields: dict[str, Tensor], count: int, squared: float) -> None:
-        alignment, norms = fields["alignment"].nansum(), fields["grad_sqnorm"].sqrt().nansum()
-        tolerance = _SELF_CHECK_TOLERANCE.get(self.network.parameters[0].dtype, _ROUGH_SELF_CHECK)
-        if self.methods.tolerance > 0.01:
-            tolerance = _ROUGH_SELF_CHECK
-        bound = tolerance * squared**0.5 * float(norms) + 1e-30
-        if not abs(float(alignment) - count * squared) <= bound:
-            raise RuntimeError(
-                f"self-check failed: the alignments sum to {float(alignment):.9g} but N |G|^2 is "
-                f"{count * squared:.9g} (allowed difference {bound:.3g}); please report this"
-            )
-
-
-class _Sample:
-    """The first sample of a part that counts: its explicit gradient checks norm and alignment."""
-
-    def __init__(self) -> None:
-        self.gradient: Gradients | None = None
-        self.number = -1
-
-    def take(self, network: Network, chunk: Batch, norms: Tensor, tolerance: float) -> None:
-        """Compare the norm of the first sample with its explicit gradient."""
-        counted = (~norms.isnan()).nonzero().flatten()
-        if self.gradient is not None or not len(counted):
-            return
-        at = int(counted[0])
-        self.number = int(chunk.index[at])
-        self.gradient = explicit_gradients(network, chunk.take(slice(at, at + 1)))
-        square = sum(float(g.double().square().sum()) for g in self.gradient.values())
-        if not abs(square - float(norms[at])) <= tolerance * square + 1e-30:
-            raise RuntimeError(
-                f"self-check failed: |g|^2 of sample {self.number} is {float(norms[at]):.9g}, "
-                f"by plain autograd {square:.9g}; please report this"
-            )
-
-    def check_alignment(
-        self, tangents: Gradients, alignment: Tensor, index: Tensor, tolerance: float
-    ) -> None:
-        """Compare the alignment of the same sample with the product of explicit gradients."""
-        if self.gradient is None:
-            return
-        product = size = length = 0.0
-        for key, g in self.gradient.items():
-            mean = tangents[key].double()
-            product += float((g.double() * mean).sum())
-            size += float(mean.square().sum())
-            length += float(g.double().square().sum())
-        found = float(alignment[index == self.number][0])
-        if not abs(found - product) <= tolerance * (size * length) ** 0.5 + 1e-30:
-            raise RuntimeError(
-                f"self-check failed: the alignment of sample {self.number} is {found:.9g}, by "
-                f"plain autograd {product:.9g}; please report this"
-            )
 
 
 def _spread(values: dict[str, Tensor], counted: Tensor) -> dict[str, Tensor]:
@@ -444,10 +321,3 @@ def _changed(what: str) -> ValueError:
         f"data: the second pass over the data gives {what} than the first; the transform must be "
         "deterministic (views= scores the mean over augmented views)"
     )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()

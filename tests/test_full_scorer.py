@@ -211,7 +211,7 @@ def test_ignored_and_excluded_samples() -> None:
     assert torch.equal(table.scores.isnan(), left_out)
     torch.testing.assert_close(table.scores[~left_out], scores(g, "moso"), **CLOSE)
     broken = torch.where(left_out[:, None, None, None], torch.nan, inputs)
-    with pytest.raises(ValueError, match="the loss of sample 1 is not finite"):
+    with pytest.raises(ValueError, match="the loss or gradient of sample 1 is not finite"):
         full(build("cnn")).score(TensorDataset(broken, labels))
     table = full(build("cnn"), nonfinite="exclude").score(TensorDataset(broken, labels))
     torch.testing.assert_close(table.scores[~left_out], scores(g, "moso"), **CLOSE)
@@ -219,6 +219,41 @@ def test_ignored_and_excluded_samples() -> None:
     broken = torch.where(first[:, None, None, None], torch.nan, inputs)
     table = full(build("cnn"), nonfinite="exclude").score(TensorDataset(broken, labels))
     assert torch.equal(table.scores.isnan(), first)
+
+
+class Root(nn.Module):
+    """Square roots of 0 for an input of 0: the loss is finite, the derivative is not."""
+
+    def __init__(self, clipped: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(108, CLASSES, bias=False)
+        self.clipped = clipped
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.fc(x.flatten(1))
+        return (z - 1e-3).relu().sqrt() if self.clipped else z.square().sqrt()
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_gradient_that_is_not_finite(clipped: bool) -> None:
+    torch.manual_seed(0)
+    model, (inputs, labels) = Root(clipped).double(), samples().tensors
+    inputs = inputs.clone()
+    inputs[11] = 0.0
+    data = TensorDataset(inputs, labels)
+    if clipped:
+        # Backward gives 0 where the derivative is 0 times infinity, forward mode alone NaN.
+        table = full(model).score(data)
+        expected = scores(gradients(model, inputs, labels), "moso")
+        torch.testing.assert_close(table.scores, expected, **CLOSE)
+        return
+    with pytest.raises(ValueError, match="the loss or gradient of sample 11 is not finite"):
+        full(model).score(data)
+    table = full(model, nonfinite="exclude").score(data)
+    assert table.scores.isnan().nonzero().flatten().tolist() == [11]
+    rest = torch.arange(N) != 11
+    g = gradients(model, inputs[rest], labels[rest])
+    torch.testing.assert_close(table.scores[rest], scores(g, "moso"), **CLOSE)
 
 
 def test_callable_loss_and_dict_batches() -> None:

@@ -13,7 +13,14 @@ from interpreter import run_interpreted
 
 import moso_fast
 from moso_fast import engine
-from moso_fast.backends import _triton_choice, _triton_regime, choose, get
+from moso_fast.backends import (
+    _triton_choice,
+    _triton_few_classes,
+    _triton_products,
+    _triton_recompute,
+    choose,
+    get,
+)
 from moso_fast.backends import cuda as cuda_backend
 from moso_fast.backends import triton as triton_backend
 from moso_fast.backends._triton_choice import REGIMES, RULES, Rule, choose_regime
@@ -41,7 +48,8 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         limits = Limits(227 * 1024, capability)
-        monkeypatch.setattr(_triton_regime, "limits_of", lambda device: limits)
+        for module in (_triton_few_classes, _triton_products, _triton_recompute):
+            monkeypatch.setattr(module, "limits_of", lambda device: limits)
         monkeypatch.setattr(cuda_backend, "_shared_limit", lambda device: limits.shared_bytes)
         if interpret:
             monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -75,7 +75,7 @@ class TileCache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._found = _read(path)
+        self._found: dict[str, Any] = _read(path)
 
     def pick(
         self, key: str, candidates: Sequence[Tile], default: Tile, launch: Launch, timer: Timer
@@ -87,14 +87,14 @@ class TileCache:
         """
         recorded = self._found.get(key)
         for tile in candidates:
-            if recorded == asdict(tile):
+            if recorded == _record(tile):
                 return tile
         if len(candidates) < 2:
             return default
         tile = _quickest(candidates, launch, timer)
         if tile is None:
             return default
-        self._found[key] = asdict(tile)
+        self._found[key] = _record(tile)
         self._write()
         return tile
 
@@ -135,7 +135,12 @@ def _quickest(candidates: Sequence[Tile], launch: Launch, timer: Timer) -> Tile 
     return candidates[min(seconds, key=lambda index: statistics.median(seconds[index]))]
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
+def _record(tile: Tile) -> Any:
+    """Return a tile, or a tuple that holds one, as it comes back from the file."""
+    return json.loads(json.dumps(tile, default=asdict))
+
+
+def _read(path: Path) -> dict[str, Any]:
     """Entries of the file; none, after a warning, where it is not what this module writes."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -146,7 +151,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         found = json.loads(text)
-        if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+        if not isinstance(found, dict) or not all(
+            isinstance(value, (dict, list)) for value in found.values()
+        ):
             raise ValueError("not a table of tiles")
     except ValueError as error:
         _warn_unreadable(path, error)

@@ -12,6 +12,8 @@ ten digits hold them exactly. The same goes for float32 features at "high" and "
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -127,8 +129,13 @@ def note_norms(problem: Problem, rows: slice, out: RowBuffers) -> None:
     note(out.status, STATUS_LOGITS, bad, rows)
 
 
-def residuals(problem: Problem, rows: slice, out: RowBuffers, features: Tensor) -> Tensor:
-    """Residuals (n, K * C) in the memory of the logits; writes the statistics of the rows."""
+def residuals(
+    problem: Problem, rows: slice, out: RowBuffers, features: Tensor, softmax: Any = None
+) -> Tensor:
+    """Residuals (n, K * C) in the memory of the logits; writes the statistics of the rows.
+
+    ``softmax``: where to leave what residuals can be computed from again, or None.
+    """
     from moso_fast.kernels.residual import RowOutputs, residual_rows  # imports Triton
 
     logits = logits_of(problem, features)
@@ -149,6 +156,7 @@ def residuals(problem: Problem, rows: slice, out: RowBuffers, features: Tensor) 
         ignore_index=problem.ignore_index,
         sample_weight=kernel_weights(problem, rows),
         counted=out.counted[rows],
+        softmax=softmax,
     )
     return logits
 

@@ -16,12 +16,17 @@ from dataclasses import dataclass
 
 from ..problem import Problem
 from ._triton_blas import BlasRegime
+from ._triton_few_classes import FewClassesRegime
+from ._triton_recompute import RecomputeRegime
 from ._triton_regime import Regime
 from ._triton_stored import StoredRegime
 
 REGIME_VARIABLE = "MOSO_FAST_TRITON_REGIME"
 
-REGIMES: dict[str, Regime] = {regime.name: regime for regime in (StoredRegime(), BlasRegime())}
+REGIMES: dict[str, Regime] = {
+    regime.name: regime
+    for regime in (FewClassesRegime(), RecomputeRegime(), StoredRegime(), BlasRegime())
+}
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,26 @@ class Rule:
     residuals_kept: bool | None = None  # whether they stay in memory between the passes
 
 
+_FOLDED = (
+    "modelled, not measured: a product folded on the chip saves some 20 bytes a logit, more than "
+    "it loses to cuBLAS while D is below 13,000"
+)
+
 RULES: tuple[Rule, ...] = (
     Rule(
-        "stored",
-        "modelled, not measured: a product folded on the chip saves some 20 bytes a logit, more "
-        "than it loses to cuBLAS while D is below 13,000",
-        max_width=16_384,
+        "few_classes",
+        "modelled, not measured: memory bound below some 120 classes, and it reads the features "
+        "twice where others read them five times",
+        max_width=128,
     ),
+    Rule(
+        "recompute",
+        "modelled, not measured: no logits are written in the second pass, which counts for more "
+        "than the rate of cuBLAS while D is small",
+        max_dim=1024,
+        residuals_kept=False,
+    ),
+    Rule("stored", _FOLDED, max_width=16_384),
     Rule(
         "blas",
         "modelled, not measured: with this many classes the products are all, and cuBLAS is "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..engine import RowBuffers
 from ..problem import STATUS_FEATURE, Problem
 from ._triton_autotune import kind, tile_for
-from ._triton_regime import operand_dtype
+from ._triton_regime import limits_of, operand_dtype, tile_shape
 from .common import note
 
 
@@ -59,20 +60,16 @@ def sum_gradients(
 
     counted, precision = out.counted[rows], problem.precision
 
-    def launch(tile):  # type: ignore[no-untyped-def]
+    def launch(tile: Any) -> Any:
         return kernel.gradient_sum(
             residual, features, precision=precision, counted=counted, tile=tile
         )
 
     operands = (operand_dtype(problem) == torch.bfloat16, aligned(residual) and aligned(features))
-    tile = tile_for(
-        problem.device,
-        kind("gradient_sum", residual.shape[1], problem.dim, features.dtype, precision, *operands),
-        [t.tile for t in kernel.TILES if (t.rounded, t.aligned) == operands],
-        None,
-        launch,
-    )
-    sums = launch(tile)
+    width, dim = residual.shape[1], problem.dim
+    key = kind("gradient_sum", width, dim, features.dtype, precision, *operands)
+    wanted = kernel.choose_tile(width, dim, *operands)
+    sums = launch(pick_tile(problem, key, kernel.TILES, wanted, operands, launch))
     return Sums(sums.grad.view(problem.weight.shape), sums.bias.view(problem.weight.shape[:2]))
 
 
@@ -93,7 +90,7 @@ def align_stored(
     gradient, bias = operand_gradient(problem, mean_grad, mean_bias_grad)
     restored = self_term(problem, rows, out)
 
-    def launch(tile):  # type: ignore[no-untyped-def]
+    def launch(tile: Any) -> None:
         kernel.stored_alignment(
             features,
             residual,
@@ -112,14 +109,40 @@ def align_stored(
     operands = (gradient.dtype == torch.bfloat16, straight)
     tiles = kernel.PROJECT_TILES if project else kernel.PULL_TILES
     labels = (problem.heads, features.dtype, problem.precision, project, *operands)
-    tile = tile_for(
-        problem.device,
-        kind("stored_alignment", problem.classes, problem.dim, *labels),
-        [t.tile for t in tiles if (t.rounded, t.aligned) == operands],
-        None,
-        launch,
-    )
-    launch(tile)
+    key = kind("stored_alignment", problem.classes, problem.dim, *labels)
+    major = limits_of(problem.device).capability[0]
+    wanted = kernel.choose_tile(problem.classes, project, *operands, major)
+    launch(pick_tile(problem, key, tiles, wanted, operands, launch))
+
+
+def pick_tile(
+    problem: Problem,
+    key: str,
+    choices: Iterable[Any],
+    wanted: Any,
+    operands: tuple[bool, bool],
+    launch: Callable[[Any], object],
+) -> Any:
+    """Return the tile to launch a product kernel with.
+
+    ``wanted``, what the kernel's own table gives for ``operands`` (rounded, aligned); another one
+    where it needs more shared memory than this GPU has, or where a search finds a quicker one.
+    """
+    limits = limits_of(problem.device)
+
+    def fitting(rounded: bool, aligned: bool) -> list[Any]:
+        return [
+            choice.tile
+            for choice in choices
+            if (choice.rounded, choice.aligned) == (rounded, aligned)
+            and limits.capability[0] in getattr(choice, "majors", (limits.capability[0],))
+            and choice.tile.shared_bytes <= limits.shared_bytes
+        ]
+
+    # Tiles for rows that are not aligned are smaller, and serve aligned rows too.
+    tiles = fitting(*operands) or fitting(operands[0], False)
+    default = wanted if wanted in tiles or not tiles else tiles[0]
+    return tile_for(problem.device, key, tiles, default, launch)
 
 
 def self_term(problem: Problem, rows: slice, out: RowBuffers) -> tuple[Tensor, Tensor] | None:
@@ -130,6 +153,26 @@ def self_term(problem: Problem, rows: slice, out: RowBuffers) -> tuple[Tensor, T
     if operand_dtype(problem) != torch.bfloat16 or problem.cu_seqlens is not None:
         return None
     return out.feature_sqnorm[rows], out.counted.sum()
+
+
+def sum_tile(problem: Problem) -> str:
+    """Say which tile the gradient sum takes for aligned operands."""
+    from moso_fast.kernels import gradient_sum
+
+    rounded = operand_dtype(problem) == torch.bfloat16
+    width = problem.heads * problem.classes
+    return f"R^T H tile {tile_shape(gradient_sum.choose_tile(width, problem.dim, rounded))}"
+
+
+def alignment_tile(problem: Problem) -> str:
+    """Say which tile the alignment from residuals takes for aligned operands."""
+    from moso_fast.kernels import stored_alignment
+
+    rounded = operand_dtype(problem) == torch.bfloat16
+    project = problem.classes <= problem.dim
+    major = limits_of(problem.device).capability[0]
+    tile = stored_alignment.choose_tile(problem.classes, project, rounded, True, major)
+    return f"{'H G^T' if project else 'R G'} tile {tile_shape(tile)}"
 
 
 def operand_gradient(

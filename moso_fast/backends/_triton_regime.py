@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Bytes of one chunk's logits, products and copies. Large on a GPU, where a chunk costs some thirty
 # launches; small in the interpreter, whose only purpose is to test.
-CHUNK_BYTES = {"cuda": 2**31, "cpu": 2**18}
+CHUNK_BYTES = {"cuda": 2**31, "cpu": 2**17}
 
 # Rows of one float32 partial of the mean gradient: rounding of equal rows does not average out,
 # and matters only where the operands themselves are not rounded.
@@ -46,6 +46,8 @@ class Regime(ABC):
     name: str
     #: Times the features are read from device memory, both passes together.
     feature_reads: int
+    #: Whether it uses residuals that are kept between the passes.
+    stores_residuals = True
 
     @abstractmethod
     def fits(self, problem: Problem) -> str | None:
@@ -57,6 +59,10 @@ class Regime(ABC):
 
     def fixed_bytes(self, problem: Problem) -> int:
         """Bytes of working memory that a chunk takes whatever its rows: partial sums."""
+        return 0
+
+    def state_bytes(self, problem: Problem) -> int:
+        """Bytes that stay from the first pass to the second, beside residuals."""
         return 0
 
     def chunk_rows(self, problem: Problem) -> int:

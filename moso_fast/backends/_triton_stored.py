@@ -13,8 +13,15 @@ from torch import Tensor
 from ..engine import FirstPass, RowBuffers
 from ..problem import Problem
 from ._triton_blas import note_norms, residual_tile, residuals
-from ._triton_products import align_stored, features_and_norms, kernel_features, sum_gradients
-from ._triton_regime import Regime, operand_dtype, operand_name, tile_shape
+from ._triton_products import (
+    align_stored,
+    alignment_tile,
+    features_and_norms,
+    kernel_features,
+    sum_gradients,
+    sum_tile,
+)
+from ._triton_regime import Regime, operand_dtype, operand_name
 
 
 class StoredRegime(Regime):
@@ -45,7 +52,7 @@ class StoredRegime(Regime):
         """Operands, tiles of the residual kernel and of the products."""
         return (
             f"{operand_name(problem)} logits by cuBLAS, {residual_tile(problem)}, "
-            f"{product_tiles(problem)}"
+            f"{sum_tile(problem)}, {alignment_tile(problem)}"
         )
 
     def first_pass(
@@ -76,17 +83,3 @@ class StoredRegime(Regime):
         else:
             flat = residual.flatten(1)
         align_stored(problem, rows, out, mean_grad, mean_bias_grad, flat, alignment)
-
-
-def product_tiles(problem: Problem) -> str:
-    """Say which tiles the product kernels take for aligned operands."""
-    from moso_fast.kernels import gradient_sum, stored_alignment
-
-    operand = operand_dtype(problem)
-    rounded = operand.itemsize == 2
-    width, dim = problem.heads * problem.classes, problem.dim
-    sums = gradient_sum.choose_tile(width, dim, rounded)
-    project = problem.classes <= dim
-    aligns = stored_alignment.choose_tile(problem.classes, project, rounded)
-    order = "H G^T" if project else "R G"
-    return f"R^T H tile {tile_shape(sums)}, {order} tile {tile_shape(aligns)}"

@@ -109,8 +109,9 @@ class TritonBackend(Backend):
         choice = self._choose(problem, plan.keep_residual)
         regime = choice.regime
         rows = min(plan.chunk_rows, problem.rows)
-        stored = plan.residual_bytes if plan.keep_residual else 0
-        peak = stored + regime.fixed_bytes(problem) + rows * regime.row_bytes(problem)
+        stored = regime.stores_residuals and plan.keep_residual
+        kept = regime.state_bytes(problem) + (plan.residual_bytes if stored else 0)
+        peak = kept + regime.fixed_bytes(problem) + rows * regime.row_bytes(problem)
         return [
             _headline(regime, problem),
             *choice.reasons,

@@ -1,0 +1,194 @@
+"""Regime "few_classes": the features are read once a pass, everything else stays on the chip.
+
+First pass: one kernel makes logits, residuals, all statistics and the gradient sum from one read
+of a tile of features. Second pass: one kernel reads the features again, backwards, beside stored
+residuals, or makes the residuals again from the same read where they are not kept. Every loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import FirstPass, RowBuffers
+from ..problem import Problem
+from ._triton_autotune import kind, tile_for
+from ._triton_blas import note_norms
+from ._triton_products import kernel_features, self_term
+from ._triton_regime import (
+    SLAB_ROWS,
+    Regime,
+    kernel_targets,
+    kernel_weights,
+    limits_of,
+    tile_shape,
+)
+
+
+class FewClassesRegime(Regime):
+    """One kernel a pass."""
+
+    name = "few_classes"
+    feature_reads = 2
+
+    def fits(self, problem: Problem) -> str | None:
+        """Return why not: the C and D that the tiles hold."""
+        if _default(problem, "first") is None or _default(problem, "second") is None:
+            return f"no tile holds C = {problem.classes} and D = {problem.dim}"
+        return None
+
+    def row_bytes(self, problem: Problem) -> int:
+        """Its share of a partial sum, labels, and the features where they must be copied."""
+        a_row = 16 + 4 * problem.weight.numel() // SLAB_ROWS[problem.precision]
+        if problem.features.stride(1) != 1:
+            a_row += problem.dim * problem.features.dtype.itemsize
+        return a_row
+
+    def fixed_bytes(self, problem: Problem) -> int:
+        """Gradient sums in float64, and one partial sum for each of the fewest slabs."""
+        return (8 + 4 * 264) * problem.weight.numel()
+
+    def describe(self, problem: Problem) -> str:
+        """Products and tiles."""
+        first, second = _default(problem, "first"), _default(problem, "second")
+        return (
+            f"{first.products} products, one kernel a pass, tiles {tile_shape(first.tile)} and "
+            f"{tile_shape(second.tile)}"
+        )
+
+    def first_pass(
+        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
+    ) -> FirstPass:
+        """See :class:`moso_fast.backends.base.Backend`."""
+        from moso_fast.kernels.few_classes import few_classes_first
+        from moso_fast.kernels.row_arguments import RowOutputs
+
+        features = kernel_features(problem, rows)
+        shape = (features.shape[0], problem.heads, problem.classes)
+        residual = None
+        if keep_residual:
+            residual = torch.empty(shape, dtype=torch.float32, device=problem.device)
+        weight, bias = _heads(problem)
+        outputs = RowOutputs(
+            out.loss[:, rows],
+            out.residual_sqnorm[:, rows],
+            out.margin[:, rows],
+            out.entropy[:, rows],
+            out.feature_sqnorm[rows],
+            out.counted[rows],
+        )
+
+        def launch(choice: Any) -> Any:
+            return few_classes_first(
+                features,
+                weight,
+                bias,
+                kernel_targets(problem, rows),
+                out=outputs,
+                status=out.status,
+                first_row=rows.start,
+                residual=None if residual is None else residual.flatten(1),
+                loss=problem.loss,
+                label_smoothing=problem.label_smoothing,
+                ignore_index=problem.ignore_index,
+                sample_weight=kernel_weights(problem, rows),
+                exclude_nonfinite=problem.nonfinite == "exclude",
+                precision=problem.precision,
+                choice=choice,
+            )
+
+        sums = launch(_choice(problem, "first", features, launch))
+        note_norms(problem, rows, out)
+        return FirstPass(sums.grad, sums.bias, residual)
+
+    def second_pass(
+        self,
+        problem: Problem,
+        rows: slice,
+        out: RowBuffers,
+        mean_grad: Tensor,
+        mean_bias_grad: Tensor | None,
+        residual: Tensor | None,
+        alignment: Tensor,
+    ) -> None:
+        """See :class:`moso_fast.backends.base.Backend`."""
+        from moso_fast.kernels.few_classes import Recompute, few_classes_second
+
+        features = kernel_features(problem, rows)
+        source: Any = Recompute(
+            *_heads(problem),
+            kernel_targets(problem, rows),
+            problem.loss,
+            problem.label_smoothing,
+            problem.ignore_index,
+            kernel_weights(problem, rows),
+        )
+        if residual is not None:
+            source = residual.flatten(1)
+        restored = self_term(problem, rows, out)
+
+        def launch(choice: Any) -> None:
+            few_classes_second(
+                features,
+                source,
+                mean_grad.contiguous(),
+                None if mean_bias_grad is None else mean_bias_grad.contiguous(),
+                counted=out.counted[rows],
+                feature_sqnorm=out.feature_sqnorm[rows],
+                out=alignment,
+                count=None if restored is None else restored[1],
+                precision=problem.precision,
+                choice=choice,
+            )
+
+        launch(_choice(problem, "second", features, launch, residual is not None))
+
+
+def _heads(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    bias = None if problem.bias is None else problem.bias.contiguous()
+    return problem.weight.contiguous(), bias
+
+
+def _straight(problem: Problem) -> bool:
+    """Whether rows of the features, as the kernels get them, begin at multiples of 16 bytes."""
+    from moso_fast.kernels.operands import aligned
+
+    if problem.streamed or problem.features.stride(1) != 1:
+        return problem.dim * problem.features.dtype.itemsize % 16 == 0
+    return aligned(problem.features)
+
+
+def _default(problem: Problem, which: str, straight: bool | None = None) -> Any:
+    """Return the tile that the kernels' own table gives the first or second pass, or None."""
+    from moso_fast.kernels import few_classes_tiles as tiles
+
+    straight = _straight(problem) if straight is None else straight
+    products = tiles.products_of(problem.features.dtype, problem.precision)
+    shape: tuple[int, ...] = (problem.classes, problem.heads)
+    shared = limits_of(problem.device).shared_bytes
+    if which == "second":
+        return tiles.choose_second_tile(*shape, products, straight, shared)
+    return tiles.choose_first_tile(*shape, problem.dim, products, straight, shared)
+
+
+def _choice(problem: Problem, which: str, features: Tensor, launch: Any, *labels: object) -> Any:
+    """Return the default tile, or the quickest of those that hold the problem."""
+    from moso_fast.kernels import few_classes_tiles as tiles
+    from moso_fast.kernels.operands import aligned
+
+    straight = aligned(features)
+    default = _default(problem, which, straight)
+    shared = limits_of(problem.device).shared_bytes
+    candidates = [
+        c
+        for c in (tiles.FIRST_TILES if which == "first" else tiles.SECOND_TILES)
+        if (c.products, c.aligned) == (default.products, straight)
+        and problem.classes <= c.tile.classes
+        and (which == "second" or problem.dim <= c.tile.dim)
+        and c.tile.shared_bytes <= shared
+    ]
+    labels = (problem.heads, problem.loss, features.dtype, default.products, straight, *labels)
+    key = kind(f"few_classes_{which}", problem.classes, problem.dim, *labels)
+    return tile_for(problem.device, key, candidates, default, launch)

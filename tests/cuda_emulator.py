@@ -136,7 +136,7 @@ class EmulatedCuda(cuda.CudaBackend):
             if job[key]:
                 self.emulator.register_array(job[key], size, writable)
         try:
-            function({**job, "stream": 0})
+            function({**job, "device": 0, "stream": 0})
         finally:
             self.emulator.forget_arrays()
         self._check_guards(name)

@@ -59,9 +59,10 @@ void bind(py::module_& m) {
       "few_classes_reduce",
       [](const py::dict& job) {
         const Reduce p = read_reduce(job);
+        const int device = number<int>(job, "device");
         const auto stream = number<uintptr_t>(job, "stream");
         py::gil_scoped_release release;
-        launch_reduce(p, stream);
+        launch_reduce(p, device, stream);
       },
       py::arg("job"));
 }

@@ -23,6 +23,7 @@ inline Launch read_launch(const pybind11::dict& job) {
           number<int>(job, "tiles"),
           number<int64_t>(job, "blocks"),
           number<int64_t>(job, "shared_bytes"),
+          number<int>(job, "device"),
           number<uintptr_t>(job, "stream")};
 }
 

@@ -22,6 +22,9 @@ inline void require(cudaError_t status, const char* what) {
                            cudaGetErrorName(status) + ")");
 }
 
+// This module's copy of the CUDA runtime keeps its own current device beside PyTorch's.
+inline void use_device(int device) { require(cudaSetDevice(device), "cudaSetDevice"); }
+
 template <Feature F, bool Exact, int ClassTiles>
 __global__ void __launch_bounds__(kThreads, 65536 / kThreads / kFirstRegisters)
     first_pass_kernel(const FirstPass p) {
@@ -36,6 +39,7 @@ __global__ void __launch_bounds__(kThreads, 65536 / kThreads / second_registers(
 
 template <class P>
 void launch_kernel(void (*kernel)(P), const P& p, const Launch& l, const char* name) {
+  use_device(l.device);
   const auto* function = reinterpret_cast<const void*>(kernel);
   require(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                int(l.shared_bytes)),

@@ -10,7 +10,8 @@ struct Launch {
   bool exact;
   int tiles;  // of Plan
   int64_t blocks, shared_bytes;
-  uintptr_t stream;  // a cudaStream_t
+  int device;        // index
+  uintptr_t stream;  // a cudaStream_t of that device
 };
 
 // All throw std::runtime_error where CUDA refuses the launch.
@@ -18,6 +19,6 @@ template <Feature F>
 void launch_first(const FirstPass& p, const Launch& l);
 template <Feature F>
 void launch_second(const SecondPass& p, const Launch& l);
-void launch_reduce(const Reduce& p, uintptr_t stream);
+void launch_reduce(const Reduce& p, int device, uintptr_t stream);
 
 }  // namespace moso_fast::few_classes

@@ -11,7 +11,8 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const Reduce p) 
 
 }  // namespace
 
-void launch_reduce(const Reduce& p, uintptr_t stream) {
+void launch_reduce(const Reduce& p, int device, uintptr_t stream) {
+  use_device(device);
   const int64_t blocks = ceil_div(int64_t(p.classes) * p.dim + p.classes, kReduceColumns);
   reduce_kernel<<<unsigned(blocks), kReduceThreads, kReduceBytes,
                   reinterpret_cast<cudaStream_t>(stream)>>>(p);

@@ -206,7 +206,8 @@ def _stream(device: torch.device) -> int:
 def _launch(problem: Problem, function: Callable[[Any], None], job: dict[str, Any]) -> None:
     """Launch on the current stream of the features' device, whatever the current device."""
     with torch.cuda.device(problem.device):
-        function(job | {"stream": _stream(problem.device)})
+        place = {"device": _index(problem.device), "stream": _stream(problem.device)}
+        function(job | place)
 
 
 def _unknown(problem: Problem) -> str | None:

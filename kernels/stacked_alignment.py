@@ -46,8 +46,8 @@ from .stored_alignment import (
     check_operands,
     class_splits,
     fitting_tile,
-    own_weight,
 )
+from .stored_alignment_kernels import own_weight
 from .tiles import Tile
 
 # By the compiler's figures and the traffic model, not yet by a clock: the largest that compile

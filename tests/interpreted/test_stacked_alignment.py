@@ -92,8 +92,11 @@ class Job:
         assert bool((error <= bound).all()), float((error / bound).max())
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, torch.float32) for shape in SHAPES), (SHAPES[3], torch.float16), (SHAPES[3], BF16)],
+    ids=str,
+)
 def test_matches_float64(shape, dtype: torch.dtype, generator: torch.Generator) -> None:
     job = Job(shape, generator, dtype)
     residual, softmax = job.first_pass()

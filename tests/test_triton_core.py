@@ -11,7 +11,8 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 # Left out, each with its reason: the interpreter keeps the program it runs in global variables
 # (simultaneous), products by BLAS on a CPU round by the number of threads (thread_counts), and
-# thousands of rows take it many seconds, or the kernels have no part in it (the others).
+# the others take it many seconds: thousands of rows, or dozens of shapes that tests/interpreted
+# has in its own way, or they test what the kernels have no part in.
 LEFT_OUT = (
     "simultaneous",
     "thread_counts",
@@ -19,6 +20,7 @@ LEFT_OUT = (
     "own_chunk",
     "expanded_features",
     "offending_row_counts",
+    "shapes_off_every_tile",
     "torch_compile",
     "opcheck",
     "empty_input",

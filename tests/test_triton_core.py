@@ -20,6 +20,7 @@ LEFT_OUT = (
     "own_chunk",
     "expanded_features",
     "offending_row_counts",
+    "equals_explicit",
     "shapes_off_every_tile",
     "torch_compile",
     "opcheck",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -281,6 +282,34 @@ def test_peak_memory_is_what_a_chunk_and_the_residuals_take() -> None:
     plan = engine.Plan(100, True, 40_000, 0)
     expected = 40_000 + 100 * REGIMES["blas"].row_bytes(problem)
     assert f"at most about {expected / 2**20:.1f} MiB" in backend.explain(problem, plan)[-1]
+
+
+@pytest.mark.parametrize(
+    "wanted, limits, expected",
+    [
+        ("large", Limits(227 * 1024, (9, 0)), "large"),
+        ("large", Limits(99 * 1024, (8, 9)), "medium"),
+        ("newer", Limits(227 * 1024, (9, 0)), "newer"),
+        ("newer", Limits(163 * 1024, (8, 0)), "medium"),
+        ("large", Limits(48 * 1024, (8, 0)), "any row"),
+        ("large", Limits(1024, (8, 0)), "large"),  # nothing fits: the launch says so
+    ],
+)
+def test_a_tile_that_the_gpu_cannot_hold_is_not_launched(monkeypatch, wanted, limits, expected):
+    def choice(name: str, aligned: bool, kib: int, majors: tuple[int, ...]) -> SimpleNamespace:
+        tile = SimpleNamespace(name=name, shared_bytes=1024 * kib)
+        return SimpleNamespace(rounded=True, aligned=aligned, tile=tile, majors=majors)
+
+    choices = [
+        choice("medium", True, 90, (8, 9, 10)), choice("large", True, 120, (8, 9, 10)),
+        choice("newer", True, 100, (9, 10)), choice("any row", False, 30, (8, 9, 10)),
+    ]  # fmt: skip
+    monkeypatch.setattr(_triton_products, "limits_of", lambda device: limits)
+    by_name = {choice.tile.name: choice.tile for choice in choices}
+    found = _triton_products.pick_tile(
+        problem_of(random_case("ids")), "key", choices, by_name[wanted], (True, True), print
+    )
+    assert found.name == expected
 
 
 def test_import_and_availability_do_not_import_triton() -> None:

@@ -245,6 +245,21 @@ def test_the_first_rule_whose_bounds_hold_decides() -> None:
 
 
 @needs_triton
+def test_few_classes_ask_for_the_triton_they_are_proven_with(machine, monkeypatch) -> None:
+    problem, regime = shape(10, 512), REGIMES["few_classes"]
+    monkeypatch.setattr(_triton_few_classes, "triton_version", lambda: (3, 8))
+    machine()
+    assert regime.fits(problem) == "its tiles are proven for Triton 3.9 and newer"
+    assert choose_regime(problem, True).regime.name == "stored"
+    machine(interpret=True)
+    assert regime.fits(problem) is None
+    monkeypatch.setattr(_triton_few_classes, "triton_version", lambda: (3, 10))
+    machine()
+    assert regime.fits(problem) is None
+    assert "no tile holds C = 200 and D = 512" in regime.fits(shape(200, 512))
+
+
+@needs_triton
 def test_a_regime_can_be_forced(machine, monkeypatch) -> None:
     machine(interpret=True)
     problem = problem_of(random_case("ids"))

@@ -20,11 +20,16 @@ from ._triton_products import kernel_features, self_term
 from ._triton_regime import (
     SLAB_ROWS,
     Regime,
+    interpreted,
     kernel_targets,
     kernel_weights,
     limits_of,
     tile_shape,
+    triton_version,
 )
+
+# Older ones spill registers in these kernels and take more shared memory than the tiles state.
+PROVEN_SINCE = (3, 9)
 
 
 class FewClassesRegime(Regime):
@@ -34,7 +39,10 @@ class FewClassesRegime(Regime):
     feature_reads = 2
 
     def fits(self, problem: Problem) -> str | None:
-        """Return why not: the C and D that the tiles hold."""
+        """Return why not: an older Triton, or a C and D that no tile holds."""
+        if not interpreted() and triton_version() < PROVEN_SINCE:
+            needed = ".".join(map(str, PROVEN_SINCE))
+            return f"its tiles are proven for Triton {needed} and newer"
         if _default(problem, "first") is None or _default(problem, "second") is None:
             return f"no tile holds C = {problem.classes} and D = {problem.dim}"
         return None

@@ -157,8 +157,8 @@ def test_matrix_products_and_wide_loads_are_there(instructions) -> None:
         assert count(opcodes, r"HMMA\.16816\.F32\.BF16") > 0, kernel
         assert count(opcodes, r"LDS\.(64|128)") > 0, kernel
         if kernel.name == "second":
-            # Two batches of eight loads of 16 bytes: the first one, and those ahead.
-            assert count(opcodes, r"LDG\.E\.NA\.128.*") >= 16, kernel
+            # Two batches of six or eight loads of 16 bytes: the first one, and those ahead.
+            assert count(opcodes, r"LDG\.E\.NA\.128.*") >= 12, kernel
         else:
             assert count(opcodes, r"LDGSTS\.E\.BYPASS\.128.*") > 0, kernel
             transposed = count(opcodes, r"LDSM\.16\.MT88\.4")

@@ -21,12 +21,12 @@
 
 namespace moso_fast::few_classes {
 
-constexpr int kBatch = 4;  // groups of columns loaded at once
-
 template <Feature F, bool Exact, int Tiles>
 struct RowTile {
   using M = Mode<F, Exact>;
   static constexpr int kSteps = group_steps(M::kItem);
+  // Groups of columns loaded at once; three-term float32 operands leave registers for one less.
+  static constexpr int kBatch = F == Feature::kFloat32 && Exact ? 3 : 4;
 
   const SecondPass& p;
   const int width, groups;
@@ -172,6 +172,7 @@ MOSO_DEVICE void second_pass(const SecondPass& p) {
   if (index >= row_tiles) return;
   const auto first_row = [&](int64_t i) { return 16 * (row_tiles - 1 - i); };
 
+  constexpr int kBatch = RowTile<F, Exact, Tiles>::kBatch;
   Words4 now[kBatch][2], next[kBatch][2];
   int group = 0;
   tile.load(first_row(index), 0, next);

@@ -186,10 +186,10 @@ def test_rows_beyond_32_bits(generator: torch.Generator) -> None:
 
 def test_choice_of_tiles() -> None:
     assert choose_second_tile(10, 1, "bf16").tile.classes == 16
-    assert choose_second_tile(10, 4, "bf16").tile.classes == 64
-    assert choose_second_tile(17, 1, "tf32x3").tile.classes == 64
-    assert choose_second_tile(65, 1, "tf32") is None
-    assert choose_second_tile(10, 1, "bf16", shared_bytes=100_000) is None
+    assert choose_second_tile(10, 4, "bf16").tile.classes == 32
+    assert choose_second_tile(17, 1, "tf32x3").tile.classes == 32
+    assert choose_second_tile(33, 1, "tf32") is None
+    assert choose_second_tile(10, 1, "bf16", shared_bytes=100_000).tile.rows == 64
     assert choose_second_tile(10, 1, "bf16", aligned=False).tile.rows == 64
 
 
@@ -207,6 +207,7 @@ def test_choice_of_tiles() -> None:
         ("out", torch.zeros(2, 5), "out must be"),
         ("count", torch.zeros(()), "count must be"),
         ("precision", "fast", "precision must be"),
+        ("mean_grad", torch.zeros(1, 33, 6), "no tile holds C = 33"),
     ],
 )
 def test_refused_arguments(name: str, value: object, message: str) -> None:
@@ -220,6 +221,8 @@ def test_refused_arguments(name: str, value: object, message: str) -> None:
         "out": torch.zeros(2, 4),
     }
     given[name] = value
+    if "no tile" in message:
+        given["residual"], given["out"] = torch.zeros(4, 33), torch.zeros(1, 4)
     with pytest.raises(ValueError, match=message) as caught:
         few_classes_second(**given)
     assert "\n" not in str(caught.value)

@@ -9,7 +9,8 @@ from ._full_batches import Batch
 from ._full_passes import Gradients, Network, explicit_gradients
 
 # Relative to |G| * sum_i |g_i|, the scale of the rounding in sum_i a_i = N |G|^2.
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+# Models may compute parts in float32 whatever their dtype, as norms of transformers do.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _ROUGH = 5e-2
 
 

@@ -85,7 +85,7 @@ def explicit_gradients(network: Network, batch: Batch, only: Sequence[int] = ())
     """Gradient of the loss of a batch of one sample, by plain autograd: id -> tensor."""
     chosen = [p for p in network.parameters if not only or id(p) in only]
     with torch.enable_grad(), network.context():
-        with _SameStrides():
+        with _Sound():
             outputs = network.forward(batch)
         total = network.losses(outputs, batch).differentiable.sum() / batch.views
     if not total.requires_grad:
@@ -129,16 +129,21 @@ def missed(plan: Plan, total: Tensor) -> bool:
     return bool(new)
 
 
-class _SameStrides(TorchFunctionMode):
-    """Gives batch norm an output gradient with the strides of its input.
+class _Sound(TorchFunctionMode):
+    """Keeps plain autograd clear of two faults.
 
-    torch 2.13 takes a permuted gradient of a single image for a contiguous one on a CPU, and
-    returns a wrong gradient without a word.
+    torch 2.13 takes a permuted gradient of a single image after batch norm for a contiguous one on
+    a CPU, and returns a wrong gradient without a word: it gets the strides of the input. cuDNN's
+    recurrent layers have no backward in eval mode: they are written out.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func in RECURRENT and args[0].is_cuda:
+            result = recurrent(F.linear, RECURRENT[func], args, kwargs or {})
+            if result is not NotImplemented:
+                return result
         result = func(*args, **(kwargs or {}))
         if func is F.batch_norm and result.requires_grad:
             strides = args[0].stride()
@@ -219,7 +224,9 @@ def alignment_forward(network: Network, batch: Batch, tangents: Gradients) -> Ro
 def alignment_double_backward(network: Network, batch: Batch, tangents: Gradients) -> RowLosses:
     """Compute the same by differentiating <sum of v_i g_i, tangents> with respect to v."""
     with torch.enable_grad(), network.context(True):
-        losses = network.losses(network.forward(batch), batch)
+        with _Sound():
+            outputs = network.forward(batch)
+        losses = network.losses(outputs, batch)
         rows = losses.differentiable
         weights = torch.ones_like(rows, requires_grad=True)
         found = torch.autograd.grad(

@@ -28,7 +28,7 @@ from ._norms.tape import Plan, Tape
 from ._norms.trace import Trace
 
 # Allowed relative difference to plain autograd; beyond it, the rule itself must be wrong.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
 _ROUGH_TOLERANCE = 0.1
 # What rounding leaves of a parameter's gradient that should vanish, relative to the whole one.
 _FLOOR = 1e-6

@@ -103,7 +103,7 @@ class Text(nn.Module):
             self.fc.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x) + self.positions(torch.arange(x.shape[1]))
+        h = self.embed(x) + self.positions(torch.arange(x.shape[1], device=x.device))
         return self.fc(self.rnn(h)[0].mean(1))
 
 

@@ -86,7 +86,8 @@ class Trace(TorchFunctionMode):
             return binary(self, func, *args, **kwargs)
         if func is Tensor.expand and not kwargs:
             return expand(self, func, *args)
-        if func in RECURRENT and self._any_tracked(args[2] if len(args) > 2 else ()):
+        # cuDNN's have no backward in eval mode, traced or not.
+        if func in RECURRENT and (args[0].is_cuda or self._any_tracked(args[2:3])):
             return recurrent(self._linear, RECURRENT[func], args, kwargs)
         if func is F.multi_head_attention_forward:
             return attention(self._linear, *args, **kwargs)
@@ -96,8 +97,9 @@ class Trace(TorchFunctionMode):
         result = linear(self, x, weight, bias)
         return F.linear(x, weight, bias) if result is NotImplemented else result
 
-    def _any_tracked(self, weights: Any) -> bool:
-        return isinstance(weights, (list, tuple)) and any(map(self.tape.plan.tracked, weights))
+    def _any_tracked(self, lists: tuple[Any, ...]) -> bool:
+        weights = [w for one in lists if isinstance(one, (list, tuple)) for w in one]
+        return any(map(self.tape.plan.tracked, weights))
 
 
 def untraced_uses(output: Tensor, names: dict[int, str]) -> set[int]:

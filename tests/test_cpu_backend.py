@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -59,10 +61,96 @@ def assert_exact(stats, args, tolerance=1e-5, **options):
 def test_every_instruction_set(monkeypatch, variant, dtype, rows, classes, dim):
     monkeypatch.setenv(SIMD_VARIABLE, variant)
     args = problem(rows, classes, dim, dtype=dtype)
-    stats = last_layer_stats(*args, backend="cpu")
+    stats = last_layer_stats(*args, backend="cpu", precision="highest")
     assert_exact(stats, args)
-    again = last_layer_stats(*args, backend="cpu", chunk_size=61)
+    again = last_layer_stats(*args, backend="cpu", precision="highest", chunk_size=61)
     assert_exact(again, args)
+
+
+# Odd sums (pairs of columns and of rows), one and several heads, G in slabs and in blocks.
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "classes", "dim", "heads"),
+    [(505, 33, 17, 0), (300, 29, 511, 0), (251, 40, 257, 3), (40, 257, 2050, 0), (95, 70, 1, 0)],
+)
+def test_medium_precision(monkeypatch, variant, dtype, rows, classes, dim, heads):
+    monkeypatch.setenv(SIMD_VARIABLE, variant)
+    args = problem(rows, classes, dim, heads, dtype=dtype)
+    for chunk_size in (None, 61):
+        stats = last_layer_stats(*args, backend="cpu", precision="medium", chunk_size=chunk_size)
+        assert_exact(stats, args, 1e-2)
+        # Rounded operands leave an error, float32 ones (checked above) none of this size.
+        exact = closed_form_stats(*args).alignment.reshape(stats.alignment.shape)
+        error = float((stats.alignment.double() - exact).nan_to_num().norm() / exact.nansum().abs())
+        assert (error > 1e-6) == MODULE.bf16_products(variant)
+
+
+@pytest.mark.skipif(
+    MODULE is None or not MODULE.bf16_products(VARIANTS[0]), reason="needs AVX512-BF16"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_leaves_a_rows_own_term_whole(monkeypatch, dtype):
+    """With two rows a class the own term is nearly all of N a, and N a - q its difference."""
+    generator = torch.Generator().manual_seed(3)
+    classes, dim = 300, 64
+    centres = torch.randn(classes, dim, generator=generator)
+    labels = torch.arange(2 * classes) % classes
+    features = (centres[labels] + 0.5 * torch.randn(600, dim, generator=generator)).to(dtype)
+    weight = 8 * centres / dim
+    exact = closed_form_stats(features.double(), weight.double(), labels)
+    n = exact.count
+    scores = (n * exact.alignment[0] - exact.grad_sqnorm[0]) / (n - 1)
+
+    def error():
+        got = moso_scores(features, weight, labels, backend="cpu", precision="medium")
+        return float((got.double() - scores).norm() / scores.norm())
+
+    corrected = error()
+    monkeypatch.setattr(CPU, "_self_term_scale", lambda *_: 0.0)
+    assert corrected < 5e-3 and error() > 1.2 * corrected
+
+
+_PEAK = """
+import sys, torch
+from moso_fast import last_layer_stats
+rows, classes, dim, chunk = map(int, sys.argv[1:])
+torch.set_num_threads(2)
+features, weight = torch.randn(rows, dim), torch.randn(classes, dim)
+labels = torch.randint(classes, (rows,))
+def run(n):
+    options = {"backend": "cpu", "chunk_size": chunk or None}
+    return last_layer_stats(features[:n], weight, labels[:n], **options)
+def status(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+run(1000)
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = status("VmRSS")
+results = run(rows)
+print(status("VmHWM") - before)
+"""
+
+
+def peak_bytes(tmp_path, *sizes):
+    """Peak of resident memory beyond the inputs, in a process of its own."""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
+    command = [sys.executable, "-c", _PEAK, *map(str, sizes)]
+    child = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    return int(child.stdout)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_peak_memory(tmp_path):
+    results = 6 * 4  # bytes a row that the caller keeps
+    rows, classes = 150_000, 100
+    kept = peak_bytes(tmp_path, rows, classes, 48, 0)
+    assert kept < rows * (4 * classes + results) + 64 * 2**20
+    assert kept > rows * 4 * classes  # the measure sees the residuals
+    few, many = (peak_bytes(tmp_path, n, classes, 48, 4096) for n in (rows, 4 * rows))
+    assert many < 64 * 2**20 + 4 * rows * 2 * results
+    assert many - few < 3 * rows * 2 * results + 8 * 2**20
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -31,6 +31,15 @@ std::vector<Variant> variants() {
   return found;
 }
 
+bool bf16_units() {
+#ifdef MOSO_FAST_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 Variant variant_named(const std::string& name) {
   for (const Variant& variant : variants())
     if (name == variant.name) return variant;
@@ -64,6 +73,7 @@ Problem read_problem(const py::dict& job) {
   p.exclude_nonfinite = job["exclude_nonfinite"].cast<bool>();
   p.threads = {job["threads"].cast<int>(), job["own_threads"].cast<bool>()};
   p.few_classes = job["few_classes"].cast<bool>();
+  p.bf16_products = job["bf16_products"].cast<bool>();
   p.split_grad = job["split_grad"].cast<bool>();
   return p;
 }
@@ -94,6 +104,7 @@ void second_pass(const std::string& variant, const py::dict& job) {
   pass.residual = address<float>(job, "residual");
   pass.mean_grad = address<float>(job, "mean_grad");
   pass.mean_bias_grad = address<float>(job, "mean_bias_grad");
+  pass.self_term_scale = job["self_term_scale"].cast<double>();
   pass.alignment = address<float>(job, "alignment");
   pass.alignment_stride = job["alignment_stride"].cast<int64_t>();
   const Variant chosen = variant_named(variant);
@@ -116,6 +127,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "few_classes", [](const std::string& name) { return variant_named(name).few_classes; },
       py::arg("variant"), "Classes of all heads together that the few-classes kernels take.");
+  m.def(
+      "bf16_products",
+      [](const std::string& name) { return variant_named(name).bf16_products && bf16_units(); },
+      py::arg("variant"), "Whether products of bfloat16 operands have instructions of their own.");
   m.def("shares_pool", &shares_pool, "Whether the thread pool that PyTorch loaded is used.");
   m.def("first_pass", &first_pass, py::arg("variant"), py::arg("job"));
   m.def("second_pass", &second_pass, py::arg("variant"), py::arg("job"));

@@ -298,17 +298,7 @@ struct FewClasses {
                                                     p.label_smoothing, load(t->weight + i));
         if (!out) continue;
         const int lanes = int(std::min<int64_t>(VL, count - i));
-        const int64_t at = head * out->stat_stride + first + i;
-        store_n(out->loss + at, stats.loss, lanes);
-        store_n(out->residual_sqnorm + at, stats.residual_sqnorm, lanes);
-        store_n(out->margin + at, stats.margin, lanes);
-        store_n(out->entropy + at, stats.entropy, lanes);
-        const vf ones = splat(p.bias ? 1.0f : 0.0f);
-        const vf size = stats.residual_sqnorm * (load(t->norms + i) + ones) + stats.loss;
-        if (finite(sum(size * splat(0.0f)))) continue;
-        for (int lane = 0; lane < lanes; ++lane)
-          if (!finite(size[lane]) && t->counted[i + lane])
-            t->status.note(kStatusLogits, p.first_row + first + i + lane);
+        store_lanes(*out, head, first + i, lanes, stats, t->norms + i, &t->status);
       }
     }
   }

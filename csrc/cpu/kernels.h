@@ -38,8 +38,9 @@ struct Problem {
   bool exclude_nonfinite;
   Threads threads;
   // How the work is cut; never depends on the number of threads.
-  bool few_classes;  // tile kernels that keep all classes of a row in registers
-  bool split_grad;   // mean gradient in blocks of classes x columns instead of slabs of rows
+  bool few_classes;    // tile kernels that keep all classes of a row in registers
+  bool bf16_products;  // many classes: operands rounded to bfloat16, sums float32
+  bool split_grad;     // mean gradient in blocks of classes x columns instead of slabs of rows
 };
 
 // Statistics are (heads, rows) with stat_stride between heads.
@@ -65,6 +66,7 @@ struct SecondPass {
   const float* residual;        // as the first pass wrote it, or null: compute it again
   const float* mean_grad;       // (heads * classes, dim)
   const float* mean_bias_grad;  // (heads * classes) or null
+  double self_term_scale;       // 1 / N: put right what rounding took from a row's own term; or 0
   float* alignment;             // (heads, rows) with alignment_stride between heads
   int64_t alignment_stride;
 };
@@ -72,7 +74,8 @@ struct SecondPass {
 // One instruction set's entry points; the same source compiled once for each.
 struct Variant {
   const char* name;
-  int few_classes;  // classes of all heads together that the few-classes kernels take
+  int few_classes;     // classes of all heads together that the few-classes kernels take
+  bool bf16_products;  // compiled in; whether the processor has the instructions is another matter
   void (*first_pass)(const FirstPass&);
   void (*second_pass)(const SecondPass&);
 };

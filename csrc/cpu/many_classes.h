@@ -7,6 +7,10 @@
 // classes x columns that are shared out instead of rows.
 // Second pass: pack tile, S = H G^T, a = row sums of R o S.
 //
+// With pairs of bfloat16 as words (Op) features, weights, residuals and G are rounded as operands
+// alone: sums, logits and residuals are float32. Rounding would change what G holds of a row's own
+// gradient, the largest term of N a - q where a class has few rows; a is put right by exactly that.
+//
 // FLOPs: 4 N C D and 2 N C D; bytes: H once a pass (twice with split_grad).
 
 constexpr int64_t kRowsMax = 18 * 14;  // a multiple of kTileM for every vector length
@@ -17,22 +21,25 @@ inline int64_t rows_of_tile(int64_t dim) {
   return std::clamp<int64_t>(rows / kTileM * kTileM, 4 * kTileM, kRowsMax);
 }
 
+// Class ids among so few take their softmax VL rows at a time: no lane sums, no lanes unused.
+constexpr int64_t kLaneClasses = 64;
+
 constexpr int64_t kGradClasses = 18 * kTileM;
 constexpr int64_t kGradColumns = kBlockD;
 constexpr int64_t kGradRows = 4096;  // rows that a float32 partial sums
 
-template <class T>
+template <class T, class Op>
 struct ManyClasses {
   const Problem& p;
   const int64_t width, dim, tile_rows;
-  Panels weight;
+  Panels<Op> weight;
   Buffer bias;
 
   explicit ManyClasses(const Problem& problem)
       : p(problem), width(p.heads * p.classes), dim(p.dim), tile_rows(rows_of_tile(p.dim)) {}
 
   // Bias padded to whole panels, zeros without one.
-  static void pack_bias(const float* source, const Panels& panels, Buffer* to) {
+  static void pack_bias(const float* source, const Panels<Op>& panels, Buffer* to) {
     to->reserve(size_t(panels.padded()));
     clear(to->get(), panels.padded());
     if (source) std::memcpy(to->get(), source, size_t(panels.width) * 4);
@@ -40,21 +47,22 @@ struct ManyClasses {
 
   struct Worker {
     Buffer tile, residual, product, scratch, grad;
-    std::vector<float> norms;
+    std::vector<float> norms, packed_norms;
     std::vector<uint8_t> counted;
     StatusWord status;
   };
 
-  Tile tile_of(const Worker& w) const { return {tile_rows, dim, w.tile.get()}; }
+  Tile<Op> tile_of(const Worker& w) const { return {tile_rows, dim, w.tile.get()}; }
 
   std::vector<Worker> make_workers(int64_t tasks, bool product) const {
     std::vector<Worker> workers(size_t(std::min<int64_t>(p.threads.count, tasks)));
     for (Worker& w : workers) {
-      w.tile.reserve(tile_numbers(tile_rows, dim));
+      w.tile.reserve(Tile<Op>::words(tile_rows, dim));
       w.residual.reserve(size_t(tile_rows * width));
       w.scratch.reserve(size_t(tile_rows * kTileM));
       if (product) w.product.reserve(size_t(tile_rows * width));
       w.norms.resize(size_t(tile_rows));
+      w.packed_norms.resize(size_t(tile_rows));
       w.counted.resize(size_t(tile_rows));
     }
     return workers;
@@ -62,18 +70,22 @@ struct ManyClasses {
 
   // Copies rows into the tile; those that do not count become zeros.
   void pack_tile(Worker* w, int64_t first, int64_t count, const uint8_t* counted) const {
-    const Tile tile = tile_of(*w);
+    const Tile<Op> tile = tile_of(*w);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = first + i;
       const T* source = feature_row<T>(p, row);
-      float norm = 0.0f;
+      Norms norms{};
       bool used = counted ? counted[row] : takes_part(p, row, &w->status);
       if (used) {
-        norm = pack_row(tile, i, source);
-        if (!finite(norm) && has_nonfinite(p, row, source, &w->status)) used = false;
+        norms = pack_row(tile, i, source);
+        if (!finite(norms.exact) && has_nonfinite(p, row, source, &w->status)) used = false;
       }
-      if (!used) clear_row(tile, i);
-      w->norms[size_t(i)] = used ? norm : 0.0f;
+      if (!used) {
+        tile.clear_row(i);
+        norms = {};
+      }
+      w->norms[size_t(i)] = norms.exact;
+      w->packed_norms[size_t(i)] = norms.packed;
       w->counted[size_t(i)] = used;
     }
   }
@@ -82,6 +94,7 @@ struct ManyClasses {
   void residuals(Worker* w, int64_t first, int64_t count, const FirstPass* out) const {
     float* z = w->residual.get();
     tile_times_panels(tile_of(*w), count, weight, bias.get(), z, width);
+    if (p.labels && p.classes <= kLaneClasses) return residuals_by_lanes(w, first, count, out);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t head = 0; head < p.heads; ++head) {
         float* row = z + i * width + head * p.classes;
@@ -99,6 +112,42 @@ struct ManyClasses {
         const float ones = p.bias ? 1.0f : 0.0f;
         if (!finite(stats.residual_sqnorm * (w->norms[size_t(i)] + ones) + stats.loss))
           w->status.note(kStatusLogits, p.first_row + first + i);
+      }
+    }
+  }
+
+  // The same, VL rows at a time.
+  void residuals_by_lanes(Worker* w, int64_t first, int64_t count, const FirstPass* out) const {
+    for (int64_t i = 0; i < count; i += VL) {
+      const int rows = int(std::min<int64_t>(VL, count - i));
+      alignas(64) int32_t label[VL] = {};
+      alignas(64) float row_weight[VL] = {};  // 0: such rows leave no residual
+      for (int r = 0; r < rows; ++r) {
+        if (!w->counted[size_t(i + r)]) continue;
+        label[r] = int32_t(p.labels[first + i + r]);
+        row_weight[r] = p.sample_weight ? p.sample_weight[first + i + r] : 1.0f;
+      }
+      vi labels;
+      std::memcpy(&labels, label, sizeof labels);
+      for (int64_t head = 0; head < p.heads; ++head) {
+        float* z = w->residual.get() + i * width + head * p.classes;
+        vf block[kLaneClasses];  // class, lanes along rows
+        const auto each_square = [&](const auto& visit) {
+          for (int64_t c = 0; c < p.classes; c += VL)
+            visit(z + c, block + c, int(std::min<int64_t>(VL, p.classes - c)));
+        };
+        each_square([&](const float* from, vf* square, int classes) {
+          for (int r = 0; r < VL; ++r)
+            square[r] = r < rows ? load_n(from + r * width, classes) : vf{};
+          transpose(square);
+        });
+        const LaneStats stats = cross_entropy_lanes(reinterpret_cast<float*>(block), VL, p.classes,
+                                                    labels, p.label_smoothing, load(row_weight));
+        each_square([&](float* to, vf* square, int classes) {
+          transpose(square);
+          for (int r = 0; r < rows; ++r) store_n(to + r * width, square[r], classes);
+        });
+        if (out) store_lanes(*out, head, first + i, rows, stats, w->norms.data() + i, &w->status);
       }
     }
   }
@@ -126,6 +175,7 @@ struct ManyClasses {
         if (job.residual)
           std::memcpy(job.residual + first * width, w->residual.get(), size_t(count * width) * 4);
         if (p.split_grad) continue;
+        prepare_outer(tile_of(*w), count);
         add_outer(tile_of(*w), count, w->residual.get(), width, width, 0, dim, grad, dim,
                   w->scratch.get());
         add_bias(w->residual.get(), count, grad + width * dim);
@@ -157,7 +207,7 @@ struct ManyClasses {
     };
     std::vector<Scratch> scratch(size_t(std::min<int64_t>(p.threads.count, tasks)));
     for (Scratch& s : scratch) {
-      s.tile.reserve(tile_numbers(kRowsMax, kGradColumns));
+      s.tile.reserve(Tile<Op>::words(kRowsMax, kGradColumns));
       s.outer.reserve(size_t(kRowsMax * kTileM));
       s.grad.reserve(size_t(per_block * kGradColumns + per_block));
     }
@@ -166,7 +216,7 @@ struct ManyClasses {
       const int64_t c = index % class_blocks * per_block, d = index / class_blocks * kGradColumns;
       const int64_t classes = std::min(per_block, width - c);
       const int64_t columns = std::min(kGradColumns, dim - d);
-      const Tile tile{kRowsMax, columns, s.tile.get()};
+      const Tile<Op> tile{kRowsMax, columns, s.tile.get()};
       float* bias_part = s.grad.get() + classes * columns;
       for (int64_t start = 0; start < p.rows; start += kGradRows) {
         const int64_t end = std::min(p.rows, start + kGradRows);
@@ -177,8 +227,9 @@ struct ManyClasses {
             if (job.counted[first + i])
               pack_row(tile, i, feature_row<T>(p, first + i) + d);
             else
-              clear_row(tile, i);
+              tile.clear_row(i);
           }
+          prepare_outer(tile, count);
           const float* residual = job.residual + first * width + c;
           add_outer(tile, count, residual, width, classes, 0, columns, s.grad.get(), columns,
                     s.outer.get());
@@ -198,7 +249,7 @@ struct ManyClasses {
       weight.pack(p.weight, width, dim, p.threads);
       pack_bias(p.bias, weight, &bias);
     }
-    Panels mean_grad;
+    Panels<Op> mean_grad;
     Buffer mean_bias;
     mean_grad.pack(job.mean_grad, width, dim, p.threads);
     pack_bias(job.mean_bias_grad, mean_grad, &mean_bias);
@@ -217,11 +268,34 @@ struct ManyClasses {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t head = 0; head < p.heads; ++head) {
           const int64_t at = i * width + head * p.classes;
-          job.alignment[head * job.alignment_stride + first + i] =
-              dot(residual + at, w->product.get() + at, p.classes);
+          float* alignment = job.alignment + head * job.alignment_stride + first + i;
+          *alignment = dot(residual + at, w->product.get() + at, p.classes);
+          if (job.self_term_scale != 0.0)
+            *alignment +=
+                float(job.self_term_scale * lost_self_term(Op{}, residual + at, w->norms[size_t(i)],
+                                                           w->packed_norms[size_t(i)]));
         }
     });
   }
+
+  // |r|^2 |h|^2 less what the rounded operands of the gradient made of it.
+  double lost_self_term(const Single&, const float*, float, float) const { return 0.0; }
+#ifdef MOSO_FAST_BF16_UNITS
+  double lost_self_term(const Pair&, const float* residual, float exact, float packed) const {
+    double of_residual = 0.0, of_features = 0.0;
+    for (int64_t start = 0; start < p.classes; start += kSumBlock) {
+      vf lost{}, squares{};
+      for_lanes(std::min(kSumBlock, p.classes - start), [&](int64_t i, int lanes) {
+        const vf r = load_n(residual + start + i, lanes);
+        lost += r * (r - round_to_bf16(r));
+        squares += r * r;
+      });
+      of_residual += sum(lost);
+      of_features += sum(squares);
+    }
+    return of_residual * packed + of_features * (double(exact) - packed);
+  }
+#endif
 
   static float dot(const float* x, const float* y, int64_t n) {
     double total = 0.0;

@@ -264,3 +264,19 @@ inline LaneStats cross_entropy_lanes(float* z, int64_t stride, int64_t classes, 
   stats.residual_sqnorm = squares;
   return stats;
 }
+
+// Statistics of rows [row, row + lanes) of one head to out; overflows of |r|^2 (|h|^2 + 1) and of
+// the loss to the status word.
+inline void store_lanes(const FirstPass& out, int64_t head, int64_t row, int lanes,
+                        const LaneStats& stats, const float* feature_sqnorm, StatusWord* status) {
+  const int64_t at = head * out.stat_stride + row;
+  store_n(out.loss + at, stats.loss, lanes);
+  store_n(out.residual_sqnorm + at, stats.residual_sqnorm, lanes);
+  store_n(out.margin + at, stats.margin, lanes);
+  store_n(out.entropy + at, stats.entropy, lanes);
+  const vf ones = splat(out.problem.bias ? 1.0f : 0.0f);
+  const vf size = stats.residual_sqnorm * (load_n(feature_sqnorm, lanes) + ones) + stats.loss;
+  if (finite(sum(size * splat(0.0f)))) return;
+  for (int lane = 0; lane < lanes; ++lane)
+    if (!finite(size[lane])) status->note(kStatusLogits, out.problem.first_row + row + lane);
+}

@@ -132,6 +132,22 @@ inline vf sum_each(vf* v) {
   }
 }
 
+// v[i] lane j <-> v[j] lane i; v holds VL vectors.
+template <int Step = 1>
+inline void transpose(vf* v) {
+  if constexpr (Step < VL) {
+    constexpr auto lanes = std::make_integer_sequence<int, VL>{};
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) {
+      if (i & Step) continue;
+      const vf x = v[i], y = v[i + Step];
+      v[i] = interleave_low<Step>(x, y, lanes);
+      v[i + Step] = interleave_high<Step>(x, y, lanes);
+    }
+    transpose<2 * Step>(v);
+  }
+}
+
 // e^x for x <= 88; 0 below -87.3 (-inf too). Within 2 units in the last place.
 inline vf exp(vf x) {
   const vf kept = max(x, splat(-87.3f));

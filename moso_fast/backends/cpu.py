@@ -36,7 +36,11 @@ _CHUNK_BYTES = 256 * 2**20
 
 
 class CpuBackend(Backend):
-    """Tiles of rows through hand-written kernels; float32 products at any precision."""
+    """Tiles of rows through hand-written kernels.
+
+    Products are float32, but for many classes at precision "medium" on a processor that multiplies
+    bfloat16 (AVX512-BF16): there their operands are rounded to it and summed in float32.
+    """
 
     name = "cpu"
 
@@ -76,6 +80,8 @@ class CpuBackend(Backend):
         """Which kernels would run, on how many threads."""
         few = _few_classes(problem)
         kernels = "classes in registers" if few else "packed row tiles"
+        if _bf16_products(problem):
+            kernels += ", bfloat16 products"
         if not few and _split_grad(problem):
             kernels += ", mean gradient in blocks from stored residuals"
         return f"cpu: {_variant()}, {kernels}, {_threads(problem, problem.rows)} thread(s)"
@@ -126,6 +132,7 @@ class CpuBackend(Backend):
             residual=_address(residual),
             mean_grad=mean_grad.data_ptr(),
             mean_bias_grad=_address(mean_bias_grad),
+            self_term_scale=_self_term_scale(problem, out),
             alignment=alignment.data_ptr(),
             alignment_stride=alignment.stride(0),
         )
@@ -154,6 +161,25 @@ def _few_classes(problem: Problem) -> bool:
         and not problem.soft_labels
         and width <= _module().few_classes(_variant())
     )
+
+
+def _bf16_products(problem: Problem) -> bool:
+    """Operands rounded to bfloat16: precision "medium", where that is faster than float32."""
+    return (
+        problem.precision == "medium"
+        and not _few_classes(problem)
+        and _module().bf16_products(_variant())
+    )
+
+
+def _self_term_scale(problem: Problem, out: RowBuffers) -> float:
+    """1 / N where the score's self term must be put right for rounded operands, else 0.
+
+    A sequence's own term mixes its tokens; its norm is not made of theirs.
+    """
+    if not _bf16_products(problem) or problem.cu_seqlens is not None:
+        return 0.0
+    return 1.0 / max(1, int(out.counted.sum()))
 
 
 def _split_grad(problem: Problem) -> bool:
@@ -216,6 +242,7 @@ def _job(problem: Problem, rows: slice) -> tuple[list[Tensor | None], dict[str, 
         # A pool that a forked parent left behind would hang.
         "own_threads": multiprocessing.parent_process() is not None,
         "few_classes": _few_classes(problem),
+        "bf16_products": _bf16_products(problem),
         "split_grad": _split_grad(problem),
     }
     return [features, labels, targets, weight, bias, sample_weight], job

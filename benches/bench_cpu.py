@@ -15,11 +15,12 @@ from functools import cache, partial
 
 import pytest
 import torch
-from opponents import CHUNK_ROWS, chunked, compiled, jvp, naive
-from timing import interleaved, matmul_rate, medians, read_bandwidth
 from torch import Tensor
 
 from moso_fast import backends, last_layer_stats
+from moso_fast.bench import measure
+from moso_fast.bench.measure import interleaved, medians
+from moso_fast.bench.providers.plain import CHUNK_ROWS, chunked, compiled, jvp, naive
 from moso_fast.reference import closed_form_stats
 
 # C, D, N, the least ratio to the best plain PyTorch that the project asks for.
@@ -45,7 +46,8 @@ pytestmark = pytest.mark.skipif(
 @cache
 def ceilings() -> tuple[float, float]:
     """FLOP/s of torch.mm and bytes/s of reading memory, once a run."""
-    return matmul_rate(), read_bandwidth()
+    roof = measure.ceilings()
+    return roof["mm_flops"], roof["read_bytes"]
 
 
 def make(classes: int, dim: int, rows: int, heads: int = 0) -> tuple[Tensor, ...]:
@@ -101,7 +103,7 @@ def test_against_plain_pytorch(benchmark, report, classes, dim, rows, least):
         f"compiled, {COMPILED_ROWS}": compiled(COMPILED_ROWS),
     }.items():
         functions[name] = partial(opponent, *args)
-    times = medians(interleaved(functions, ROUNDS))
+    times = medians(interleaved(functions, ROUNDS, warm_up=True))
     plain = {k: v for k, v in times.items() if k not in (ours, "torch backend")}
     best = min(plain, key=plain.__getitem__)
     floor = floor_seconds(args)
@@ -140,7 +142,7 @@ def test_sixteen_bit_features(benchmark, report, classes, dim, rows):
         "float32": lambda: last_layer_stats(*args, backend="cpu"),
         "bfloat16": lambda: last_layer_stats(*narrow, backend="cpu"),
     }
-    times = medians(interleaved(functions, ROUNDS))
+    times = medians(interleaved(functions, ROUNDS, warm_up=True))
     report(
         {
             "C": classes,
@@ -169,7 +171,7 @@ def test_heads_over_the_same_features(benchmark, report, heads):
         "one": lambda: last_layer_stats(*one, backend="cpu"),
         "all": lambda: last_layer_stats(*args, backend="cpu"),
     }
-    times = medians(interleaved(functions, ROUNDS))
+    times = medians(interleaved(functions, ROUNDS, warm_up=True))
     floor = floor_seconds(args)
     report(
         {

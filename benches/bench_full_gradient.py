@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scorer_overhead import ResNet18
-from timing import interleaved, medians
 
 from moso_fast._full_batches import Batch
 from moso_fast._full_loss import OutputLoss
 from moso_fast._full_passes import Network, alignment_forward
+from moso_fast.bench.measure import interleaved, medians
 from moso_fast.full_gradient import FullGradient, choose_parameters
 
 CHUNKS = (1, 4, 16, 64, 256)
@@ -181,7 +181,7 @@ def speed_case(name: str, rounds: int) -> dict[str, Any]:
         "mean gradient and norms": (ours.first_pass, many),
         "alignment": (ours.second_pass, many),
     }
-    times = medians(interleaved({n: f for n, (f, _) in work.items()}, rounds))
+    times = medians(interleaved({n: f for n, (f, _) in work.items()}, rounds, warm_up=True))
     each = {n: 1000 * times[n] / count for n, (_, count) in work.items()}
     best = min((n for n in each if n.startswith("vmap")), key=each.__getitem__)
     return {

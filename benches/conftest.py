@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import moso_fast
+from moso_fast.bench.facts import conditions, machine
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -33,38 +29,12 @@ def report(request: pytest.FixtureRequest) -> Any:
     return request.config.stash[ROWS].append
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def machine_facts() -> dict[str, Any]:
-    """Return what a number needs beside it: machine, versions, commit."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    return {
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "backend": moso_fast.backends()["cpu"].reason,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "moso_fast": moso_fast.__version__,
-        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
-    }
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the rows as a table, and write them where asked."""
     rows = config.stash[ROWS]
     if not rows:
         return
-    facts = machine_facts()
+    facts = {**machine(), **conditions()}
     write = terminalreporter.write_line
     write("")
     write("  ".join(f"{name}={value}" for name, value in facts.items()))

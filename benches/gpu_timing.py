@@ -3,7 +3,8 @@
 Conditions: device events around each call; inputs rotate among copies larger together than the
 L2 cache; all contenders of a row in turn, round after round; medians. A result is compared with
 float64 first, and a wrong one gets no number. Ceilings are measured in the same run. Plain
-PyTorch is the closed form over all rows at once, ``opponents.naive``, eager and compiled.
+PyTorch is the closed form over all rows at once (``naive`` of moso_fast/bench/providers/plain.py),
+eager and compiled.
 
 The floor of a row: each pass takes the longer of one read of the features and its products
 (two in the first pass, one in the second) at the measured rates.
@@ -21,12 +22,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from opponents import naive
 from torch import Tensor
 
 from moso_fast import engine
 from moso_fast.backends import _PREFERENCE, backends, get
 from moso_fast.backends._triton_choice import REGIME_VARIABLE, REGIMES, choose_regime
+from moso_fast.bench.providers.plain import naive
 from moso_fast.functional import last_layer_stats
 from moso_fast.problem import Problem, build_problem
 

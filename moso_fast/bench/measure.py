@@ -49,12 +49,16 @@ def interleaved(
     rounds: Mapping[str, int] | int,
     device: str = "cpu",
     tick: Callable[[], None] = lambda: None,
+    warm_up: bool = False,
 ) -> dict[str, dict[int, float]]:
     """Seconds of every job by round; each round runs the jobs in turn.
 
     In turn, so that a machine that is slow for a while is slow for all of them. Jobs with fewer
-    rounds than the most are spread evenly over them.
+    rounds than the most are spread evenly over them. ``warm_up`` runs each once before.
     """
+    if warm_up:
+        for job in jobs.values():
+            job()
     wanted = {name: rounds if isinstance(rounds, int) else rounds[name] for name in jobs}
     most = max(wanted.values(), default=0)
     times: dict[str, dict[int, float]] = {name: {} for name in jobs}
@@ -112,9 +116,7 @@ def medians(times: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
 
 
 def _medians(jobs: Mapping[str, Callable[[], Any]], device: str) -> dict[str, float]:
-    for job in jobs.values():
-        job()
-    return medians(interleaved(jobs, _CEILING_ROUNDS, device))
+    return medians(interleaved(jobs, _CEILING_ROUNDS, device, warm_up=True))
 
 
 def floor_seconds(case: Case, rows: int, roof: Mapping[str, float]) -> float | None:

@@ -61,7 +61,7 @@ class RowConfig:
 _ONE_TILE = (
     RowConfig(4, 256, 4, 4, 168, 2048),
     RowConfig(16, 64, 16, 4, 168, 1024),
-    RowConfig(32, 32, 32, 4, 168, 1024),
+    RowConfig(32, 16, 32, 4, 96, 1024),
     RowConfig(128, 8, 128, 4, 192, 1024),
     RowConfig(512, 2, 512, 4, 64, 1024),
     RowConfig(1024, 1, 1024, 4, 64, 1024),

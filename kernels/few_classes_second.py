@@ -121,7 +121,7 @@ def few_classes_second_kernel(
     s = tl.reshape(s, [BLOCK_ROWS * HEADS_A_TILE, LANES])
     if mean_bias_grad is not None:
         s += tl.load(mean_bias_grad + head[:, None] * CLASSES + lane, mask=inside, other=0.0)
-    dot = tl.sum(tl.where(inside, r * s, 0.0), axis=1)
+    dot = tl.sum(r * s, axis=1)  # NaN where the features of a row that does not count are
     if count is not None:
         lost = tl.sum((r - r.to(tl.bfloat16).to(tl.float32)) * r, axis=1)
         sqnorm = tl.load(feature_sqnorm + row, mask=exists, other=0.0)

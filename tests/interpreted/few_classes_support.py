@@ -5,6 +5,8 @@ The references are the autograd ones of residual_support.py on logits made in fl
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +38,19 @@ class GuardedMask:
         inside = self.view.view(torch.uint8)
         rest = torch.cat([self.buffer[:GUARD], self.buffer[GUARD + len(inside) :]])
         return bool((rest == 7).all()) and bool((inside <= 1).all())
+
+
+def before_a_forbidden_page(values: Tensor) -> Tensor:
+    """Copy ``values`` to the end of a page whose successor must not be read: doing so is fatal."""
+    page = mmap.PAGESIZE
+    size = values.numel() * values.element_size()
+    length = -(-size // page) * page
+    memory = mmap.mmap(-1, length + page)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(whole.data_ptr() + length), page, 0) == 0
+    last = whole[length - size : length].view(values.dtype).view(values.shape)
+    return last.copy_(values)
 
 
 @dataclass

@@ -8,7 +8,8 @@ import pytest
 import torch
 from alignment_support import assert_dots, cut, dots, guarded_out
 from far_memory import STRIDE, Sparse
-from few_classes_support import reference
+from few_classes_support import assert_close, before_a_forbidden_page, reference
+from few_classes_support import run as first_pass
 from moso_fast.kernels.few_classes import Recompute, few_classes_second
 from moso_fast.kernels.few_classes_tiles import SECOND_TILES, Choice, choose_second_tile
 from moso_fast.kernels.tiles import Tile
@@ -182,6 +183,24 @@ def test_rows_beyond_32_bits(generator: torch.Generator) -> None:
         given["residual"] = source
         few_classes_second(**given, out=far_out.matrix(), choice=SMALL)
         torch.testing.assert_close(far_out.stacked(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_read_beyond_the_inputs(generator: torch.Generator) -> None:
+    # Both passes; a mask that is missing ends the process.
+    given = draw((17, 1, 3, 8), generator, loss="soft")
+    made = given.pop("made")
+    tight = {
+        name: value if name == "counted" else before_a_forbidden_page(value)
+        for name, value in given.items()
+    }
+    inputs = [before_a_forbidden_page(value) for value in made[:3]]
+    again = Recompute(*inputs, *made[3:6], before_a_forbidden_page(made.sample_weight))
+    for choice in (None, SMALL):
+        check(run({**tight, "made": again}, choice=choice), {**given, "made": made})
+        check(run({**tight, "made": again}, again=True, choice=choice), {**given, "made": made})
+    options = {"label_smoothing": 0.1, "sample_weight": again.sample_weight}
+    first = first_pass(tight["features"], *inputs, **options)
+    assert_close(first, given["features"], *made[:3], **options)
 
 
 def test_choice_of_tiles() -> None:

@@ -60,6 +60,7 @@ def main(path: str, job: dict) -> str:
         targets=0, sample_weight=0, loss=0, label_smoothing=0.0, target_tolerance=1e-3,
         ignore_index=-100, exclude_nonfinite=False, threads=1, own_threads=True,
         few_classes=few, split_grad=False, stat_stride=rows, alignment_stride=rows,
+        bf16_products=False, self_term_scale=0.0,
     )  # fmt: skip
     for _ in range(job["repeats"]):
         module.first_pass(variant, fields)

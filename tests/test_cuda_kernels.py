@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ERROR = {"highest": 1e-5, "high": 2e-3, "medium": 1e-2}
-CUT_ERROR = {"highest": 1e-5, "medium": 1e-2}
+CUT_ERROR = {"highest": 1e-6, "medium": 1e-2}  # 5e-6 were sums to stay in the tensor cores
 
 
 @pytest.fixture(scope="module")

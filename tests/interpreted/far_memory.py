@@ -1,7 +1,8 @@
-"""Rows so far apart that 32-bit offsets between them overflow, in memory that a laptop has."""
+"""Memory that shows wrong addresses: rows beyond 32-bit offsets, and tensors before a wall."""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 
 import torch
@@ -42,3 +43,21 @@ class Sparse:
         """Return the (3, columns) view of row stride ``STRIDE``."""
         whole = torch.frombuffer(self._map, dtype=self._dtype)
         return whole.as_strided((3, self._columns), (STRIDE, 1), FRONT)
+
+
+def walled(values: Tensor) -> Tensor:
+    """Copy into memory that ends at a page nobody may read: one element too far is a crash.
+
+    A mask that only keeps a kernel from reading what it then does not use shows in no result.
+    """
+    size = values.numel() * values.element_size()
+    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+    wall = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + room
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(wall), ctypes.c_size_t(mmap.PAGESIZE), 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    copy = torch.frombuffer(
+        memory, dtype=values.dtype, offset=room - size, count=values.numel()
+    ).view(values.shape)
+    return copy.copy_(values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from far_memory import Sparse
+from far_memory import Sparse, walled
 from moso_fast.kernels import gradient_sum as module
 from moso_fast.kernels.gradient_sum import (
     TILES,
@@ -142,6 +142,13 @@ def test_writes_its_partials_and_nothing_else(shape, generator: torch.Generator)
         assert_sums(
             (out.grad[slab].double(), out.bias[slab].double()), residual[part], features[part]
         )
+
+
+@pytest.mark.parametrize("shape", [(17, 15, 33), (1, 1, 1), (33, 17, 31)], ids=str)
+def test_reads_nothing_beyond_its_operands(shape, generator: torch.Generator) -> None:
+    residual, features = (walled(operand) for operand in operands(shape, generator))
+    counted = walled(torch.ones(shape[0], dtype=torch.bool))
+    assert_sums(gradient_sum(residual, features, counted=counted, tile=SMALL), residual, features)
 
 
 @pytest.mark.parametrize("which", ["residual", "features"])

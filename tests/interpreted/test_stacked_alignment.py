@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from alignment_support import BF16, cut, dots, draw, guarded_out
-from far_memory import STRIDE, Sparse
+from far_memory import STRIDE, Sparse, walled
 from moso_fast.kernels import stacked_alignment as module
 from moso_fast.kernels.residual import RowOutputs, SoftmaxState, residual_rows
 from moso_fast.kernels.stacked_alignment import TILES, choose_tile, stacked_alignment
@@ -228,6 +228,23 @@ def test_no_rows_strides_and_expanded_rows(generator: torch.Generator) -> None:
     job.features, job.labels = job.features[:0], job.labels[:0]
     empty = SoftmaxState(*(torch.empty(2, 0) for _ in range(3)))
     assert job.second_pass(empty).shape == (2, 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_reads_nothing_beyond_its_operands(shape, generator: torch.Generator) -> None:
+    weights = torch.rand(shape[0], generator=generator)
+    job = Job(shape, generator, BF16, BF16, sample_weight=weights)
+    _, softmax = job.first_pass()
+    term = SelfTerm(torch.zeros(shape[0]), torch.tensor(3))
+    near = job.second_pass(softmax, self_term=term)
+    for name in ("features", "weight", "grad", "bias", "bias_grad", "labels"):
+        setattr(job, name, walled(getattr(job, name)))
+    got = job.second_pass(
+        SoftmaxState(*(walled(value) for value in softmax)),
+        self_term=SelfTerm(*(walled(value) for value in term)),
+        sample_weight=walled(weights),
+    )
+    assert torch.equal(got, near)
 
 
 @pytest.mark.parametrize("which", ["features", "weight", "grad", "state", "out"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from alignment_support import BF16, assert_dots, cut, dots, draw, guarded_out
-from far_memory import STRIDE, Sparse
+from far_memory import STRIDE, Sparse, walled
 from moso_fast.kernels import stored_alignment as module
 from moso_fast.kernels.stored_alignment import (
     PROJECT_TILES,
@@ -157,6 +157,22 @@ def test_no_rows_strides_and_expanded_rows(order: str, generator: torch.Generato
     expanded = features[:1].expand(50, 40)
     got = launch(expanded, residual, grad, 2, order=order, tile=SMALL)
     assert_dots(got, dots(expanded, residual, grad, None, 2), expanded, residual, grad)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_reads_nothing_beyond_its_operands(shape, order: str, generator) -> None:
+    rows, heads = shape[:2]
+    features, residual, grad, bias = operands(shape, generator, BF16)
+    given = [walled(t) for t in (features, residual, grad.to(BF16), bias)]
+    counted = walled(torch.ones(rows, dtype=torch.bool))
+    term = SelfTerm(walled(torch.zeros(rows)), walled(torch.tensor(rows)))
+    got = launch(*given[:3], heads, mean_bias_grad=given[3], counted=counted, self_term=term,
+                 order=order, tile=SMALL)  # fmt: skip
+    operand = cut(residual) if order == "pull" else residual
+    exact = dots(features, operand, given[2], None, heads)
+    exact += (residual.double() * bias.double()).view(rows, heads, -1).sum(-1).T
+    assert_dots(got, exact, features, residual, given[2], bias)
 
 
 @pytest.mark.parametrize("order", ORDERS)

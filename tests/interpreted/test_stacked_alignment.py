@@ -126,6 +126,13 @@ def test_smoothing_weights_ignored_and_uncounted_rows(shape, generator) -> None:
     job.check(torch.where(used, got, job.exact(torch.zeros_like(job.logits()))))
 
 
+def test_ignored_rows_without_weights_are_zero(generator: torch.Generator) -> None:
+    labels = torch.tensor([3, -100, 1, -100])
+    job = Job((4, 2, 18, 9), generator, labels=labels)
+    got = job.second_pass(job.first_pass()[1])
+    assert got[:, ::2].all() and not got[:, 1::2].any()
+
+
 def test_without_biases(generator: torch.Generator) -> None:
     job = Job((20, 2, 18, 19), generator)
     job.bias.zero_()

@@ -174,11 +174,11 @@ def _default(problem: Problem, which: str, straight: bool | None = None) -> Any:
 
     straight = _straight(problem) if straight is None else straight
     products = tiles.products_of(problem.features.dtype, problem.precision)
-    shape: tuple[int, ...] = (problem.classes, problem.heads)
+    classes, heads = problem.classes, problem.heads
     shared = limits_of(problem.device).shared_bytes
     if which == "second":
-        return tiles.choose_second_tile(*shape, products, straight, shared)
-    return tiles.choose_first_tile(*shape, problem.dim, products, straight, shared)
+        return tiles.choose_second_tile(classes, heads, products, straight, shared)
+    return tiles.choose_first_tile(classes, heads, problem.dim, products, straight, shared)
 
 
 def _choice(problem: Problem, which: str, features: Tensor, launch: Any, *labels: object) -> Any:

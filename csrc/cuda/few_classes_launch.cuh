@@ -6,8 +6,11 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "few_classes_first.cuh"
 #include "few_classes_launch.h"
@@ -25,6 +28,20 @@ inline void require(cudaError_t status, const char* what) {
 // This module's copy of the CUDA runtime keeps its own current device beside PyTorch's.
 inline void use_device(int device) { require(cudaSetDevice(device), "cudaSetDevice"); }
 
+// Lets a kernel of the current device have this much shared memory. Only ever more: a smaller job
+// of another thread, or behind this one in a graph, must not take it away again.
+inline void allow_shared(const void* kernel, const Launch& l, const char* name) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int64_t> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& most = allowed[{kernel, l.device}];
+  if (l.shared_bytes <= most) return;
+  require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(l.shared_bytes)),
+          name);
+  most = l.shared_bytes;
+}
+
 template <Feature F, bool Exact, int ClassTiles>
 __global__ void __launch_bounds__(kThreads, 65536 / kThreads / kFirstRegisters)
     first_pass_kernel(const FirstPass p) {
@@ -40,10 +57,7 @@ __global__ void __launch_bounds__(kThreads, 65536 / kThreads / second_registers(
 template <class P>
 void launch_kernel(void (*kernel)(P), const P& p, const Launch& l, const char* name) {
   use_device(l.device);
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  require(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(l.shared_bytes)),
-          name);
+  allow_shared(reinterpret_cast<const void*>(kernel), l, name);
   kernel<<<unsigned(l.blocks), kThreads, size_t(l.shared_bytes),
            reinterpret_cast<cudaStream_t>(l.stream)>>>(p);
   require(cudaGetLastError(), name);

@@ -38,7 +38,12 @@ def problem_of(case: Case, **options):
 def machine(monkeypatch):
     """Pretend to be a machine with a GPU of this capability and shared memory."""
 
-    def pretend(capability=(9, 0), shared=cuda_emulator.H200_SHARED) -> None:
+    def pretend(
+        capability=(9, 0),
+        shared=cuda_emulator.H200_SHARED,
+        architectures="sm_80 sm_90a sm_100 compute_100",
+    ) -> None:
+        monkeypatch.setattr(load_native("_cuda").module, "architectures", architectures)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(cuda, "_limits", lambda device: (shared, 132))
@@ -102,7 +107,11 @@ def test_supports(machine, case, options, reason) -> None:
 
 @needs_module
 @pytest.mark.parametrize(
-    "capability, runs", [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), False)]
+    "capability, runs",
+    [
+        *[((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True)],
+        *[((10, 0), True), ((10, 3), True), ((12, 0), False)],
+    ],
 )
 def test_only_what_it_is_compiled_for(machine, capability, runs) -> None:
     machine(capability)
@@ -110,6 +119,26 @@ def test_only_what_it_is_compiled_for(machine, capability, runs) -> None:
     assert (reason is None) == runs
     if not runs:
         assert f"capability {capability[0]}.{capability[1]}" in reason
+
+
+@needs_module
+@pytest.mark.parametrize(
+    "architectures, capability, runs",
+    [
+        ("sm_90a compute_90", (8, 0), False),
+        ("sm_90a compute_90", (9, 0), True),
+        ("sm_90a compute_90", (10, 0), False),
+        ("sm_80 compute_80", (8, 6), True),
+        ("sm_80 compute_80", (9, 0), False),
+        ("sm_100 compute_100", (9, 0), False),
+    ],
+)
+def test_a_module_for_fewer_gpus_says_so(machine, architectures, capability, runs) -> None:
+    """MOSO_FAST_CUDA_ARCHITECTURES: without binary code a launch would fail, or compile PTX."""
+    machine(capability, architectures=architectures)
+    reason = CudaBackend().supports(OnGpu(problem_of(random_case("ids"))))
+    assert (reason is None) == runs
+    assert runs or reason.endswith(f": {architectures}")
 
 
 @needs_module

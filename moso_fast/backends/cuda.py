@@ -11,6 +11,7 @@ term of weights and residuals; float32 features are two terms at "high" and "med
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -25,8 +26,6 @@ from ..problem import Problem
 from .base import Availability, Backend
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Major compute capabilities that csrc/cuda is compiled for.
-_COMPILED = (8, 9, 10)
 # Slabs of one launch; csrc/cuda/index.cuh cuts shorter ones evenly.
 _SLABS = 512
 # Rows at a time where a strided feature matrix must be copied.
@@ -63,8 +62,9 @@ class CudaBackend(Backend):
         if problem.device.type != "cuda":
             return f"features and heads are on {problem.device}; CUDA kernels need a GPU"
         major, minor = torch.cuda.get_device_capability(problem.device)
-        if major not in _COMPILED:
-            return f"the kernels are not compiled for compute capability {major}.{minor}"
+        built = str(_module().architectures)
+        if not _compiled_for((major, minor), built):
+            return f"the kernels are not compiled for compute capability {major}.{minor}: {built}"
         return _unknown(problem) or _too_large(problem, _shared_limit(problem.device))
 
     def not_by_default(self, problem: Problem) -> str | None:
@@ -178,6 +178,19 @@ def _module() -> ModuleType:
     module = load_native("_cuda").module
     assert module is not None, "chosen only where it is available"
     return module
+
+
+def _compiled_for(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether binary code of ``architectures`` ("sm_80 sm_90a compute_90") runs on a device.
+
+    Code runs on its own and later minor versions of a major one, with an "a" on its own only. PTX
+    for later devices is not counted: nobody has looked at the registers that they would take.
+    """
+    for major, minor, exact in re.findall(r"sm_(\d+)(\d)(a?)", architectures):
+        built = int(major), int(minor)
+        if capability == built or (not exact and capability[0] == built[0] and capability > built):
+            return True
+    return False
 
 
 @cache

@@ -175,6 +175,11 @@ class StreamedFeed(Feed):
             if not arrival.cancelled() and arrival.exception() is None:
                 self._lane.wait(arrival.result())
         self._arrivals.clear()
+        # The problem refers to this feed and back: without this the memory would stay until the
+        # garbage collector comes round to the two.
+        self._slots.clear()
+        self._staging.clear()
+        self._kept = self._kept[:0].clone()
 
     def _second_order(self) -> list[int]:
         """Begin with what the first pass leaves in the slots, then the residents, then backwards.
@@ -220,6 +225,9 @@ class StreamedFeed(Feed):
         turn, self._turn = self._turn, (self._turn + 1) % _SLOTS
         self._arrivals[number] = self._worker.submit(self._send, rows, target, after, turn)
 
+    # The mode of the caller does not reach the worker, but what was allocated in it may only be
+    # written in it; other memory may be, too.
+    @torch.inference_mode()
     def _send(self, rows: slice, target: Tensor, after: Any, turn: int) -> Any:
         source = self._features[rows]
         if self._staging:

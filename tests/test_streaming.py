@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from contextlib import closing
 
 import pytest
@@ -139,6 +141,39 @@ def test_device_memory_is_two_chunks_and_what_stays() -> None:
         taken.clear()
         feed_of(25, 5, resident, Counting()).close()
         assert taken == expected
+
+
+def test_memory_goes_with_the_feed_not_with_the_garbage_collector() -> None:
+    memory = []
+
+    class Watched(EagerLane):
+        def buffer(self, shape, dtype):
+            memory.append(weakref.ref(found := super().buffer(shape, dtype).untyped_storage()))
+            return torch.empty(0, dtype=dtype).set_(found, 0, shape)
+
+        def staging(self, shape, dtype):
+            return self.buffer(shape, dtype)
+
+    gc.disable()
+    try:
+        lane = Watched()
+        with closing(feed_of(25, 5, 7 * 12, lane)) as feed:
+            walk(feed, lane)
+        assert len(memory) == 5 and all(storage() is None for storage in memory)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("lane_type", LANES)
+def test_under_inference_mode(lane_type, streaming) -> None:
+    """Buffers are the caller's, filled by a thread to which no mode of the caller comes."""
+    case = random_case("ids", n=30)
+    streaming(6, 8, lane_type)
+    expected = score_with("torch", case)
+    with torch.inference_mode():
+        got = score_with("torch", case)
+    for name in FIELDS:
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
 
 
 def test_the_next_chunk_travels_while_one_is_worked_on() -> None:

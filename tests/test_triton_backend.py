@@ -25,7 +25,7 @@ from moso_fast.backends import (
 from moso_fast.backends import cuda as cuda_backend
 from moso_fast.backends import triton as triton_backend
 from moso_fast.backends._triton_choice import REGIMES, RULES, Rule, choose_regime
-from moso_fast.backends._triton_regime import Limits
+from moso_fast.backends._triton_regime import PROVEN_MAJORS, Limits
 from moso_fast.backends.triton import TritonBackend, operand_dtype
 from moso_fast.functional import explain, moso_scores
 from moso_fast.problem import build_problem
@@ -137,7 +137,7 @@ def test_what_is_proven_is_what_the_compiler_test_covers() -> None:
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     from aot import ARCHITECTURES
 
-    assert {arch // 10 for arch in ARCHITECTURES} == set(triton_backend._PROVEN)
+    assert {arch // 10 for arch in ARCHITECTURES} == set(PROVEN_MAJORS)
 
 
 def test_float64_on_a_gpu_falls_to_torch_with_the_reason(machine) -> None:
@@ -325,6 +325,27 @@ def test_a_tile_that_the_gpu_cannot_hold_is_not_launched(monkeypatch, wanted, li
         problem_of(random_case("ids")), "key", choices, by_name[wanted], (True, True), print
     )
     assert found.name == expected
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [(7, 5), (11, 0), (12, 0)])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_gpu_of_another_generation_gets_the_tiles_of_the_oldest(
+    machine, monkeypatch, regime, capability
+) -> None:
+    """Asked for by name, the backend runs there too."""
+    machine(capability=capability)
+    problem = problem_of(random_case("ids"))
+    found = TritonBackend(regime).describe(problem)
+    machine(capability=(8, 0))
+    assert found == TritonBackend(regime).describe(problem)
+    tile = SimpleNamespace(name="newer", shared_bytes=1024)
+    choices = [SimpleNamespace(rounded=True, aligned=True, tile=tile, majors=(9, 10))]
+    monkeypatch.setattr(_triton_products, "limits_of", lambda device: Limits(99 * 1024, capability))
+    oldest = SimpleNamespace(name="oldest", shared_bytes=1024)
+    choices.append(SimpleNamespace(rounded=True, aligned=True, tile=oldest, majors=(8, 9, 10)))
+    arguments = (problem, "key", choices, oldest, (True, True), print)
+    assert _triton_products.pick_tile(*arguments).name == "oldest"
 
 
 def test_import_and_availability_do_not_import_triton() -> None:

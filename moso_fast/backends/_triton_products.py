@@ -110,7 +110,7 @@ def align_stored(
     tiles = kernel.PROJECT_TILES if project else kernel.PULL_TILES
     labels = (problem.heads, features.dtype, problem.precision, project, *operands)
     key = kind("stored_alignment", problem.classes, problem.dim, *labels)
-    major = limits_of(problem.device).capability[0]
+    major = limits_of(problem.device).major
     wanted = kernel.choose_tile(problem.classes, project, *operands, major)
     launch(pick_tile(problem, key, tiles, wanted, operands, launch))
 
@@ -135,7 +135,7 @@ def pick_tile(
             choice.tile
             for choice in choices
             if (choice.rounded, choice.aligned) == (rounded, aligned)
-            and limits.capability[0] in getattr(choice, "majors", (limits.capability[0],))
+            and limits.major in getattr(choice, "majors", (limits.major,))
             and choice.tile.shared_bytes <= limits.shared_bytes
         ]
 
@@ -170,7 +170,7 @@ def alignment_tile(problem: Problem) -> str:
 
     rounded = operand_dtype(problem) == torch.bfloat16
     project = problem.classes <= problem.dim
-    major = limits_of(problem.device).capability[0]
+    major = limits_of(problem.device).major
     tile = stored_alignment.choose_tile(problem.classes, project, rounded, True, major)
     return f"{'H G^T' if project else 'R G'} tile {tile_shape(tile)}"
 

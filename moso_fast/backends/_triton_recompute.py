@@ -74,7 +74,7 @@ class RecomputeRegime(Regime):
         from moso_fast.kernels import stacked_alignment
 
         rounded = operand_dtype(problem) == torch.bfloat16
-        major = limits_of(problem.device).capability[0]
+        major = limits_of(problem.device).major
         tile = stacked_alignment.choose_tile(problem.classes, rounded, True, major)
         return (
             f"{operand_name(problem)} logits by cuBLAS, {residual_tile(problem)}, "
@@ -137,7 +137,7 @@ class RecomputeRegime(Regime):
         operands = (gradient.dtype == torch.bfloat16, straight)
         labels = (problem.heads, features.dtype, problem.precision, *operands)
         key = kind("stacked_alignment", problem.classes, problem.dim, *labels)
-        major = limits_of(problem.device).capability[0]
+        major = limits_of(problem.device).major
         wanted = kernel.choose_tile(problem.classes, *operands, major)
         launch(pick_tile(problem, key, kernel.TILES, wanted, operands, launch))
 

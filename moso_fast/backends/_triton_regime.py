@@ -29,6 +29,9 @@ SLAB_ROWS = {"highest": 2048, "high": 8192, "medium": 8192}
 # technical specifications): what the interpreter stands in for, compute capability 9.0.
 _SHARED_BYTES_OF_90 = 227 * 1024
 
+# Major compute capabilities that tests/test_triton_aot*.py compile every tile for.
+PROVEN_MAJORS = (8, 9, 10)
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -36,6 +39,11 @@ class Limits:
 
     shared_bytes: int
     capability: tuple[int, int]
+
+    @property
+    def major(self) -> int:
+        """Major capability whose tiles it takes: its own if tests compile for it, else 8."""
+        return self.capability[0] if self.capability[0] in PROVEN_MAJORS else 8
 
 
 class Regime(ABC):

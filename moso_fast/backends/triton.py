@@ -20,15 +20,13 @@ from torch import Tensor
 from .. import engine
 from ..problem import Problem
 from ._triton_choice import Choice, choose_regime, forced_regime
-from ._triton_regime import Regime, interpreted, operand_dtype
+from ._triton_regime import PROVEN_MAJORS, Regime, interpreted, operand_dtype
 from .base import Availability, Backend
 
 __all__ = ["TritonBackend", "operand_dtype"]
 
 _MINIMUM = (3, 6)
 _INSTALL = 'pip install "triton>=3.6"'
-# Major compute capabilities that tests/test_triton_aot*.py compile every tile for.
-_PROVEN = (8, 9, 10)
 # Where a job leaves the regime of its first pass for its second, in RowBuffers.scratch.
 _REGIME = "regime"
 
@@ -90,7 +88,7 @@ class TritonBackend(Backend):
         if problem.device.type != "cuda":
             return "the interpreter is for tests"
         capability = torch.cuda.get_device_capability(problem.device)
-        if capability[0] in _PROVEN:
+        if capability[0] in PROVEN_MAJORS:
             return None
         return (
             f"no test compiles its kernels for compute capability {capability[0]}.{capability[1]}"

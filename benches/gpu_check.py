@@ -2,8 +2,10 @@
 
     make gpu-check        (or: python benches/gpu_check.py [--quick] [--out FOLDER])
 
-Builds in place, runs tests/gpu, compute-sanitizer's memcheck over small shapes where that tool is
-found, then times the H200 table (gpu_timing.py). Prints a short table last and writes JSON to
+Builds in place (the CUDA module for this GPU's generation alone), runs tests/gpu, where
+compute-sanitizer is found its memcheck, racecheck and initcheck over the small shapes of the CUDA
+C++ kernels and memcheck over those of the other backends, then times the H200 table
+(gpu_timing.py), short jobs in CUDA graphs too. Prints a short table last and writes JSON to
 benches/results/<GPU>/ or --out. Without a GPU it runs to its end all the same: it says what it
 skipped, and walks through the timing on tiny shapes, whose numbers are no result.
 
@@ -32,16 +34,20 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import gpu_timing  # noqa: E402 (it imports the package of this source tree)
 from gpu_timing import Contender  # noqa: E402
+from native_plan import find_nvcc  # noqa: E402
 
 from moso_fast.backends import backends  # noqa: E402
 
 BUDGET = 540.0  # seconds, all stages together
 CLOSING = 15.0  # of them for the table and the file
-LIMITS = {"build": 90.0, "tests": 210.0, "sanitizer": 90.0}
+LIMITS = {"build": 150.0, "tests": 210.0, "sanitizer": 60.0, "memcheck": 90.0}
+TIMING = 120.0  # of them that checks leave to the timing
+SHORTEST = 20.0  # a check with less time than this is not begun
+CUDA_TESTS = "tests/gpu/test_gpu_cuda.py"
 
 
 def stage(name: str, command: Sequence[str], limit: float, **environment: str) -> dict[str, Any]:
@@ -89,30 +95,71 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer")
 
 
-def stages(gpu: bool, quick: bool) -> dict[str, Any]:
-    """Build, tests, memcheck."""
+def architecture() -> dict[str, str]:
+    """Environment that compiles the CUDA module for this GPU alone, a third of the time."""
+    if "MOSO_FAST_CUDA_ARCHITECTURES" in os.environ or not torch.cuda.is_available():
+        return {}
+    major = torch.cuda.get_device_capability(0)[0]
+    known = find_nvcc(os.environ)[1]
+    names = [name for name in known if int(name.rstrip("a")) // 10 == major]
+    return {"MOSO_FAST_CUDA_ARCHITECTURES": names[-1]} if names else {}
+
+
+def bounded(
+    name: str, command: Sequence[str], limit: float, deadline: float, **environment: str
+) -> dict[str, Any]:
+    """Run a stage in what is left of the time; being cut short by that is no failure."""
+    left = deadline - time.monotonic()
+    if left < SHORTEST:
+        return skipped(name, "the time is up")
+    done = stage(name, command, min(limit, left), **environment)
+    if left < limit and done["outcome"].startswith("failed: not done"):
+        done["outcome"] = f"cut short after {left:.0f} s: the time was up"
+    return done
+
+
+def checks(pytest: Sequence[str]) -> list[tuple[str, str, float, list[str], dict[str, str]]]:
+    """Name, tool of compute-sanitizer, limit, test command and environment of each check."""
+    # Without PyTorch's pool every tensor is an allocation of its own, with watched borders.
+    apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    cuda = [*pytest, CUDA_TESTS, "-k", "small"]
+    others = [*pytest, "tests/gpu", f"--ignore={CUDA_TESTS}", "-k", "small"]
+    found = [
+        (f"cuda {tool}", tool, LIMITS["sanitizer"], cuda, environment)
+        for tool, environment in (
+            ("memcheck", apart),
+            ("racecheck", {}),
+            ("initcheck", {**apart, "MOSO_FAST_RAW_MEMORY": "1"}),
+        )
+        if backends()["cuda"].available
+    ]
+    return [*found, ("memcheck", "memcheck", LIMITS["memcheck"], others, apart)]
+
+
+def stages(gpu: bool, quick: bool, deadline: float) -> dict[str, Any]:
+    """Build, tests, compute-sanitizer."""
     python = sys.executable
     done: dict[str, Any] = {}
     if quick:
         done["build"] = skipped("build", "--quick takes what is built")
     else:
         command = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
-        done["build"] = stage("build", command, LIMITS["build"])
+        done["build"] = stage("build", command, LIMITS["build"], **architecture())
     if not gpu:
-        done["tests/gpu"] = skipped("tests/gpu", "no CUDA device")
-        done["memcheck"] = skipped("memcheck", "no CUDA device")
+        for name in ("tests/gpu", "memcheck"):
+            done[name] = skipped(name, "no CUDA device")
         return done
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    done["tests/gpu"] = stage("tests/gpu", pytest, LIMITS["tests"])
-    tool = sanitizer()
-    if tool is None:
-        done["memcheck"] = skipped("memcheck", "compute-sanitizer is not installed")
-    else:
-        command = [tool, "--tool", "memcheck", "--error-exitcode", "1", *pytest, "-k", "small"]
-        # Without PyTorch's pool every tensor is an allocation of its own, with watched borders.
-        done["memcheck"] = stage(
-            "memcheck", command, LIMITS["sanitizer"], PYTORCH_NO_CUDA_MEMORY_CACHING="1"
-        )
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done["tests/gpu"] = bounded("tests/gpu", [*pytest, "tests/gpu"], LIMITS["tests"], deadline)
+    if not backends()["cuda"].available:
+        done["cuda"] = skipped("cuda", backends()["cuda"].reason)
+    program = sanitizer()
+    for name, tool, limit, tests, environment in checks(pytest):
+        if program is None:
+            done[name] = skipped(name, "compute-sanitizer is not installed")
+            continue
+        command = [program, "--tool", tool, "--error-exitcode", "1", *tests]
+        done[name] = bounded(name, command, limit, deadline, **environment)
     return done
 
 
@@ -182,7 +229,7 @@ def summary(
                 "floor_milliseconds": 1e3 * floor,
                 "percent_of_floor": None if median is None else 100 * floor / median,
                 "times_best_plain": min(plain) / median if c.ours and median and plain else None,
-                "peak_mib": c.peak_bytes / 2**20,
+                "peak_mib": None if c.peak_bytes is None else c.peak_bytes / 2**20,
                 "relative_error": c.error if c.error == c.error else None,
                 "problem": c.problem or None,
             }
@@ -238,9 +285,9 @@ def print_table(measured: dict[str, Any]) -> None:
             print(f"{line}  not timed: the time was up")
             continue
         ratio = "" if row["times_best_plain"] is None else f"{row['times_best_plain']:.2f}"
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
         print(
-            f"{line} {row['milliseconds']:9.3f} {row['percent_of_floor']:8.1f} "
-            f"{ratio:>7} {row['peak_mib']:9.1f}"
+            f"{line} {row['milliseconds']:9.3f} {row['percent_of_floor']:8.1f} {ratio:>7} {peak:>9}"
         )
 
 
@@ -266,7 +313,8 @@ def main() -> int:
     options = parser.parse_args()
     deadline = time.monotonic() + BUDGET - CLOSING
     gpu = torch.cuda.is_available()
-    report: dict[str, Any] = {"conditions": conditions(gpu), "stages": stages(gpu, options.quick)}
+    report: dict[str, Any] = {"conditions": conditions(gpu)}
+    report["stages"] = stages(gpu, options.quick, deadline - TIMING)
     if not gpu:
         skipped("timing", "no CUDA device; a dry run on tiny shapes follows")
     report["dry_run"] = not gpu

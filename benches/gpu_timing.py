@@ -54,6 +54,8 @@ DRY_TABLE = ((300, 10, 16), (60, 100, 24))
 # contract, plain PyTorch only to being the same computation (bfloat16 logits cost it two digits).
 OURS = {"highest": 1e-5, "high": 5e-3, "medium": 1e-2}
 PLAIN = {"highest": 1e-3, "high": 5e-2, "medium": 1e-1}
+# Rows up to which launches may take as long as kernels: also timed as CUDA graphs.
+GRAPH_ROWS = 100_000
 LONGEST_JOB = 2.0  # seconds at the floor, above which a row is skipped
 _FRACTION_OF_MEMORY = 0.8
 
@@ -69,7 +71,7 @@ class Contender:
     ours: bool
     seconds: list[float] = field(default_factory=list)
     error: float = float("nan")
-    peak_bytes: int = 0
+    peak_bytes: int | None = 0  # None for a graph, whose memory is its own
     problem: str = ""
 
 
@@ -78,7 +80,9 @@ def contenders(
 ) -> list[Contender]:
     """Everything to be timed on features of this shape and dtype.
 
-    "triton" is the regime that its table chooses; the others that fit follow as triton/NAME.
+    "triton" is the regime that its table chooses; the others that fit follow as triton/NAME. Short
+    jobs of "triton" and "cuda" are there a second time, as "(graph)": without the checks that
+    wait for the GPU.
     """
     found = []
     precisions = ("highest", "high") if dtype == torch.float32 else ("medium",)
@@ -88,6 +92,9 @@ def contenders(
             if not backends()[name].available or get(name).supports(problem) is not None:
                 continue
             found.append(Contender(name, precision, dtype, _ours(name, precision), True))
+            if name in ("triton", "cuda") and problem.rows <= GRAPH_ROWS:
+                graph = Graphed(_ours(name, precision))
+                found.append(Contender(f"{name} (graph)", precision, dtype, graph, True))
             if name == "triton":
                 found += [
                     Contender(f"triton/{r}", precision, dtype, _ours(name, precision, r), True)
@@ -142,6 +149,28 @@ def _ours(
         return stats.loss, stats.alignment, stats.grad_sqnorm
 
     return run
+
+
+class Graphed:
+    """Runs as a CUDA graph, captured at the first call with each set of tensors."""
+
+    def __init__(self, run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
+        self._run = run
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def __call__(self, *data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Replay; the results of the call before on the same tensors are overwritten."""
+        key = data[0].data_ptr()
+        if key not in self._graphs:
+            self._run(*data)  # compiles and loads the kernels, which a capture must not
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self._run(*data)
+            self._graphs[key] = graph, result
+        graph, result = self._graphs[key]
+        graph.replay()
+        return result
 
 
 def exact(h: Tensor, w: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,6 +327,10 @@ def time_row(
         if time.monotonic() < deadline:
             _check(contender, copies[0], truth, gpu)
     running = [c for c in found if c.error == c.error and not c.problem]
+    for c in running:
+        for chosen in copies if isinstance(c.run, Graphed) else ():
+            with MatmulPrecision(c.precision):
+                c.run(*chosen)  # captures
     for index in range(rounds):
         for c in running:
             chosen = copies[index % len(copies)]
@@ -329,7 +362,8 @@ def _check(
         return
     if gpu:
         torch.cuda.synchronize()
-        contender.peak_bytes = torch.cuda.max_memory_allocated() - before
+        graph = isinstance(contender.run, Graphed)
+        contender.peak_bytes = None if graph else torch.cuda.max_memory_allocated() - before
     contender.error = _error(result, truth)
     limit = (OURS if contender.ours else PLAIN)[contender.precision]
     if not contender.error <= limit:

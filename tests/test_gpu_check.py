@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from moso_fast.backends import Availability
 
 BENCHES = Path(__file__).resolve().parents[1] / "benches"
 
@@ -86,3 +89,59 @@ def test_a_stage_that_hangs_is_ended_with_its_children(gpu_timing, tmp_path: Pat
     assert gpu_check.stage("good", ["true"], limit=5.0)["outcome"] == "passed"
     time.sleep(2.5)
     assert not mark.exists()
+
+
+def test_a_graph_is_captured_once_for_each_set_of_tensors(gpu_timing, monkeypatch) -> None:
+    """Every later call replays, and nothing is captured before it ran once."""
+    events: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            events.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph: Graph):
+        events.append("capture")
+        yield
+        events.append("captured")
+
+    def work(features):
+        events.append("run")
+        return (features, features, features)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    run, one, two = gpu_timing.Graphed(work), torch.ones(3), torch.zeros(3)
+    first = ["run", "wait", "capture", "run", "captured", "replay"]
+    for data in (one, one, two, one, two):
+        assert run(data)[0] is data
+    assert events == [*first, "replay", *first, "replay", "replay"]
+
+
+def test_checks_cover_the_cuda_kernels_with_three_tools(gpu_timing, monkeypatch) -> None:
+    gpu_check = importlib.import_module("gpu_check")
+    for available in (True, False):
+        found = {"cuda": Availability(available, "pretended")}
+        monkeypatch.setattr(gpu_check, "backends", lambda found=found: found)
+        checks = {name: rest for name, *rest in gpu_check.checks(["pytest"])}
+        names = {"cuda memcheck", "cuda racecheck", "cuda initcheck"} if available else set()
+        assert set(checks) == names | {"memcheck"}
+        for name in names:
+            tool, _, command, environment = checks[name]
+            assert name == f"cuda {tool}" and gpu_check.CUDA_TESTS in command
+            # Filled memory would hide what initcheck looks for.
+            assert ("MOSO_FAST_RAW_MEMORY" in environment) == (tool == "initcheck")
+    assert (BENCHES.parent / gpu_check.CUDA_TESTS).is_file()
+
+
+def test_a_check_that_the_clock_cuts_short_is_no_failure(gpu_timing, monkeypatch) -> None:
+    gpu_check = importlib.import_module("gpu_check")
+    monkeypatch.setattr(gpu_check, "SHORTEST", 0.5)
+    start = time.monotonic()
+    cut = gpu_check.bounded("cut", ["sleep", "9"], 30.0, start + 1.0)
+    assert cut["outcome"].startswith("cut short")
+    hung = gpu_check.bounded("hung", ["sleep", "9"], 0.5, start + 60.0)
+    assert hung["outcome"].startswith("failed")
+    late = gpu_check.bounded("late", ["false"], 30.0, start)
+    assert late["outcome"] == "skipped"

@@ -132,16 +132,30 @@ def check_chunk_size(chunk_size: int | None) -> None:
 def residual_budget(device: torch.device) -> int:
     """Bytes of residuals that may stay between the passes on this device."""
     if device.type == "cuda":
-        return int(_CUDA_RESIDUAL_SHARE * torch.cuda.mem_get_info(device)[0])
+        return int(_CUDA_RESIDUAL_SHARE * _free_bytes(device))
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return int(_CPU_RESIDUAL_SHARE * physical)
     return 2**30
 
 
+def _free_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that are free, or that PyTorch holds from earlier work and can give back.
+
+    Without the latter a second call would find what the first one used gone, and plan otherwise.
+    """
+    held = torch.cuda.memory_stats(device)  # empty before the first allocation
+
+    def current(kind: str) -> int:
+        return held.get(f"{kind}_bytes.all.current", 0)
+
+    idle = current("reserved") - current("active") - current("inactive_split")
+    return torch.cuda.mem_get_info(device)[0] + max(0, idle)
+
+
 def _resident_budget(device: torch.device, residual_bytes: int) -> int:
     """Bytes of streamed features that may stay on a GPU beside residuals and a chunk's work."""
-    free = torch.cuda.mem_get_info(device)[0]
+    free = _free_bytes(device)
     return max(0, int(_CUDA_KEPT_SHARE * free) - residual_bytes - _CUDA_WORKING_BYTES)
 
 

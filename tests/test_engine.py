@@ -55,6 +55,23 @@ def test_budget_is_a_share_of_the_memory():
     assert 2**26 < budget < 2**50
 
 
+def test_memory_that_earlier_work_left_with_pytorch_counts_as_free(monkeypatch):
+    device, gib = torch.device("cuda", 0), 2**30
+    held: dict[str, int] = {}
+    free = 80 * gib
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 80 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device=None: held)
+    before = engine.residual_budget(device), engine._resident_budget(device, gib)
+    # A call has taken 60 GiB from the driver and given them back to PyTorch's pool.
+    free = 20 * gib
+    held.update({"reserved_bytes.all.current": 60 * gib, "active_bytes.all.current": 0})
+    assert (engine.residual_budget(device), engine._resident_budget(device, gib)) == before
+    # What is in use, or shares a block with what is, cannot be had.
+    held["active_bytes.all.current"] = 50 * gib
+    held["inactive_split_bytes.all.current"] = 4 * gib
+    assert engine.residual_budget(device) == 13 * gib
+
+
 @each_backend
 def test_default_chunks_are_bounded(backend):
     """At most 8192 rows a float32 partial, and few rows for a vocabulary head."""

@@ -461,5 +461,9 @@ def test_command_line(
     assert table.provenance["parameters"].startswith("3 (")
     assert main([*words.split(), "--scope", "fc"]) == 2
     assert "scope goes with gradient='full'" in capsys.readouterr().err
+    files = ["score", "--features", "f.npy", "--labels", "l.npy", "--head", "h.npz", "-o", "o.npz"]
+    for option, value in (("--scope", "fc"), ("--views", "2"), ("--autocast", "bfloat16")):
+        assert main([*files, option, value]) == 2
+        assert f"{option} goes with --gradient full" in capsys.readouterr().err
     assert main([*words.split(), "--gradient", "full", "--autocast", "int8"]) == 2
     assert "--autocast must be bfloat16 or float16; got 'int8'" in capsys.readouterr().err

@@ -205,6 +205,10 @@ def _full_options(
     if from_files:
         if gradient != "last_layer":
             raise ValueError(f"--gradient {gradient} goes with --model and --data, not with files")
+        given = {"--scope": bool(scope), "--views": views != 1, "--autocast": autocast is not None}
+        for option, is_given in given.items():
+            if is_given:
+                raise ValueError(f"{option} goes with --gradient full, --model and --data")
         return {}
     import torch
 

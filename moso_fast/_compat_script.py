@@ -130,6 +130,11 @@ def _run(options: argparse.Namespace) -> None:
     from .scorer import MoSoScorer
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {reason}") from error
     data: Any
     if ":" in options.data and not Path(options.data).exists():
         data = import_object(options.data, "--data")

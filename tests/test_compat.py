@@ -147,6 +147,7 @@ def test_script(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("--num_trails 3", "has no trial_2_EPOCH.pth"),
         ("--num_trails 7", "--num_trails must be from 1 to 6, got 7"),
         ("--samples 5", "--samples must be from 1 to 4, the common epochs; got 5"),
+        ("--device nonsense", "--device nonsense cannot be used here: "),
         ("--data nowhere", "--data nowhere is no folder"),
         ("--model compat_net:nothing", "no 'nothing' in compat_net"),
     ],

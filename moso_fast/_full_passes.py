@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ._full_batches import Batch
 from ._full_loss import OutputLoss, RowLosses
+from ._norms.normalization import with_strides_of
 from ._norms.recurrent import recurrent
 from ._norms.tape import Plan, Tape
 from ._norms.trace import RECURRENT, Trace, untraced_uses, whole_graph
@@ -132,9 +133,8 @@ def missed(plan: Plan, total: Tensor) -> bool:
 class _Sound(TorchFunctionMode):
     """Keeps plain autograd clear of two faults.
 
-    torch 2.13 takes a permuted gradient of a single image after batch norm for a contiguous one on
-    a CPU, and returns a wrong gradient without a word: it gets the strides of the input. cuDNN's
-    recurrent layers have no backward in eval mode: they are written out.
+    That of batch norm in `with_strides_of`; and cuDNN's recurrent layers have no backward in eval
+    mode: they are written out.
     """
 
     def __torch_function__(
@@ -145,13 +145,8 @@ class _Sound(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **(kwargs or {}))
-        if func is F.batch_norm and result.requires_grad:
-            strides = args[0].stride()
-            result.register_hook(
-                lambda g: torch.empty_strided(
-                    g.shape, strides, dtype=g.dtype, device=g.device
-                ).copy_(g)
-            )
+        if func is F.batch_norm:
+            return with_strides_of(args[0], result)
         return result
 
 

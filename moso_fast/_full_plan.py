@@ -23,7 +23,7 @@ from ._full_passes import (
     explicit_gradients,
     traced,
 )
-from ._norms.layout import Layout
+from ._norms.layout import Layout, clear
 from ._norms.tape import Plan, Tape
 from ._norms.trace import Trace
 
@@ -122,11 +122,14 @@ class Methods:
                 found = [layout for layout in agreed[call.key] if layout in found]
             agreed[call.key] = found
         for call, _, used in tape.calls:
-            if agreed[call.key]:
+            if clear(agreed[call.key]):
                 plan.layouts[call.key] = agreed[call.key][0]
                 continue
+            reason = "do not lie apart"
+            if agreed[call.key]:
+                reason = "cannot be told apart: the first ones have no gradient there"
             for key in used:
-                plan.others.setdefault(key, "used where the samples do not lie apart")
+                plan.others.setdefault(key, f"used where the samples {reason}")
         for key, kinds in tape.kinds.items():
             if len(kinds) > 1:
                 plan.others.setdefault(key, "used in different shapes")

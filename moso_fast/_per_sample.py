@@ -69,7 +69,7 @@ def norms(method: Method, network: Network, batch: Batch, only: Sequence[int]) -
     result = torch.zeros(batch.samples, dtype=torch.float64, device=network.device)
     for some, gradients in method(network, batch, only):
         for g in gradients.values():
-            result[some] += g.flatten(1).square().sum(1).double()
+            result[some] += g.reshape(len(g), -1).square().sum(1).double()
     return result
 
 
@@ -78,5 +78,5 @@ def dots(method: Method, network: Network, batch: Batch, tangents: Gradients) ->
     result = torch.zeros(batch.samples, dtype=torch.float64, device=network.device)
     for some, gradients in method(network, batch, list(network.names)):
         for key, g in gradients.items():
-            result[some] += (g.flatten(1) @ tangents[key].flatten()).double()
+            result[some] += (g.reshape(len(g), -1) @ tangents[key].flatten()).double()
     return result

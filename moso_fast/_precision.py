@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -18,6 +19,8 @@ from .problem import Problem
 _lock = threading.Lock()
 _users = 0
 _before = "highest"
+_convolving = 0
+_cudnn_before: bool | tuple[str, str] = True
 
 
 @contextmanager
@@ -33,8 +36,18 @@ def own_precision(problem: Problem) -> Iterator[None]:
             _leave()
 
 
-def _enter(allowed: str) -> None:
-    global _users, _before
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """No float32 product or convolution with rounded operands, whatever is set globally."""
+    _enter("highest", convolutions=True)
+    try:
+        yield
+    finally:
+        _leave(convolutions=True)
+
+
+def _enter(allowed: str, convolutions: bool = False) -> None:
+    global _users, _before, _convolving, _cudnn_before
     with _lock:
         current = torch.get_float32_matmul_precision()
         if _users == 0:
@@ -43,11 +56,44 @@ def _enter(allowed: str) -> None:
         # Another thread that relies on "highest" must not be given less.
         if current != allowed and (_users == 1 or allowed == "highest"):
             torch.set_float32_matmul_precision(allowed)
+        if convolutions:
+            if _convolving == 0:
+                _cudnn_before = _forbid_tf32()
+            _convolving += 1
 
 
-def _leave() -> None:
-    global _users
+def _leave(convolutions: bool = False) -> None:
+    global _users, _convolving
     with _lock:
+        if convolutions:
+            _convolving -= 1
+            if _convolving == 0:
+                _restore_tf32(_cudnn_before)
         _users -= 1
         if _users == 0 and torch.get_float32_matmul_precision() != _before:
             torch.set_float32_matmul_precision(_before)
+
+
+def _forbid_tf32() -> bool | tuple[str, str]:
+    """Let cuDNN round no operands; return what was set before.
+
+    PyTorch has an old and a new name for this setting, and the old one cannot be read any more
+    once the new ones were written: what the caller has used is what is put back.
+    """
+    cudnn: Any = torch.backends.cudnn
+    try:
+        before: bool = cudnn.allow_tf32
+    except RuntimeError:
+        by_operation = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+        return by_operation
+    cudnn.allow_tf32 = False
+    return before
+
+
+def _restore_tf32(before: bool | tuple[str, str]) -> None:
+    cudnn: Any = torch.backends.cudnn
+    if isinstance(before, tuple):
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
+    else:
+        cudnn.allow_tf32 = before

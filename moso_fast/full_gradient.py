@@ -23,6 +23,7 @@ from ._full_passes import Gradients, Network, traced
 from ._full_plan import Methods
 from ._full_scope import choose_parameters, only_these_require_grad
 from ._norms.tape import UnknownCall
+from ._precision import exact_products
 
 __all__ = ["FullGradient", "PartResult", "choose_parameters", "only_these_require_grad"]
 
@@ -94,7 +95,7 @@ class FullGradient:
             A self-check failed.
         """
         # Forward passes open the autocast that they need; backward passes must have none.
-        with torch.autocast(self.network.device.type, enabled=False):
+        with torch.autocast(self.network.device.type, enabled=False), exact_products():
             return self._part(batches, on_batch, on_count)
 
     def _part(

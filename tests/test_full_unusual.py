@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -155,6 +156,43 @@ class Bag(nn.Module):
         return self.fc(self.embed(x))
 
 
+class Positions(nn.Module):
+    """Positions looked up once for all samples."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(11, 6), nn.Embedding(length, 6)
+        self.fc = nn.Linear(6, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        where = torch.arange(x.shape[1], device=x.device)
+        return self.fc((self.embed(x) + self.positions(where)).tanh().mean(1))
+
+
+class Temperature(nn.Module):
+    """A parameter without dimensions that no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(108, CLASSES), nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(1)) * self.scale.exp()
+
+
+class Permuted(nn.Module):
+    """Batch norm whose gradient comes in permuted."""
+
+    def __init__(self, affine: bool = True) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=affine)
+        self.mix, self.fc = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.fc(self.mix(h).tanh().mean(1))
+
+
 # name: model, how many of its parameters are not traced, how the alignment is computed
 CASES: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
     "frames, sample by sample": (lambda: Frames(False), 0, "forward mode"),
@@ -164,6 +202,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
     "masked": (Masked, 4, "forward mode"),
     "queries": (Queries, 3, "forward mode"),
     "transposed": (Transposed, 4, "forward mode"),
+    "temperature": (Temperature, 1, "forward mode"),
+    "permuted": (lambda: Permuted(affine=False), 0, "forward mode"),
     "lstm: gpt": (Gpt, 0, "forward mode"),
     "lstm: packed": (Packed, 4, "double backward; no forward mode: _pack_padded_sequence does not"),
     "lstm: bag": (Bag, 1, "vmap; no forward mode: _embedding_bag does not support it"),
@@ -176,11 +216,102 @@ def test_scores_are_exact(name: str) -> None:
     torch.manual_seed(0)
     model = build_it().double().eval()
     inputs, labels = data(name, N)
-    expected = scores(gradients(model, inputs, labels), "moso")
+    copies = 2 if name == "permuted" else 1
+    expected = scores(gradients(model, inputs, labels, copies=copies), "moso")
     table = score(model, inputs, labels)
     assert (table.scores - expected).abs().max() <= 1e-10 * expected.abs().max()
     assert len(table.provenance["norms_explicit"]) == explicit
     assert table.provenance["alignment"].startswith(alignment)
+
+
+@pytest.mark.parametrize("length", [5, 10])
+def test_as_many_positions_as_samples_in_a_batch(length: int) -> None:
+    """Or a multiple of it: by the size alone they could belong to the samples."""
+    torch.manual_seed(0)
+    model = Positions(length).double()
+    inputs, labels = torch.randint(11, (N, length)), torch.randint(11, (N,))
+    expected = scores(gradients(model, inputs, labels), "moso")
+    table = score(model, inputs, labels)
+    torch.testing.assert_close(table.scores, expected, rtol=1e-10, atol=1e-12)
+    assert table.provenance["norms_explicit"] == []
+
+
+def test_numbers_as_outputs_and_parameters() -> None:
+    class Regression(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.scale = nn.Linear(108, 1), nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.flatten(1)).squeeze(1) * self.scale
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square()
+
+    torch.manual_seed(0)
+    model, inputs = Regression().double(), data("cnn", N)[0]
+    targets = torch.randn(N, dtype=torch.float64)
+    expected = scores(gradients(model, inputs, targets, loss), "moso")
+    table = score(model, inputs, targets, loss=loss)
+    torch.testing.assert_close(table.scores, expected, rtol=1e-10, atol=1e-12)
+    assert table.provenance["norms_explicit"] == []
+
+
+def test_frozen_batch_norm_and_a_batch_of_one() -> None:
+    """Six samples in batches of 5 and 1: plain autograd of torch 2.13 is wrong there on a CPU."""
+    torch.manual_seed(0)
+    model, (inputs, labels) = Permuted().double().eval(), data("cnn", 6)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("conv"))
+    expected = scores(gradients(model, inputs, labels, copies=2), "moso")
+    table = score(model, inputs, labels, scope="conv")
+    torch.testing.assert_close(table.scores, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_layouts_that_the_first_checkpoint_does_not_show() -> None:
+    """With a head of zeros no gradient tells how frames and samples lie in the batch."""
+    torch.manual_seed(0)
+    model = Frames(True).double().eval()
+    inputs, labels = data("cnn", N)
+    trained, start = copy.deepcopy(model.state_dict()), copy.deepcopy(model.state_dict())
+    start["fc.weight"].zero_()
+    g = gradients(model, inputs, labels)
+    scorer = MoSoScorer(model, gradient="full", batch_size=5, progress=False)
+    table = scorer.score(TensorDataset(inputs, labels), [start, trained])
+    found = table.per_checkpoint["grad_sqnorm"][1]
+    torch.testing.assert_close(found, g.square().sum(1), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("by_operation", [False, True])
+def test_precision_of_the_caller_is_not_taken_over(by_operation: bool) -> None:
+    """TF32 and bfloat16 products would miss the bounds for float32."""
+    cudnn: Any = torch.backends.cudnn
+    seen = set()
+
+    def settings() -> tuple[str, ...]:
+        matmul = torch.get_float32_matmul_precision()
+        return matmul, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+
+    class Looks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add(settings())
+            return super().forward(x.flatten(1))
+
+    inputs, labels = data("cnn", N, torch.float32)
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    torch.set_float32_matmul_precision("medium")
+    cudnn.allow_tf32 = True
+    if by_operation:
+        cudnn.rnn.fp32_precision = "ieee"
+    try:
+        own = settings()
+        score(Looks(108, CLASSES), inputs, labels)
+        assert settings() == own
+        assert seen == {("highest", *["ieee" if by_operation else "none"] * 2)}
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]
+    assert cudnn.allow_tf32 == before[1]
 
 
 def test_batches_of_every_size_one_after_the_other() -> None:

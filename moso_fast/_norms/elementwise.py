@@ -32,7 +32,7 @@ class _OneEach(torch.autograd.Function):
             tape.probe(call, gradient)
             return None, None, None, None
         each = tape.arrange(call, gradient).sum(1)
-        total = tape.vector(ctx.parameter, each.flatten(1)).reshape(ctx.shape)
+        total = tape.vector(ctx.parameter, each).reshape(ctx.shape)
         return total.to(ctx.parameter.dtype), None, None, None
 
 

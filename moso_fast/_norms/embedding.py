@@ -65,10 +65,18 @@ def embedding(
     if trace.expanding and input.shape[0] == 1 and input.dim() > 1:
         # Positions, the same for all samples: looked up for each, so that gradients stay apart.
         input = input.expand(rows, *input.shape[1:])
-    elif trace.expanding and input.dim() == 1 and input.shape[0] % rows:
+    elif trace.expanding and input.dim() == 1 and not _by_sample(trace.tape, input, weight):
         input = input.expand(rows, *input.shape)
     rank = input.dim()
     call = trace.tape.call("embedding", (weight,), kinds, input.shape, rank, rank)
     if call is None:
         return NotImplemented
     return _Embedding.apply(weight, input.long(), padding_idx, trace.tape, call)
+
+
+def _by_sample(tape: Tape, input: Tensor, weight: Tensor) -> bool:
+    """Tell whether a list of numbers can belong to the samples, and is not the same for all."""
+    if input.shape[0] % tape.rows:
+        return False
+    # A number of positions that is a multiple of the batch size by chance: the plan knows better.
+    return tape.probing or tape.rows == 1 or tape.known_call("embedding", weight, 1)

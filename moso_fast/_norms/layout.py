@@ -51,6 +51,15 @@ def candidates(shape: tuple[int, ...], rows: int) -> list[Layout]:
     return found
 
 
+def clear(left: list[Layout]) -> bool:
+    """Tell whether the first of the layouts that are left can be taken.
+
+    More than one is left where gradients vanish (a head of zeros). A dimension of just the size of
+    the batch is the batch then, if there is only one; others may be right or wrong.
+    """
+    return len(left) == 1 or [layout.kind for layout in left].count("alone") == 1
+
+
 def consistent(layout: Layout, gradient: Tensor, lead: int, rows: int, row: int) -> bool:
     """Tell whether the gradient of the loss of one row vanishes outside of that row."""
     apart = samples_first(layout, gradient, lead, rows, rows)

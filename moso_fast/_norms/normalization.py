@@ -83,6 +83,20 @@ class _BatchNorm(torch.autograd.Function):
         return of_input, of_weight, of_bias, None, None, None, None, None
 
 
+def with_strides_of(input: Tensor, result: Tensor) -> Tensor:
+    """Give the gradient of a batch norm's result the strides of its input.
+
+    torch 2.13 takes a permuted gradient of a single image for a contiguous one on a CPU, and
+    returns a wrong gradient without a word.
+    """
+    if result.requires_grad:
+        strides = input.stride()
+        result.register_hook(
+            lambda g: torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
+        )
+    return result
+
+
 def batch_norm(
     trace: Trace,
     input: Tensor,
@@ -105,7 +119,10 @@ def batch_norm(
         "batch_norm", (weight, bias), ("vector", "vector"), input.shape[:1], 1, rank
     )
     if call is None:
-        return NotImplemented
+        result = F.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+        return with_strides_of(input, result)
     return _BatchNorm.apply(input, weight, bias, running_mean, running_var, eps, trace.tape, call)
 
 

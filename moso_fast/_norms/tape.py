@@ -103,6 +103,10 @@ class Tape:
                 self.kinds.setdefault(id(p), set()).add(kind)
         return made
 
+    def known_call(self, name: str, parameter: Tensor, rank: int) -> bool:
+        """Tell whether the layout of such a call has been found."""
+        return (name, id(parameter), rank) in self.plan.layouts
+
     def arrange(self, call: Call, tensor: Tensor) -> Tensor:
         """Bring an input or output gradient of the call to (samples, T, ...), not in 16 bits."""
         tensor = samples_first(call.layout, tensor, call.lead, self.rows, self.samples)
@@ -143,7 +147,7 @@ class Tape:
     def vector(self, parameter: Tensor, gradients: Tensor) -> Tensor:
         """Add one use of a small parameter: its gradients (samples, ...); return their sum."""
         self._left[id(parameter)] -= 1
-        flat = gradients.flatten(1)
+        flat = gradients.reshape(len(gradients), -1)  # a scalar has no dimension to flatten
         if self.uses[id(parameter)] == 1:
             self._add(id(parameter), torch.linalg.vecdot(flat, flat).double())
         else:

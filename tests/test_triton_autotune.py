@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -180,6 +181,45 @@ def test_the_folder_is_the_users_cache(monkeypatch, tmp_path) -> None:
     assert cache_folder() == tmp_path / "xdg" / "moso_fast"
     monkeypatch.setenv("MOSO_FAST_CACHE", str(tmp_path / "mine"))
     assert cache_folder() == tmp_path / "mine"
+
+
+def test_times_are_taken_on_the_device_of_the_work(monkeypatch) -> None:
+    """Not on the current one; and a timer that is not used takes no memory."""
+    current = [torch.device("cuda", 0)]
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append(current[-1])
+
+        def synchronize(self) -> None:
+            said.append("waited")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2000.0
+
+    @contextmanager
+    def device(chosen: torch.device):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    taken = []
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda size, dtype, device: taken.append((size, device)) or empty(1)
+    )
+    second = torch.device("cuda", 1)
+    timer = autotune.device_timer(second)
+    assert not taken
+    assert timer(lambda: said.append("worked")) == 2.0
+    assert said == [second, "worked", second, "waited"] and taken[0][1] == second
+    assert taken[0][0] >= 2**28
 
 
 def test_searches_only_on_request_and_only_on_a_gpu(monkeypatch, path) -> None:

@@ -267,6 +267,8 @@ def explain(
     if problem.streamed:
         row = problem.dim * problem.features.dtype.itemsize
         stay = min(problem.rows, plan.resident_bytes // row)
+        if stay < problem.rows:
+            stay -= stay % plan.chunk_rows  # whole chunks stay
         lines.append(
             f"features  in main memory, sent in chunks; {stay} of {problem.rows} rows stay on "
             f"{problem.device} between the passes"

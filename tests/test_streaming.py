@@ -355,7 +355,7 @@ def test_the_operator_says_that_results_are_on_the_device_of_the_head() -> None:
 
 
 def test_who_gets_it_and_how_it_is_explained(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (4 * 2**30, 2**33))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (5 * 2**30, 2**33))
     with FakeTensorMode():
         rows, dim = 3_000_000, 256
         case = host_case(
@@ -369,9 +369,13 @@ def test_who_gets_it_and_how_it_is_explained(monkeypatch) -> None:
             choose(problem, "cpu")
         plan = engine.make_plan(problem, backend, None)
         assert plan.chunk_rows * dim * 4 <= CHUNK_BYTES
-        # 0.8 of 4 GiB free, without the residuals and the room for a chunk's work.
-        assert plan.resident_bytes == int(0.8 * 4 * 2**30) - rows * 4 * 4 - 3 * 2**30
-        stay = plan.resident_bytes // (dim * 4)
+        # 0.8 of 5 GiB free, without the residuals and the room for a chunk's work.
+        assert plan.resident_bytes == int(0.8 * 5 * 2**30) - rows * 4 * 4 - 3 * 2**30
+        chunks = [
+            slice(at, min(at + plan.chunk_rows, rows)) for at in range(0, rows, plan.chunk_rows)
+        ]
+        stay = resident_chunks(problem, chunks, plan.resident_bytes) * plan.chunk_rows
+        assert 0 < stay < rows
         text = explain(**case)
         assert f"features  in main memory, sent in chunks; {stay} of {rows} rows stay" in text
         # A fixed chunk asks for memory that does not grow with the rows.

@@ -114,20 +114,20 @@ void cells_of(uint32_t offset, int bytes, bool write) {
   const auto me = int16_t(block->current);
   for (uint32_t i = offset / 2; i < (offset + uint32_t(bytes) + 1) / 2; ++i) {
     Cell& cell = block->cells[i];
-    const std::string where = " at shared byte " + std::to_string(2 * i);
+    const auto where = [i] { return " at shared byte " + std::to_string(2 * i); };
     if (cell.write_epoch == block->epoch && cell.writer != me)
       fail(std::string("race: ") + (write ? "write" : "read") + " after a write of thread " +
-           std::to_string(cell.writer) + where);
+           std::to_string(cell.writer) + where());
     if (write) {
       if (cell.read_epoch == block->epoch && cell.reader != me)
-        fail("race: write after a read of another thread" + where);
+        fail("race: write after a read of another thread" + where());
       cell.writer = me;
       cell.write_epoch = block->epoch;
       cell.written = true;
       cell.under_way = false;
     } else {
-      if (cell.under_way) fail("read of a copy that is under way" + where);
-      if (!cell.written) fail("read of what nobody wrote" + where);
+      if (cell.under_way) fail("read of a copy that is under way" + where());
+      if (!cell.written) fail("read of what nobody wrote" + where());
       cell.reader = cell.read_epoch == block->epoch && cell.reader != me ? kMany : me;
       cell.read_epoch = block->epoch;
     }

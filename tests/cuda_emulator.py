@@ -51,11 +51,13 @@ def build() -> ModuleType:
     digest = hashlib.sha256(" ".join([*command, sys.version]).encode())
     for path in files:
         digest.update(path.name.encode() + path.read_bytes())
-    folder = Path(tempfile.gettempdir(), f"moso_fast_emulator_{os.getuid()}")
-    folder = folder / digest.hexdigest()[:16]
+    mine = Path(tempfile.gettempdir(), f"moso_fast_emulator_{os.getuid()}")
+    mine.mkdir(exist_ok=True, mode=0o700)
+    assert mine.lstat().st_uid == os.getuid(), f"{mine} belongs to somebody else: remove it"
+    folder = mine / digest.hexdigest()[:16]
     target = folder / f"_cuda_emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(exist_ok=True)
         _compile(command, folder, target)
     spec = importlib.util.spec_from_file_location("_cuda_emulator", target)
     assert spec is not None and spec.loader is not None

@@ -226,6 +226,7 @@ def _two_passes(
                 sequence_grad_sqnorm(problem, chunk, rows.counted[chunk], part.residual, offsets)
             )
         kept.append(part.residual if plan.keep_residual else None)
+        del part  # its sums are as large as the heads, and the next chunk has its own
     if not capturing:
         raise_for_status(problem, rows.status)
     counted = _samples_counted(rows.counted, offsets)

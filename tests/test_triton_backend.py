@@ -295,7 +295,9 @@ def test_explain_says_regime_tiles_reads_memory_and_reasons(machine, monkeypatch
 def test_peak_memory_is_what_a_chunk_and_the_residuals_take() -> None:
     backend, problem = TritonBackend("blas"), shape(10, 512, rows=1000)
     plan = engine.Plan(100, True, 40_000, 0)
-    expected = 40_000 + 100 * REGIMES["blas"].row_bytes(problem)
+    regime, numbers = REGIMES["blas"], problem.weight.numel()
+    assert regime.fixed_bytes(problem) == 20 * numbers  # two float64 sums, one float32
+    expected = 40_000 + 100 * regime.row_bytes(problem) + (20 + 12) * numbers
     assert f"at most about {expected / 2**20:.1f} MiB" in backend.explain(problem, plan)[-1]
 
 

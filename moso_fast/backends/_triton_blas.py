@@ -53,6 +53,12 @@ class BlasRegime(Regime):
             a_row += 4 * problem.heads * problem.dim
         return a_row
 
+    def fixed_bytes(self, problem: Problem) -> int:
+        """Gradient sums and what is added to them, in float64; float32 sums of all slabs."""
+        rows = min(problem.rows, self.chunk_rows(problem))
+        slabs = max(1, rows // SLAB_ROWS[problem.precision])
+        return (16 + 4 * slabs) * problem.weight.numel()
+
     def describe(self, problem: Problem) -> str:
         """Operands of the products and the tile of the kernel."""
         return f"{operand_name(problem)} products by cuBLAS, {residual_tile(problem)}"

@@ -59,11 +59,11 @@ class RecomputeRegime(Regime):
         return a_row
 
     def fixed_bytes(self, problem: Problem) -> int:
-        """Gradient sums in float64 and their float32 partials."""
+        """Gradient sums and what is added to them, in float64, and their float32 partials."""
         from moso_fast.kernels.gradient_sum import PARTIAL_BYTES
 
         numbers = problem.weight.numel()
-        return 8 * numbers + max(4 * numbers, PARTIAL_BYTES)
+        return 16 * numbers + max(4 * numbers, PARTIAL_BYTES)
 
     def state_bytes(self, problem: Problem) -> int:
         """Three numbers a row and head."""

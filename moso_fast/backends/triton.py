@@ -27,6 +27,8 @@ __all__ = ["TritonBackend", "operand_dtype"]
 
 _MINIMUM = (3, 6)
 _INSTALL = 'pip install "triton>=3.6"'
+# A number of the mean gradient, as the engine keeps it: float64, and float32 for the second pass.
+_GRADIENT_BYTES = 12
 # Where a job leaves the regime of its first pass for its second, in RowBuffers.scratch.
 _REGIME = "regime"
 
@@ -110,6 +112,10 @@ class TritonBackend(Backend):
         stored = regime.stores_residuals and plan.keep_residual
         kept = regime.state_bytes(problem) + (plan.residual_bytes if stored else 0)
         peak = kept + regime.fixed_bytes(problem) + rows * regime.row_bytes(problem)
+        peak += _GRADIENT_BYTES * problem.weight.numel()
+        if problem.streamed:
+            row = problem.dim * problem.features.dtype.itemsize
+            peak += min(plan.resident_bytes, row * problem.rows) + 2 * rows * row
         return [
             _headline(regime, problem),
             *choice.reasons,

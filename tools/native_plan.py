@@ -31,7 +31,8 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "cuda": ("_cpu", "_cuda"),
 }
 INFO_NAME = "_build_info.json"
-# Binary code for A100, H100/H200 and B200; PTX of the newest serves later devices.
+# Binary code for A100, H100/H200 and B200, and PTX of the newest. The backend offers its kernels
+# only where there is binary code; with the PTX the module's probe runs on later devices too.
 CUDA_ARCHITECTURES = ("80", "90a", "100")
 
 

@@ -47,6 +47,10 @@ class PartResult:
     mean_grad_sqnorm: float
 
 
+class _SmallerChunk(Exception):
+    """The chunk size that has just been chosen is less than the chunk at hand."""
+
+
 class FullGradient:
     """Scores parts of a data set with the weights that the network has now.
 
@@ -158,6 +162,8 @@ class FullGradient:
                 kept = kept.take(finite.nonzero().flatten())
             methods.prepare(kept)
             self._choose_chunk()
+            if self.chunk is not None and chunk.samples > self.chunk:
+                raise _SmallerChunk
         gradients, values = self._traced(kept)
         finite = (values["loss"] + values["grad_sqnorm"]).isfinite()
         if not bool(finite.all()):
@@ -257,6 +263,8 @@ class FullGradient:
             chunk = batch.take(slice(start, start + size))
             try:
                 done = work(chunk)
+            except _SmallerChunk:
+                continue
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or size == 1:
                     raise

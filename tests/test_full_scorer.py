@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from full_cases import CLASSES, ConvNet, build, data, gradients, scores
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from moso_fast import full_gradient
 from moso_fast.checkpoints import Checkpoint
 from moso_fast.full_gradient import FullGradient
 from moso_fast.partition import partition_ids
@@ -364,6 +366,32 @@ def test_chunks_are_halved_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch
     sizes.clear()
     full(build("cnn"), batch_size=17, chunk_size=2).score(samples())
     assert sizes == [2] * 8 + [1]
+
+
+def test_chunks_are_chosen_by_what_the_model_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measured activations of a sample, against a share of the memory."""
+    sizes, budgets = [], []
+    first = FullGradient._first
+
+    def watched(self: FullGradient, chunk: Any) -> Any:
+        sizes.append(chunk.samples)
+        try:
+            return first(self, chunk)
+        finally:
+            budgets.append(self.methods.bytes_per_sample)
+
+    monkeypatch.setattr(FullGradient, "_first", watched)
+    whole = full(build("cnn"), batch_size=6).score(samples())
+    assert sizes == [6, 6, 5]
+    kept = 8 * (2 * 3 * 3 * 8 + 8 * 3 * 3)  # the results of two convolutions, at the least
+    assert kept < budgets[-1] < 40 * kept
+    sizes.clear()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    share = 2.5 * full_gradient._COPIES * budgets[-1] / memory
+    monkeypatch.setattr(full_gradient, "_CPU_SHARE", share)
+    table = full(build("cnn"), batch_size=6).score(samples())
+    assert sizes == [6] + [2, 2, 2] * 2 + [2, 2, 1]  # the first one was only probed
+    torch.testing.assert_close(table.scores, whole.scores, **CLOSE)
 
 
 class Contrastive(nn.Module):

@@ -1,7 +1,7 @@
 """Whole-network MoSo: speed against what else is exact, memory, and what the last layer gives up.
 
     python benches/bench_full_gradient.py speed [--save FILE.json] [--threads 2] [--rounds 5]
-    python benches/bench_full_gradient.py memory
+    python benches/bench_full_gradient.py memory [--save FILE.json]
     python benches/bench_full_gradient.py study [--data-root MNIST_FOLDER] [--save FOLDER]
 
 speed: samples a second of two passes over the data for one checkpoint, against the authors' loop
@@ -225,12 +225,21 @@ def speed(options: argparse.Namespace) -> None:
             f"{row['times_faster_than_vmap']} times as fast as {row['best_vmap']}"
         )
     if options.save:
-        kept = []
-        if options.save.exists():
-            kept = json.loads(options.save.read_text(encoding="utf-8"))["rows"]
-        rows += [row for row in kept if row["case"] not in names]
+        kept = read(options.save)
+        rows += [row for row in kept.get("rows", []) if row["case"] not in names]
         content = {"machine": machine(), "rounds": options.rounds, "rows": rows}
-        options.save.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write(options.save, kept | content)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Return what an earlier run has saved."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    """Save results."""
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def memory(options: argparse.Namespace) -> None:
@@ -249,10 +258,15 @@ def memory(options: argparse.Namespace) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     Ours(model, torch.randn(128, 3, 32, 32), torch.randint(10, (128,)), 64).scores()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    explicit = 64 * 4 * count / 2**30
     print(
         f"{count / 1e6:.1f}M parameters, batch 64: peak {peak:.2f} GiB, {before:.2f} GiB before "
-        f"scoring; per-sample gradients alone would take {64 * 4 * count / 2**30:.2f} GiB"
+        f"scoring; per-sample gradients alone would take {explicit:.2f} GiB"
     )
+    if options.save:
+        found = {"parameters": count, "batch": 64, "peak_gib": round(peak, 2)}
+        found |= {"before_gib": round(before, 2), "per_sample_gradients_gib": round(explicit, 2)}
+        write(options.save, read(options.save) | {"memory": found})
 
 
 def main() -> None:
@@ -269,8 +283,7 @@ def main() -> None:
             part.add_argument("--data-root", type=Path)
             part.add_argument("--samples", type=int, default=6000)
             part.add_argument("--seeds", type=int, default=3)
-        if name != "memory":
-            part.add_argument("--save", type=Path)
+        part.add_argument("--save", type=Path)
     options = parser.parse_args()
     if options.part == "study":
         from full_gradient_study import study

@@ -211,8 +211,10 @@ class MoSoScorer:
             Seed of the split for an integer ``partition``.
         resume
             Folder in which finished checkpoints are kept: the same call goes on there after it was
-            killed and returns bitwise the same table. Formula, ``combine``, learning rates and
-            ``num_steps`` may change between calls, and checkpoints may be added at the end.
+            killed and returns bitwise the same table (with ``gradient="full"`` on a GPU only up to
+            rounding, since cuDNN and sums by row number keep no order there). Formula,
+            ``combine``, learning rates and ``num_steps`` may change between calls, and checkpoints
+            may be added at the end.
         index
             (N,) data-set indices for the table; None = 0..N-1.
 

@@ -176,17 +176,18 @@ class FullGradient:
 
     def _traced(self, kept: Batch) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         network, methods = self.network, self.methods
-        for attempt in range(3):
+        prepared = False
+        while True:
             try:
                 losses, gradients, tape = traced(network, methods.plan, kept, methods.expanding)
                 break
-            except UnknownCall:
-                # Not seen on the first samples: another branch, or the first batch of several.
-                if attempt == 2:
-                    raise RuntimeError(
-                        "model: its calls change from one forward pass to the next"
-                    ) from None
+            except UnknownCall as call:
+                # Not seen on the first samples: the first batch of several, or another branch.
+                if prepared:
+                    for key in call.used:
+                        methods.plan.others[key] = "used in a call that few samples make"
                 methods.prepare(kept)
+                prepared = True
         norms = tape.total()
         if methods.plan.others:
             norms += _per_sample.norms(methods.others, network, kept, list(methods.plan.others))

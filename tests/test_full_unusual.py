@@ -282,6 +282,35 @@ def test_layouts_that_the_first_checkpoint_does_not_show() -> None:
     torch.testing.assert_close(found, g.square().sum(1), rtol=1e-10, atol=1e-12)
 
 
+def test_branch_that_only_a_later_sample_takes() -> None:
+    """Not one of the first three of its batch, on which the layouts are found."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.rare = nn.Linear(108, 6), nn.Linear(6, 6)
+            self.also, self.fc = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x.flatten(1)).tanh()
+            chosen = x[:, 0, 0, 0] > 0
+            if bool(chosen.any()):
+                h = torch.where(chosen[:, None], self.also(self.rare(h)), h)
+            return self.fc(h)
+
+    torch.manual_seed(0)
+    model, (inputs, labels) = Branch().double(), data("cnn", N)
+    inputs[:, 0, 0, 0] = -1.0
+    inputs[9, 0, 0, 0] = 1.0
+    expected = scores(gradients(model, inputs, labels), "moso")
+    table = score(model, inputs, labels)
+    torch.testing.assert_close(table.scores, expected, rtol=1e-10, atol=1e-12)
+    explicit = table.provenance["norms_explicit"]
+    names = ["also.bias", "also.weight", "rare.bias", "rare.weight"]
+    assert [one.split()[0] for one in explicit] == names
+    assert all("used in a call that few samples make" in one for one in explicit)
+
+
 @pytest.mark.parametrize("by_operation", [False, True])
 def test_precision_of_the_caller_is_not_taken_over(by_operation: bool) -> None:
     """TF32 and bfloat16 products would miss the bounds for float32."""

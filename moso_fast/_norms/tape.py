@@ -14,7 +14,14 @@ from .layout import Layout, candidates, consistent, samples_first
 
 
 class UnknownCall(Exception):
-    """A call that no batch before has made: its layout has to be found first."""
+    """A call that no batch before has made: its layout has to be found first.
+
+    ``used`` holds the ids of its parameters.
+    """
+
+    def __init__(self, name: str, used: list[int]) -> None:
+        super().__init__(name)
+        self.used = used
 
 
 @dataclass
@@ -93,7 +100,7 @@ class Tape:
         key = (name, id(used[0]), rank)
         layout = self.plan.layouts.get(key)
         if layout is None and self.rows > 1 and not self.probing:
-            raise UnknownCall(name)
+            raise UnknownCall(name, [id(p) for p in used])
         made = Call(len(self.calls), key, lead, layout)
         self.calls.append((made, tuple(shape[:lead]), [id(p) for p in used]))
         for p, kind in zip(parameters, kinds, strict=True):

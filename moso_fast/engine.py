@@ -67,7 +67,7 @@ class RowBuffers:
 class FirstPass:
     """Sums over the rows of one chunk, and their residuals (n, K, C) if asked for."""
 
-    grad_sum: Tensor  # (K, C, D)
+    grad_sum: Tensor  # (K, C, D), the engine's own from here on
     bias_grad_sum: Tensor  # (K, C)
     residual: Tensor | None
 
@@ -210,16 +210,17 @@ def _two_passes(
 ) -> Results:
     problem, chunks = feed.problem, feed.chunks
     rows = _allocate(problem)
-    grad = torch.zeros(problem.weight.shape, dtype=torch.float64, device=problem.device)
-    bias_grad = torch.zeros(grad.shape[:2], dtype=torch.float64, device=problem.device)
+    # The first chunk's sums become the total: for large heads a fresh one costs as much as adding.
+    grad: Tensor | None = None
+    bias_grad: Tensor | None = None
     kept: list[Tensor | None] = []
     sequence_norms: list[Tensor] = []
     for number in feed.first_pass():
         chunk = chunks[number]
         keep = plan.keep_residual or offsets is not None
         part = backend.first_pass(problem, chunk, rows, keep)
-        grad += part.grad_sum
-        bias_grad += part.bias_grad_sum
+        grad = _add_up(grad, part.grad_sum)
+        bias_grad = _add_up(bias_grad, part.bias_grad_sum)
         if offsets is not None:
             assert part.residual is not None
             sequence_norms.append(
@@ -227,6 +228,9 @@ def _two_passes(
             )
         kept.append(part.residual if plan.keep_residual else None)
         del part  # its sums are as large as the heads, and the next chunk has its own
+    if grad is None or bias_grad is None:  # not a single row
+        grad = torch.zeros(problem.weight.shape, dtype=torch.float64, device=problem.device)
+        bias_grad = torch.zeros(grad.shape[:2], dtype=torch.float64, device=problem.device)
     if not capturing:
         raise_for_status(problem, rows.status)
     counted = _samples_counted(rows.counted, offsets)
@@ -249,6 +253,10 @@ def _two_passes(
     return _finish(
         problem, rows, counted, count, alignment, mean_grad_sqnorm, sequence_norms, offsets
     )
+
+
+def _add_up(total: Tensor | None, part: Tensor) -> Tensor:
+    return part.to(torch.float64) if total is None else total.add_(part)
 
 
 def self_check(problem: Problem, results: Results) -> None:
@@ -305,9 +313,10 @@ def _sqnorm(values: Tensor) -> Tensor:
     """
     sums = values.square()
     while sums.shape[1] > 1:
-        blocks = -(-sums.shape[1] // _SUM_BLOCK)
-        padding = blocks * _SUM_BLOCK - sums.shape[1]
-        sums = torch.nn.functional.pad(sums, (0, padding)).view(-1, blocks, _SUM_BLOCK).sum(2)
+        whole = sums.shape[1] // _SUM_BLOCK * _SUM_BLOCK
+        blocks = sums[:, :whole].unflatten(1, (-1, _SUM_BLOCK)).sum(2)
+        rest = sums[:, whole:].sum(1, keepdim=True)
+        sums = torch.cat([blocks, rest], 1) if whole < sums.shape[1] else blocks
     return sums[:, 0]
 
 

@@ -355,7 +355,8 @@ def check_parameters(problem: Problem) -> None:
     """Raise ValueError at the first non-finite entry of weight, bias or sample_weight."""
     for name in ("weight", "bias", "sample_weight"):
         value = getattr(problem, name)
-        if value is None or bool(torch.isfinite(value).all()):
+        # aminmax passes NaN on and reads once; isfinite makes three tensors of that size.
+        if value is None or not value.numel() or all(map(torch.isfinite, torch.aminmax(value))):
             continue
         at = (~torch.isfinite(value)).nonzero()[0].tolist()
         if name != "sample_weight" and not problem.stacked:

@@ -15,17 +15,22 @@
 
 constexpr int64_t kRowsMax = 18 * 14;  // a multiple of kTileM for every vector length
 
-// Rows of a tile: its copy stays within the second-level cache.
+// Rows of a tile. Short vectors have small register tiles, whose sums must be long to be worth
+// loading and storing: their copy stays within a share of the third-level cache. With AVX-512 it
+// stays within the second.
+constexpr int64_t kTileBytes = int64_t{1} << (VL == 16 ? 19 : 22);
 inline int64_t rows_of_tile(int64_t dim) {
-  const int64_t rows = (int64_t{1} << 19) / (4 * dim);
+  const int64_t rows = kTileBytes / (4 * dim);
   return std::clamp<int64_t>(rows / kTileM * kTileM, 4 * kTileM, kRowsMax);
 }
 
 // Class ids among so few take their softmax VL rows at a time: no lane sums, no lanes unused.
 constexpr int64_t kLaneClasses = 64;
 
-constexpr int64_t kGradClasses = 18 * kTileM;
-constexpr int64_t kGradColumns = kBlockD;
+// Blocks of G made from stored residuals: each reads its columns of H and its classes of R once
+// more, so they are as large as the order of add_outer lets the caches hold.
+constexpr int64_t kGradClasses = (VL == 16 ? 18 : kOuterGroups) * kTileM;
+constexpr int64_t kGradColumns = (VL == 16 ? 1 : 4) * kBlockD;
 constexpr int64_t kGradRows = 4096;  // rows that a float32 partial sums
 
 template <class T, class Op>
@@ -59,7 +64,7 @@ struct ManyClasses {
     for (Worker& w : workers) {
       w.tile.reserve(Tile<Op>::words(tile_rows, dim));
       w.residual.reserve(size_t(tile_rows * width));
-      w.scratch.reserve(size_t(tile_rows * kTileM));
+      w.scratch.reserve(outer_words(tile_rows));
       if (product) w.product.reserve(size_t(tile_rows * width));
       w.norms.resize(size_t(tile_rows));
       w.packed_norms.resize(size_t(tile_rows));
@@ -208,7 +213,7 @@ struct ManyClasses {
     std::vector<Scratch> scratch(size_t(std::min<int64_t>(p.threads.count, tasks)));
     for (Scratch& s : scratch) {
       s.tile.reserve(Tile<Op>::words(kRowsMax, kGradColumns));
-      s.outer.reserve(size_t(kRowsMax * kTileM));
+      s.outer.reserve(outer_words(kRowsMax));
       s.grad.reserve(size_t(per_block * kGradColumns + per_block));
     }
     run_tasks(p.threads, tasks, [&](int64_t index, int id) {

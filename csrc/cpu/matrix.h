@@ -325,22 +325,31 @@ inline void pack_residual(const Pair&, const float* residual, int64_t ldr, int64
 #endif
 
 // grad (classes x columns, ldg) += residual^T * tile, for `classes` columns of the residual (ldr)
-// and the columns [first, first + columns) of the tile, after prepare_outer. scratch holds
-// rows * kTileM words.
+// and the columns [first, first + columns) of the tile, after prepare_outer. A panel of columns
+// stays in the first-level cache for a block of kOuterGroups groups of classes, whose packed
+// residuals stay in the second; panels of 32 columns leave no room there beside a group of 14.
+// scratch holds outer_words(rows) words.
+constexpr int kOuterGroups = VL == 16 ? 1 : 36;
+inline size_t outer_words(int64_t rows) { return size_t(rows * kOuterGroups * kTileM); }
 template <class Op>
 inline void add_outer(const Tile<Op>& tile, int64_t rows, const float* residual, int64_t ldr,
                       int64_t classes, int64_t first, int64_t columns, float* grad, int64_t ldg,
                       float* scratch) {
   constexpr int64_t kStride = Tile<Op>::kOuterPart ? Tile<Op>::kOuterStride : Tile<Op>::kStride;
   const int64_t group = class_group(classes), depth = (rows + Op::kNumbers - 1) / Op::kNumbers;
-  for (int64_t c = 0; c < classes; c += group) {
-    const int m = int(std::min(group, classes - c));
-    pack_residual(Op{}, residual + c, ldr, rows, m, scratch);
+  const int64_t packed = depth * kTileM;
+  for (int64_t start = 0; start < classes; start += kOuterGroups * group) {
+    const int64_t end = std::min(classes, start + kOuterGroups * group);
+    for (int64_t c = start; c < end; c += group)
+      pack_residual(Op{}, residual + c, ldr, rows, int(std::min(group, end - c)),
+                    scratch + (c - start) / group * packed);
     for (int64_t d = first; d < first + columns; d += kPanel) {
       const int lanes = int(std::min<int64_t>(kPanel, first + columns - d));
-      Multiply<Op>::kernel(lanes <= VL ? 1 : kTileV, m)(
-          scratch, 1, kTileM, tile.outer(d / kBlockD) + d % kBlockD, kStride, depth, nullptr,
-          grad + c * ldg + (d - first), ldg, lanes);
+      for (int64_t c = start; c < end; c += group)
+        Multiply<Op>::kernel(lanes <= VL ? 1 : kTileV, int(std::min(group, end - c)))(
+            scratch + (c - start) / group * packed, 1, kTileM,
+            tile.outer(d / kBlockD) + d % kBlockD, kStride, depth, nullptr,
+            grad + c * ldg + (d - first), ldg, lanes);
     }
   }
 }

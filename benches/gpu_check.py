@@ -1,13 +1,18 @@
 """All that needs a GPU, in one command of at most nine minutes and without network.
 
-    make gpu-check        (or: python benches/gpu_check.py [--quick] [--out FOLDER])
+    make gpu-check        (or: python benches/gpu_check.py [--quick] [--out FOLDER] [--fresh])
 
 Builds in place (the CUDA module for this GPU's generation alone), runs tests/gpu, where
 compute-sanitizer is found its memcheck, racecheck and initcheck over the small shapes of the CUDA
 C++ kernels and memcheck over those of the other backends, then times the H200 table
-(gpu_timing.py), short jobs in CUDA graphs too. Prints a short table last and writes JSON to
-benches/results/<GPU>/ or --out. Without a GPU it runs to its end all the same: it says what it
+(gpu_timing.py; short jobs in CUDA graphs too) beside the times that gpu_predictions.py foretold,
+and the gradients of a whole ResNet-50 (gpu_network.py). Prints a short table last and writes JSON
+to benches/results/<GPU>/ or --out. Without a GPU it runs to its end all the same: it says what it
 skipped, and walks through the timing on tiny shapes, whose numbers are no result.
+
+The whole may take longer than one run: whatever is done is kept at once, and the same command goes
+on from there, after a limit or a kill, while source, GPU and versions stay the same (--fresh begins
+anew). "nothing is left" is the last line when all is there.
 
 Exit code: 0 when nothing failed (skipping is not failing), 1 otherwise.
 """
@@ -15,17 +20,15 @@ Exit code: 0 when nothing failed (skipping is not failing), 1 otherwise.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -37,17 +40,21 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import gpu_timing  # noqa: E402 (it imports the package of this source tree)
-from gpu_timing import Contender  # noqa: E402
+from gpu_network import print_network, time_network  # noqa: E402
+from gpu_record import Record, source_hash  # noqa: E402
+from gpu_report import aims, print_aims, print_streamed, print_table, ratios, summary  # noqa: E402
 from native_plan import find_nvcc  # noqa: E402
 
 from moso_fast.backends import backends  # noqa: E402
 
 BUDGET = 540.0  # seconds, all stages together
 CLOSING = 15.0  # of them for the table and the file
-LIMITS = {"build": 150.0, "tests": 210.0, "sanitizer": 60.0, "memcheck": 90.0}
+LIMITS = {"build": 150.0, "tests": 180.0, "sanitizer": 60.0, "memcheck": 90.0}
 TIMING = 120.0  # of them that checks leave to the timing
+NETWORK_AFTER = 5  # rows of the table, the most important first
 SHORTEST = 20.0  # a check with less time than this is not begun
 CUDA_TESTS = "tests/gpu/test_gpu_cuda.py"
+GPU_TESTS = sorted(f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
 
 
 def stage(name: str, command: Sequence[str], limit: float, **environment: str) -> dict[str, Any]:
@@ -136,31 +143,42 @@ def checks(pytest: Sequence[str]) -> list[tuple[str, str, float, list[str], dict
     return [*found, ("memcheck", "memcheck", LIMITS["memcheck"], others, apart)]
 
 
-def stages(gpu: bool, quick: bool, deadline: float) -> dict[str, Any]:
-    """Build, tests, compute-sanitizer."""
+def stages(gpu: bool, quick: bool, deadline: float, record: Record) -> None:
+    """Build, tests, compute-sanitizer; what an earlier run passed is not run again."""
     python = sys.executable
-    done: dict[str, Any] = {}
+
+    def once(name: str, run: Callable[[], dict[str, Any]]) -> None:
+        if record.passed(name):
+            print(f"--- {name}: passed before", flush=True)
+        else:
+            record.put_stage(name, run())
+
     if quick:
-        done["build"] = skipped("build", "--quick takes what is built")
+        record.put_stage("build", skipped("build", "--quick takes what is built"))
     else:
+        # Again in every run: where nothing changed, nothing is compiled.
         command = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
-        done["build"] = stage("build", command, LIMITS["build"], **architecture())
+        record.put_stage("build", stage("build", command, LIMITS["build"], **architecture()))
     if not gpu:
-        for name in ("tests/gpu", "memcheck"):
-            done[name] = skipped(name, "no CUDA device")
-        return done
+        for name in (*GPU_TESTS, "memcheck"):
+            record.put_stage(name, skipped(name, "no CUDA device"))
+        return
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    done["tests/gpu"] = bounded("tests/gpu", [*pytest, "tests/gpu"], LIMITS["tests"], deadline)
+    for name in GPU_TESTS:
+        command = [*pytest, name]
+        once(name, lambda n=name, c=command: bounded(n, c, LIMITS["tests"], deadline))
     if not backends()["cuda"].available:
-        done["cuda"] = skipped("cuda", backends()["cuda"].reason)
+        record.put_stage("cuda", skipped("cuda", backends()["cuda"].reason))
     program = sanitizer()
     for name, tool, limit, tests, environment in checks(pytest):
         if program is None:
-            done[name] = skipped(name, "compute-sanitizer is not installed")
+            record.put_stage(name, skipped(name, "compute-sanitizer is not installed"))
             continue
         command = [program, "--tool", tool, "--error-exitcode", "1", *tests]
-        done[name] = bounded(name, command, limit, deadline, **environment)
-    return done
+        once(
+            name,
+            lambda n=name, c=command, s=limit, e=environment: bounded(n, c, s, deadline, **e),
+        )
 
 
 def conditions(gpu: bool) -> dict[str, Any]:
@@ -181,7 +199,8 @@ def conditions(gpu: bool) -> dict[str, Any]:
     changes = ask("git", "status", "--porcelain", "--untracked-files=no")
     facts: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": ask("git", "rev-parse", "HEAD"),
+        "commit": ask("git", "rev-parse", "HEAD") or os.environ.get("MOSO_FAST_COMMIT"),
+        "source": source_hash(),
         "uncommitted_changes": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -202,148 +221,146 @@ def conditions(gpu: bool) -> dict[str, Any]:
     return facts
 
 
-def summary(
-    shape: tuple[int, int, int], found: Sequence[Contender], roof: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Median, share of the floor, and ratio to the best plain PyTorch of the same precision."""
-    medians = {(c.name, c.precision): statistics.median(c.seconds) for c in found if c.seconds}
-    rows = []
-    for c in found:
-        median = medians.get((c.name, c.precision))
-        plain = [
-            medians[name, c.precision]
-            for name in ("eager", "compile")
-            if (name, c.precision) in medians
-        ]
-        floor = gpu_timing.floor_seconds(shape, c, dict(roof))
-        rows.append(
-            {
-                "n": shape[0],
-                "classes": shape[1],
-                "dim": shape[2],
-                "dtype": str(c.dtype).removeprefix("torch."),
-                "precision": c.precision,
-                "contender": c.name,
-                "milliseconds": None if median is None else 1e3 * median,
-                "all_milliseconds": [1e3 * s for s in c.seconds],
-                "floor_milliseconds": 1e3 * floor,
-                "percent_of_floor": None if median is None else 100 * floor / median,
-                "times_best_plain": min(plain) / median if c.ours and median and plain else None,
-                "peak_mib": None if c.peak_bytes is None else c.peak_bytes / 2**20,
-                "relative_error": c.error if c.error == c.error else None,
-                "problem": c.problem or None,
-            }
-        )
-    return rows
-
-
-def measure(gpu: bool, deadline: float) -> dict[str, Any]:
+def measure(gpu: bool, deadline: float, record: Record) -> None:
     """Time the table on the GPU, or walk through it on the CPU."""
     device = torch.device("cuda" if gpu else "cpu")
+    left_out: list[dict[str, str]] = []
     roof = gpu_timing.ceilings(device, gpu_timing.Clock(device))
-    rows, left_out = [], []
-    # torch.compile on a CPU would call a C++ compiler for numbers that mean nothing.
-    for shape in gpu_timing.TABLE if gpu else gpu_timing.DRY_TABLE:
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"{shape} {str(dtype).removeprefix('torch.')}"
-            found = gpu_timing.time_row(
-                shape, dtype, device, roof, deadline, compiled=gpu, rounds=9 if gpu else 2
-            )
-            if isinstance(found, str):
-                left_out.append({"row": name, "why": found})
-                print(f"{name}: skipped, {found}", flush=True)
-            else:
-                rows.extend(summary(shape, found, roof))
-                print(f"{name}: done", flush=True)
-            if gpu:
-                torch.cuda.empty_cache()
-    streamed: list[dict[str, Any]] = []
+    record.run["ceilings"] = roof
+    record.put("ceilings", roof)
+    model = gpu_timing.ceilings_of_model(device, roof)
+
+    def table(shapes: Sequence[tuple[int, int, int]]) -> None:
+        # torch.compile on a CPU would call a C++ compiler for numbers that mean nothing.
+        for shape in shapes:
+            for dtype in (torch.bfloat16, torch.float32):
+                kind = str(dtype).removeprefix("torch.")
+                if record.timed(shape, kind):
+                    print(f"{shape} {kind}: timed before", flush=True)
+                    continue
+                found = gpu_timing.time_row(
+                    shape, dtype, device, roof, deadline, compiled=gpu, rounds=9 if gpu else 2
+                )
+                if isinstance(found, str):
+                    left_out.append({"row": f"{shape} {kind}", "why": found})
+                    print(f"{shape} {kind}: skipped, {found}", flush=True)
+                else:
+                    record.put_rows(summary(shape, found, roof, model))
+                    print(f"{shape} {kind}: done", flush=True)
+                if gpu:
+                    torch.cuda.empty_cache()
+
+    shapes = gpu_timing.TABLE if gpu else gpu_timing.DRY_TABLE
+    table(shapes[:NETWORK_AFTER])
+    _once(record, "network", deadline, left_out, lambda: time_network(device, 3 if gpu else 1))
+    table(shapes[NETWORK_AFTER:])
+    why = "no CUDA device" if not gpu else backends()["triton"].reason
     if gpu and backends()["triton"].available:
-        streamed = gpu_timing.time_streaming(device, deadline, rounds=7)
+        # Its rows have a deadline of their own.
+        before = [r for r in record.timing.get("streamed", []) if "why" not in r]
+        if not before:
+            record.put("streamed", gpu_timing.time_streaming(device, deadline, rounds=7))
     else:
-        why = "no CUDA device" if not gpu else backends()["triton"].reason
+        record.timing.setdefault("streamed", [])
         left_out.append({"row": "features in main memory", "why": why})
-    return {"ceilings": roof, "rows": rows, "streamed": streamed, "skipped": left_out}
+    record.put("skipped", left_out)
 
 
-def print_table(measured: dict[str, Any]) -> None:
-    """One line a contender; a wrong result shows its error in place of a number."""
-    roof = measured["ceilings"]
-    tera = "  ".join(f"{name} {roof[name] / 1e12:.3g} TFLOP/s" for name in gpu_timing.OURS)
-    print(f"\nceilings: read {roof['read'] / 1e9:.4g} GB/s  copy {roof['copy'] / 1e9:.4g}  {tera}")
-    head = ("N, C, D", "dtype", "precision", "contender", "ms", "% floor", "x best", "peak MiB")
-    print("{:>22} {:>9} {:>9} {:>18} {:>9} {:>8} {:>7} {:>9}".format(*head))
-    for row in measured["rows"]:
-        line = (
-            f"{row['n']},{row['classes']},{row['dim']}".rjust(22)
-            + f" {row['dtype']:>9} {row['precision']:>9} {row['contender']:>18}"
-        )
-        if row["problem"]:
-            print(f"{line}  {row['problem']}")
-            continue
-        if row["milliseconds"] is None:
-            print(f"{line}  not timed: the time was up")
-            continue
-        ratio = "" if row["times_best_plain"] is None else f"{row['times_best_plain']:.2f}"
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
-        print(
-            f"{line} {row['milliseconds']:9.3f} {row['percent_of_floor']:8.1f} {ratio:>7} {peak:>9}"
-        )
+def _once(
+    record: Record,
+    name: str,
+    deadline: float,
+    left_out: list[dict[str, str]],
+    work: Callable[[], dict[str, Any]],
+) -> None:
+    """Keep what ``work`` finds, unless an earlier run did or the time is up."""
+    if name in record.timing:
+        print(f"{name}: timed before", flush=True)
+    elif time.monotonic() > deadline:
+        left_out.append({"row": name, "why": "the time is up"})
+    else:
+        try:
+            record.put(name, work())
+            print(f"{name}: done", flush=True)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            left_out.append({"row": name, "why": "out of memory"})
 
 
-def print_streamed(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line for each shape and number of crossings of the bus."""
-    for row in rows:
-        if "why" in row:
-            print(f"features in main memory, {row['row']}: skipped, {row['why']}")
-            continue
-        what = f"{row['n']},{row['classes']},{row['dim']}, {row['crossings']} crossing(s)"
-        shown = row["problem"] or (
-            f"{row['milliseconds']:.2f} ms, {row['percent_of_floor']:.0f}% of a copy at "
-            f"{row['gigabytes_per_second']:.1f} GB/s"
-        )
-        print(f"features in main memory, {what}: {shown}")
+def unfinished(record: Record) -> list[str]:
+    """Name what a further run would still do."""
+    waits = ("the time is up", "cut short")
+    found = [
+        name
+        for name, outcome in record.stages.items()
+        if any(outcome.get(key, "").startswith(waits) for key in ("why", "outcome"))
+    ]
+    found += [e["row"] for e in record.timing["skipped"] if e["why"] == "the time is up"]
+    found += [str(r["row"]) for r in record.timing["streamed"] if r.get("why") == "the time is up"]
+    timed = {(r["n"], r["classes"], r["dim"], r["dtype"]) for r in record.timing["rows"]}
+    return found + [str(key) for key in sorted(timed) if not record.timed(key[:3], key[3])]
 
 
-def main() -> int:
-    """Run all stages; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="do not build")
-    parser.add_argument("--out", type=Path, help="folder for the JSON file")
-    options = parser.parse_args()
-    deadline = time.monotonic() + BUDGET - CLOSING
-    gpu = torch.cuda.is_available()
-    report: dict[str, Any] = {"conditions": conditions(gpu)}
-    report["stages"] = stages(gpu, options.quick, deadline - TIMING)
-    if not gpu:
-        skipped("timing", "no CUDA device; a dry run on tiny shapes follows")
-    report["dry_run"] = not gpu
-    report["timing"] = measure(gpu, deadline)
-    print_table(report["timing"])
-    print_streamed(report["timing"]["streamed"])
-    for entry in report["timing"]["skipped"]:
-        print(f"skipped {entry['row']}: {entry['why']}")
-    bad = [name for name, s in report["stages"].items() if s["outcome"].startswith("failed")]
+def failures(record: Record) -> list[str]:
+    """Name what is wrong: stages that failed, results of ours that are wrong or that failed."""
+    bad = [name for name, s in record.stages.items() if s["outcome"].startswith("failed")]
     bad += [
         f"{r['contender']} {r['n']},{r['classes']},{r['dim']} {r['precision']}: {r['problem']}"
-        for r in report["timing"]["rows"]
+        for r in record.timing["rows"]
         if (r["problem"] or "").startswith(("wrong", "failed"))
         and r["contender"] not in ("eager", "compile")
     ]
-    bad += [f"streaming: {r['problem']}" for r in report["timing"]["streamed"] if r.get("problem")]
+    bad += [f"streaming: {r['problem']}" for r in record.timing["streamed"] if r.get("problem")]
+    network = record.timing.get("network", {})
+    return bad + ([f"whole network: {network['problem']}"] if network.get("problem") else [])
+
+
+def main() -> int:
+    """Run what no earlier run has done; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="do not build")
+    parser.add_argument("--out", type=Path, help="folder for the JSON file")
+    parser.add_argument("--fresh", action="store_true", help="do not go on with an earlier run")
+    parser.add_argument(
+        "--seconds", type=float, default=BUDGET, help="end after so long, the rest in another run"
+    )
+    options = parser.parse_args()
+    begin = time.monotonic()
+    deadline = begin + options.seconds - CLOSING
+    gpu = torch.cuda.is_available()
+    facts = conditions(gpu)
     folder = options.out
     if folder is None and gpu:
-        name = re.sub(r"[^A-Za-z0-9]+", "-", report["conditions"]["gpu"]).strip("-").lower()
+        name = re.sub(r"[^A-Za-z0-9]+", "-", facts["gpu"]).strip("-").lower()
         folder = ROOT / "benches" / "results" / name
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "gpu_check.json"
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"written: {path}")
+    record = Record(None if folder is None else folder / "gpu_check.json", facts, options.fresh)
+    if record.continued:
+        print(f"going on with {record.path}, run {len(record.report['runs'])}", flush=True)
+    record.report["dry_run"] = not gpu
+    stages(gpu, options.quick, deadline - TIMING, record)
+    if not gpu:
+        skipped("timing", "no CUDA device; a dry run on tiny shapes follows")
+    measure(gpu, deadline, record)
+    rows = record.timing["rows"]
+    ratios(rows)
+    record.timing["aims"] = list(aims(rows))
+    record.run["seconds"] = round(time.monotonic() - begin, 1)
+    record.save()
+    print_table(record.timing)
+    print_streamed(record.timing["streamed"])
+    if "network" in record.timing:
+        print_network(record.timing["network"])
+    print_aims(record.timing["aims"] if gpu else [])
+    for entry in record.timing["skipped"]:
+        print(f"skipped {entry['row']}: {entry['why']}")
+    if record.path is not None:
+        print(f"written: {record.path}")
     if not gpu:
         print("no CUDA device: nothing above is a GPU measurement; on one, run `make gpu-check`")
+    bad, left = failures(record), unfinished(record)
     for entry in bad:
         print(f"FAILED {entry}")
+    print(f"to be done by another run: {', '.join(left)}" if left else "nothing is left")
     return 1 if bad else 0
 
 

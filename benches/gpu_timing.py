@@ -22,14 +22,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_model import Gpu, measured, outline, predicted_seconds
 from torch import Tensor
 
 from moso_fast import engine
 from moso_fast.backends import _PREFERENCE, backends, get
 from moso_fast.backends._triton_choice import REGIME_VARIABLE, REGIMES, choose_regime
+from moso_fast.bench.energy import gpu_energy_counter, joules_per_call
 from moso_fast.bench.providers.plain import naive
 from moso_fast.functional import last_layer_stats
-from moso_fast.problem import Problem, build_problem
+from moso_fast.problem import Problem
 
 # (N, C, D) of the H200 table; the rows of its last part take seconds each and are skipped by time.
 TABLE = (
@@ -56,6 +58,7 @@ OURS = {"highest": 1e-5, "high": 5e-3, "medium": 1e-2}
 PLAIN = {"highest": 1e-3, "high": 5e-2, "medium": 1e-1}
 # Rows up to which launches may take as long as kernels: also timed as CUDA graphs.
 GRAPH_ROWS = 100_000
+ENERGY_ROWS = TABLE[:3]  # half a second for each contender
 LONGEST_JOB = 2.0  # seconds at the floor, above which a row is skipped
 _FRACTION_OF_MEMORY = 0.8
 
@@ -73,6 +76,7 @@ class Contender:
     error: float = float("nan")
     peak_bytes: int | None = 0  # None for a graph, whose memory is its own
     problem: str = ""
+    joules: float | None = None  # of one call
 
 
 def contenders(
@@ -87,7 +91,7 @@ def contenders(
     found = []
     precisions = ("highest", "high") if dtype == torch.float32 else ("medium",)
     for precision in precisions:
-        problem = _outline(shape, device, dtype, precision)
+        problem = outline(shape, dtype, precision, device)
         for name in _PREFERENCE["cuda"]:
             if not backends()[name].available or get(name).supports(problem) is not None:
                 continue
@@ -104,16 +108,6 @@ def contenders(
         if compiled:
             found.append(Contender("compile", precision, dtype, torch.compile(naive), False))
     return found
-
-
-def _outline(
-    shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, precision: str
-) -> Problem:
-    """Describe a problem of this shape without its memory."""
-    n, c, d = shape
-    row = torch.zeros(1, d, dtype=dtype, device=device)
-    labels = torch.zeros(1, dtype=torch.long, device=device).expand(n)
-    return build_problem(row.expand(n, d), row.expand(c, d), labels, precision=precision)
 
 
 def _other_regimes(problem: Problem) -> list[str]:
@@ -264,6 +258,20 @@ def floor_seconds(
     return max(read, 2 * flop) + max(read, flop)
 
 
+def prediction(shape: tuple[int, int, int], contender: Contender, gpu: Gpu | None) -> float | None:
+    """Seconds that the model of gpu_model.py gives for a contender of ours; None for others."""
+    if gpu is None or not contender.ours:
+        return None
+    return predicted_seconds(shape, contender.dtype, contender.precision, contender.name, gpu)
+
+
+def ceilings_of_model(device: torch.device, roof: dict[str, float]) -> Gpu | None:
+    """Return an H200's committed ceilings, else the measured ones; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    return measured(torch.cuda.get_device_name(device), roof, device)
+
+
 class MatmulPrecision:
     """Float32 matmul precision for a while."""
 
@@ -338,7 +346,20 @@ def time_row(
                 c.seconds.append(clock.time(lambda c=c, chosen=chosen: c.run(*chosen)))
         if time.monotonic() > deadline:
             break
+    if gpu and shape in ENERGY_ROWS and dtype == torch.bfloat16:
+        _energy(running, data, deadline)
     return found
+
+
+def _energy(running: list[Contender], data: list[Tensor], deadline: float) -> None:
+    """Energy of one call, where the GPU counts it; inputs may lie in the cache."""
+    counter = gpu_energy_counter(str(data[0].device))
+    for c in running if counter is not None else ():
+        if time.monotonic() < deadline and not isinstance(c.run, Graphed):
+            with MatmulPrecision(c.precision):
+                c.joules = joules_per_call(
+                    lambda c=c: c.run(*data), counter, torch.cuda.synchronize
+                )
 
 
 def _check(

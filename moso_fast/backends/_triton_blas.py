@@ -35,7 +35,7 @@ class BlasRegime(Regime):
     """cuBLAS around the in-place residual kernel; residuals stored, or made again from logits."""
 
     name = "blas"
-    feature_reads = 3  # logits, gradient sum, alignments
+    feature_reads = 4  # norms, logits, gradient sum, alignments
 
     def fits(self, problem: Problem) -> str | None:
         """Return None: every problem of the backend."""

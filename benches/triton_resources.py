@@ -22,19 +22,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from moso_fast.backends._triton_few_classes import PROVEN_SINCE  # noqa: E402
-
 RESULTS = ROOT / "benches" / "results"
 JSON = RESULTS / "triton_aot.json"
 TABLE = RESULTS / "triton_aot.md"
 
-# Where the ahead-of-time tests keep their cases: module in tests/, function; and since which
-# Triton the backend uses these tiles.
+# Where the ahead-of-time tests keep their cases: module in tests/, function.
 PROVIDERS = (
-    ("aot", "residual_cases", (3, 6)),
-    ("aot_products", "product_cases", (3, 6)),
-    ("aot_few_classes", "cases", PROVEN_SINCE),
-    ("aot_few_classes", "widened_cases", PROVEN_SINCE),
+    ("aot", "residual_cases"),
+    ("aot_products", "product_cases"),
+    ("aot_few_classes", "cases"),
+    ("aot_few_classes", "widened_cases"),
 )
 # What multiplies, quickest first; FFMA stands for the CUDA cores.
 _INSTRUCTIONS = ("UTCHMMA", "HGMMA", "HMMA", "FFMA")
@@ -44,11 +41,15 @@ Figures = dict[str, dict[str, list[Any]]]
 
 
 def cases(version: str) -> Iterator[Any]:
-    """Every case of the ahead-of-time tests for a Triton; the folder tests/ must be on the path."""
+    """Every case of the ahead-of-time tests for a Triton; the folder tests/ must be on the path.
+
+    A tile that names the oldest Triton it is for is no case of older ones.
+    """
     numbers = tuple(int(part) for part in version.split(".")[:2])
-    for module, function, since in PROVIDERS:
-        if numbers >= since:
-            yield from getattr(importlib.import_module(module), function)()
+    for module, function in PROVIDERS:
+        for case in getattr(importlib.import_module(module), function)():
+            if numbers >= getattr(case, "since", numbers):
+                yield case
 
 
 def architectures(case: Any) -> tuple[int, ...]:

@@ -20,7 +20,8 @@ _SLABS = 264
 class Choice(NamedTuple):
     """A tile and what it is for: ``products`` of the operands, rows ``aligned`` to 16 bytes.
 
-    ``prefetch`` and ``reload``: see the kernel.
+    ``prefetch`` and ``reload``: see the kernel. ``since``: the oldest Triton with which it keeps
+    to its figures; older ones spill registers.
     """
 
     products: str  # "bf16", "tf32" or "tf32x3"
@@ -28,31 +29,35 @@ class Choice(NamedTuple):
     prefetch: bool
     reload: bool
     tile: Tile
+    since: tuple[int, int] = (3, 6)
 
 
-# By the compiler's figures, not yet by a clock: none spills on sm_80, sm_90 and sm_100. The weights
-# and the gradient of a tile stay in registers, which bounds classes x D.
+_NEWER = (3, 9)
+
+# By the compiler's figures, not yet by a clock: none spills on sm_80, sm_90 and sm_100 with any
+# Triton from ``since`` on, whose figures they bound. The weights and the gradient of a tile stay in
+# registers, which bounds classes x D.
 FIRST_TILES = (
-    Choice("bf16", True, True, False, Tile(16, 16, 512, 8, 1, 216, 36_864, "HMMA")),
-    Choice("bf16", True, True, True, Tile(16, 32, 512, 8, 1, 255, 65_536, "HMMA")),
-    Choice("bf16", False, False, False, Tile(16, 16, 512, 8, 1, 255, 36_864, "HMMA")),
-    Choice("tf32x3", True, True, True, Tile(16, 16, 512, 8, 1, 244, 131_072, "HMMA")),
+    Choice("bf16", True, True, False, Tile(16, 16, 512, 8, 1, 240, 40_960, "HMMA")),
+    Choice("bf16", True, True, True, Tile(16, 32, 512, 8, 1, 255, 65_536, "HMMA"), _NEWER),
+    Choice("bf16", False, False, False, Tile(16, 16, 512, 8, 1, 255, 40_960, "HMMA")),
+    Choice("tf32x3", True, True, True, Tile(16, 16, 512, 8, 1, 244, 131_072, "HMMA"), _NEWER),
     Choice("tf32x3", True, True, True, Tile(16, 32, 256, 8, 1, 244, 98_304, "HMMA")),
-    Choice("tf32x3", False, False, True, Tile(16, 16, 512, 8, 1, 244, 131_072, "HMMA")),
-    Choice("tf32", True, False, False, Tile(16, 32, 512, 8, 1, 255, 98_816, "HMMA")),
-    Choice("tf32", True, False, False, Tile(16, 16, 1024, 8, 1, 255, 132_096, "HMMA")),
-    Choice("tf32", False, False, False, Tile(16, 16, 512, 8, 1, 232, 66_560, "HMMA")),
+    Choice("tf32x3", False, False, True, Tile(16, 16, 512, 8, 1, 255, 131_072, "HMMA")),
+    Choice("tf32", True, False, False, Tile(16, 32, 512, 8, 1, 255, 98_816, "HMMA"), _NEWER),
+    Choice("tf32", True, False, False, Tile(16, 16, 1024, 8, 1, 255, 132_096, "HMMA"), _NEWER),
+    Choice("tf32", False, False, False, Tile(16, 16, 512, 8, 1, 232, 66_560, "HMMA"), _NEWER),
 )
 
 SECOND_TILES = (
-    Choice("bf16", True, False, False, Tile(128, 16, 128, 4, 3, 168, 143_360, "HGMMA")),
-    Choice("bf16", True, False, False, Tile(64, 32, 64, 4, 3, 152, 69_632, "HGMMA")),
-    Choice("bf16", False, False, False, Tile(64, 16, 64, 4, 3, 208, 40_960, "HGMMA")),
+    Choice("bf16", True, False, False, Tile(128, 16, 128, 4, 3, 216, 143_360, "HGMMA")),
+    Choice("bf16", True, False, False, Tile(64, 32, 64, 4, 3, 184, 69_632, "HGMMA")),
+    Choice("bf16", False, False, False, Tile(64, 16, 64, 4, 3, 255, 40_960, "HGMMA")),
     Choice("tf32x3", True, False, False, Tile(64, 16, 64, 4, 3, 216, 61_440, "HGMMA")),
-    Choice("tf32x3", True, False, False, Tile(64, 32, 32, 8, 3, 184, 45_056, "HGMMA")),
-    Choice("tf32x3", False, False, False, Tile(64, 16, 32, 4, 3, 192, 32_768, "HGMMA")),
-    Choice("tf32", True, False, False, Tile(64, 32, 32, 8, 3, 136, 53_248, "HGMMA")),
-    Choice("tf32", False, False, False, Tile(64, 16, 32, 4, 3, 144, 40_960, "HGMMA")),
+    Choice("tf32x3", True, False, False, Tile(64, 32, 32, 8, 3, 184, 45_056, "HGMMA"), _NEWER),
+    Choice("tf32x3", False, False, False, Tile(64, 16, 32, 4, 3, 200, 32_768, "HGMMA")),
+    Choice("tf32", True, False, False, Tile(64, 32, 32, 8, 3, 160, 53_248, "HGMMA")),
+    Choice("tf32", False, False, False, Tile(64, 16, 32, 4, 3, 152, 40_960, "HGMMA")),
 )
 
 
@@ -70,12 +75,14 @@ def choose_first_tile(
     products: str,
     aligned: bool = True,
     shared_bytes: int = 232_448,
+    version: tuple[int, ...] = _NEWER,
 ) -> Choice | None:
     """Return the tile of the first pass, or None where no shipped tile holds C and D.
 
     Of the tiles for these products that hold a row of features, a row of logits, and fit
-    ``shared_bytes`` a block (what the GPU offers; 227 KiB on compute capability 9.0), the one
-    that takes all heads in the fewest groups; then the narrowest, then the smallest.
+    ``shared_bytes`` a block (what the GPU offers; 227 KiB on compute capability 9.0) with a
+    Triton of this ``version``, the one that takes all heads in the fewest groups; then the
+    narrowest, then the smallest.
     """
     fitting = [
         c
@@ -84,6 +91,7 @@ def choose_first_tile(
         and classes <= c.tile.classes
         and dim <= c.tile.dim
         and c.tile.shared_bytes <= shared_bytes
+        and version >= c.since
     ]
     return min(
         fitting,
@@ -93,12 +101,18 @@ def choose_first_tile(
 
 
 def choose_second_tile(
-    classes: int, heads: int, products: str, aligned: bool = True, shared_bytes: int = 232_448
+    classes: int,
+    heads: int,
+    products: str,
+    aligned: bool = True,
+    shared_bytes: int = 232_448,
+    version: tuple[int, ...] = _NEWER,
 ) -> Choice | None:
     """Return the tile of the second pass, or None where no shipped tile holds C classes.
 
-    Of the tiles for these products that hold a row of logits and fit ``shared_bytes`` a block,
-    the one that takes all heads in the fewest groups; then the narrowest.
+    Of the tiles for these products that hold a row of logits and fit ``shared_bytes`` a block
+    with a Triton of this ``version``, the one that takes all heads in the fewest groups; then the
+    narrowest.
     """
     fitting = [
         c
@@ -106,6 +120,7 @@ def choose_second_tile(
         if (c.products, c.aligned) == (products, aligned)
         and classes <= c.tile.classes
         and c.tile.shared_bytes <= shared_bytes
+        and version >= c.since
     ]
     return min(
         fitting,

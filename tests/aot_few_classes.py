@@ -121,7 +121,8 @@ def _case(
     if not choice.aligned:
         words.append("unaligned")
     pointers = tuple(name for name, given in types.items() if given[0] == "*")
-    return ProductCase("-".join(words), kernel, tile, types, constants, pointers)
+    name = "-".join(words)
+    return ProductCase(name, kernel, tile, types, constants, pointers, since=choice.since)
 
 
 def cases(plain: bool = False) -> Iterator[ProductCase]:

@@ -28,6 +28,7 @@ class ProductCase:
     constants: Mapping[str, Any]
     divisible: tuple[str, ...]
     majors: tuple[int, ...] = (8, 9, 10)  # compute capabilities
+    since: tuple[int, int] = (3, 6)  # the oldest Triton that the tile is for
 
     @property
     def architectures(self) -> tuple[int, ...]:

@@ -13,18 +13,22 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+import triton
 from aot import ARCHITECTURES
 from aot_few_classes import cases
 from aot_products import ProductCase, instructions
 
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 CASES = [
     pytest.param(case, arch, id=f"{case.name}-sm_{arch}")
     for case in cases()
+    if case.since <= VERSION
     for arch in ARCHITECTURES
 ] + [
     # One head of class ids, nothing optional: fewer masks, other code.
     pytest.param(case, 90, id=f"{case.name}-sm_90")
     for case in cases(plain=True)
+    if case.since <= VERSION
     if case.name.startswith("first") and "unaligned" not in case.name
 ]
 

@@ -245,12 +245,15 @@ def test_the_first_rule_whose_bounds_hold_decides() -> None:
 
 
 @needs_triton
-def test_few_classes_ask_for_the_triton_they_are_proven_with(machine, monkeypatch) -> None:
+def test_few_classes_take_no_tile_that_spills_in_this_triton(machine, monkeypatch) -> None:
     problem, regime = shape(10, 512), REGIMES["few_classes"]
     monkeypatch.setattr(_triton_few_classes, "triton_version", lambda: (3, 8))
     machine()
-    assert regime.fits(problem) == "its tiles are proven for Triton 3.9 and newer"
+    why = "no tile holds C = 10 and D = 512 without spills in Triton 3.8"
+    assert regime.fits(problem) == why
     assert choose_regime(problem, True).regime.name == "stored"
+    assert regime.fits(shape(10, 256)) is None
+    assert regime.fits(shape(200, 256)) == "no tile holds C = 200 and D = 256"
     machine(interpret=True)
     assert regime.fits(problem) is None
     monkeypatch.setattr(_triton_few_classes, "triton_version", lambda: (3, 10))

@@ -26,6 +26,4 @@ unset PYTHONPATH PYTHONHOME TRITON_INTERPRET
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     "$torch" "triton==$oldest.*" "numpy<2.4" pytest pytest-timeout hypothesis
 "$venv/bin/python" -c 'import triton; print("Triton", triton.__version__)'
-# The tiles for few classes are for Triton 3.9 and newer (moso_fast/backends/_triton_few_classes.py).
-"$venv/bin/python" -m pytest -q -p no:cacheprovider tests/test_triton_*.py \
-    --ignore=tests/test_triton_aot_few_classes.py
+"$venv/bin/python" -m pytest -q -p no:cacheprovider tests/test_triton_*.py

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..engine import FirstPass, RowBuffers
 from ..problem import Problem
 from ._triton_autotune import kind, tile_for
-from ._triton_blas import note_norms
 from ._triton_products import kernel_features, self_term
 from ._triton_regime import (
     SLAB_ROWS,
@@ -28,8 +27,7 @@ from ._triton_regime import (
     triton_version,
 )
 
-# Older ones spill registers in these kernels and take more shared memory than the tiles state.
-PROVEN_SINCE = (3, 9)
+_ANY = (999,)  # newer than any Triton that a tile asks for
 
 
 class FewClassesRegime(Regime):
@@ -39,13 +37,13 @@ class FewClassesRegime(Regime):
     feature_reads = 2
 
     def fits(self, problem: Problem) -> str | None:
-        """Return why not: an older Triton, or a C and D that no tile holds."""
-        if not interpreted() and triton_version() < PROVEN_SINCE:
-            needed = ".".join(map(str, PROVEN_SINCE))
-            return f"its tiles are proven for Triton {needed} and newer"
-        if _default(problem, "first") is None or _default(problem, "second") is None:
-            return f"no tile holds C = {problem.classes} and D = {problem.dim}"
-        return None
+        """Return why not: a C and D that no tile holds, or none without spills in this Triton."""
+        if _default(problem, "first") and _default(problem, "second"):
+            return None
+        what = f"no tile holds C = {problem.classes} and D = {problem.dim}"
+        if _default(problem, "first", version=_ANY) and _default(problem, "second", version=_ANY):
+            return f"{what} without spills in Triton {'.'.join(map(str, triton_version()))}"
+        return what
 
     def row_bytes(self, problem: Problem) -> int:
         """Its share of a partial sum, labels, and the features where they must be copied."""
@@ -108,8 +106,7 @@ class FewClassesRegime(Regime):
             )
 
         sums = launch(_choice(problem, "first", features, launch))
-        note_norms(problem, rows, out)
-        return FirstPass(sums.grad, sums.bias, residual)
+        return FirstPass(sums.grad, sums.bias, residual)  # overflows of norms: the kernel's work
 
     def second_pass(
         self,
@@ -168,17 +165,27 @@ def _straight(problem: Problem) -> bool:
     return aligned(problem.features)
 
 
-def _default(problem: Problem, which: str, straight: bool | None = None) -> Any:
+def _version() -> tuple[int, ...]:
+    """Version of the Triton that compiles; the interpreter runs every tile."""
+    return _ANY if interpreted() else triton_version()
+
+
+def _default(
+    problem: Problem,
+    which: str,
+    straight: bool | None = None,
+    version: tuple[int, ...] | None = None,
+) -> Any:
     """Return the tile that the kernels' own table gives the first or second pass, or None."""
     from moso_fast.kernels import few_classes_tiles as tiles
 
     straight = _straight(problem) if straight is None else straight
     products = tiles.products_of(problem.features.dtype, problem.precision)
     classes, heads = problem.classes, problem.heads
-    shared = limits_of(problem.device).shared_bytes
+    limits = (limits_of(problem.device).shared_bytes, version or _version())
     if which == "second":
-        return tiles.choose_second_tile(classes, heads, products, straight, shared)
-    return tiles.choose_first_tile(classes, heads, problem.dim, products, straight, shared)
+        return tiles.choose_second_tile(classes, heads, products, straight, *limits)
+    return tiles.choose_first_tile(classes, heads, problem.dim, products, straight, *limits)
 
 
 def _choice(problem: Problem, which: str, features: Tensor, launch: Any, *labels: object) -> Any:
@@ -196,6 +203,7 @@ def _choice(problem: Problem, which: str, features: Tensor, launch: Any, *labels
         and problem.classes <= c.tile.classes
         and (which == "second" or problem.dim <= c.tile.dim)
         and c.tile.shared_bytes <= shared
+        and _version() >= c.since
     ]
     labels = (problem.heads, problem.loss, features.dtype, default.products, straight, *labels)
     key = kind(f"few_classes_{which}", problem.classes, problem.dim, *labels)

@@ -237,8 +237,9 @@ def _two_passes(
     count = counted.sum()
     if formula is not None and not capturing:
         check_count(formula, int(count))
-    grad /= count.clamp_min(1)
-    bias_grad /= count.clamp_min(1)
+    at_least_one = count.clamp_min(1)
+    grad /= at_least_one
+    bias_grad /= at_least_one
     mean_grad_sqnorm = _sqnorm(grad.flatten(1))
     if problem.bias is not None:
         mean_grad_sqnorm = mean_grad_sqnorm + _sqnorm(bias_grad)
@@ -309,9 +310,12 @@ def _blocks(values: Tensor) -> Iterator[slice]:
 def _sqnorm(values: Tensor) -> Tensor:
     """Sum of squares of every row of (K, M): (K,), the same bits for any number of threads.
 
-    PyTorch splits one long sum among its threads; sums of a block each it leaves whole.
+    PyTorch splits one long sum among its threads on a CPU; sums of a block each it leaves whole.
+    On a GPU the order depends on the shape alone, and every launch counts.
     """
     sums = values.square()
+    if values.device.type != "cpu":
+        return sums.sum(1)
     while sums.shape[1] > 1:
         whole = sums.shape[1] // _SUM_BLOCK * _SUM_BLOCK
         blocks = sums[:, :whole].unflatten(1, (-1, _SUM_BLOCK)).sum(2)

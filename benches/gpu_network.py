@@ -92,9 +92,9 @@ def time_network(device: torch.device, rounds: int) -> dict[str, Any]:
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
-        expected = authors_loop(model, start, targets)
+        expected = authors_loop(model, start, targets).cpu()
         try:
-            check("ours", Ours(model, start, targets, batch).scores(), expected)
+            check("ours", Ours(model, start, targets, batch).scores().cpu(), expected)
         except RuntimeError as error:
             return {**row, "problem": f"wrong: {error}"}
         ours = Ours(model, inputs, labels, batch)

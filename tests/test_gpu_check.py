@@ -126,6 +126,31 @@ def test_a_run_whose_time_is_up_leaves_the_rest_to_the_next(gpu_timing, tmp_path
     assert len(gpu_check.failures(short)) == 2
 
 
+def test_a_lost_device_ends_the_timing_and_keeps_what_there_is(
+    gpu_timing, monkeypatch, tmp_path: Path
+) -> None:
+    gpu_check = importlib.import_module("gpu_check")
+    record = importlib.import_module("gpu_record").Record(tmp_path / "gpu_check.json", CONDITIONS)
+    honest, calls = gpu_timing.time_row, []
+
+    def lose(shape, dtype, *arguments, **options):
+        calls.append(shape)
+        if len(calls) > 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        return honest(shape, dtype, *arguments, **options)
+
+    monkeypatch.setattr(gpu_timing, "time_row", lose)
+    outcome = gpu_check.timed_to_its_end(False, float("inf"), record)
+    assert outcome == {"outcome": "failed: CUDA error: an illegal memory access was encountered"}
+    record.put_stage("timing", outcome)
+    assert gpu_check.failures(record) == ["timing"]
+    saved = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert len({row["dtype"] for row in saved["timing"]["rows"]}) == 2
+    monkeypatch.setattr(gpu_timing, "time_row", honest)
+    record.put_stage("timing", gpu_check.timed_to_its_end(False, float("inf"), record))
+    assert not gpu_check.failures(record) and len(record.timing["rows"]) > 6
+
+
 def test_hash_of_the_source_follows_the_source(gpu_timing, tmp_path: Path) -> None:
     source_hash = importlib.import_module("gpu_record").source_hash
     (tmp_path / "kernels").mkdir()

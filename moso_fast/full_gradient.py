@@ -77,6 +77,12 @@ class FullGradient:
                     f"model: batch norm {name!r} uses the statistics of the batch, so that samples "
                     "influence each other; it needs running statistics (track_running_stats=True)"
                 )
+            scaled = getattr(module, "scale_grad_by_freq", False)
+            if scaled and any(p.requires_grad for p in module.parameters(recurse=False)):
+                raise ValueError(
+                    f"model: embedding {name!r} divides gradients by how often a token is in the "
+                    "batch, so that samples influence each other; set scale_grad_by_freq=False"
+                )
         self.methods = Methods(network)
         self.chunk, self._fixed = chunk_size, chunk_size is not None
 

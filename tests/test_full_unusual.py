@@ -390,3 +390,28 @@ def test_numbers_are_repeatable() -> None:
     one = score(build("resnet", torch.float32), inputs, labels)
     other = score(build("resnet", torch.float32), inputs, labels)
     assert torch.equal(one.scores, other.scores)
+
+
+class Words(nn.Module):
+    """An embedding with options, and a head."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6, **options)
+        self.fc = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.tanh(self.embed(x)).mean(1))
+
+
+def test_embedding_options() -> None:
+    torch.manual_seed(0)
+    inputs, labels = torch.randint(11, (9, 12)), torch.randint(CLASSES, (9,))
+    scaled = Words(scale_grad_by_freq=True).double().eval()
+    with pytest.raises(ValueError, match="embedding 'embed' divides gradients by how often"):
+        score(scaled, inputs, labels)
+    scaled.embed.weight.requires_grad_(False)
+    for model in (scaled, Words(padding_idx=-1).double().eval()):
+        expected = scores(gradients(model, inputs, labels), "moso")
+        error = (score(model, inputs, labels).scores - expected).abs().max()
+        assert error <= 1e-10 * expected.abs().max()

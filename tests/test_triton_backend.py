@@ -362,6 +362,7 @@ def test_import_and_availability_do_not_import_triton() -> None:
     assert child.returncode == 0, child.stderr
 
 
-def test_whole_path_in_interpreter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["test_triton_scoring.py", "test_triton_memory.py"])
+def test_whole_path_in_interpreter(file: str, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-    run_interpreted("test_triton_scoring.py", tmp_path)
+    run_interpreted(file, tmp_path)

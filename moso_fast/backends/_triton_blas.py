@@ -30,6 +30,11 @@ from ._triton_regime import (
 )
 from .common import alignments, gradient_sum, logits_of, note, safe_features
 
+# Numbers of a block of residuals whose lost self-terms are summed at a time, and the bytes that
+# the sum takes for each.
+BLOCK_NUMBERS = 2**24
+_BLOCK_BYTES = 16
+
 
 class BlasRegime(Regime):
     """cuBLAS around the in-place residual kernel; residuals stored, or made again from logits."""
@@ -54,10 +59,13 @@ class BlasRegime(Regime):
         return a_row
 
     def fixed_bytes(self, problem: Problem) -> int:
-        """Gradient sums and what is added to them, in float64; float32 sums of all slabs."""
+        """Gradient sums and what is added to them, in float64; float32 sums of slabs; a block."""
         rows = min(problem.rows, self.chunk_rows(problem))
         slabs = max(1, rows // SLAB_ROWS[problem.precision])
-        return (16 + 4 * slabs) * problem.weight.numel()
+        block = 0
+        if operand_dtype(problem).itemsize == 2:
+            block = _BLOCK_BYTES * min(rows * problem.heads * problem.classes, BLOCK_NUMBERS)
+        return (16 + 4 * slabs) * problem.weight.numel() + block
 
     def describe(self, problem: Problem) -> str:
         """Operands of the products and the tile of the kernel."""
@@ -171,9 +179,17 @@ def lost_self_term(out: RowBuffers, rows: slice, residual: Tensor, both_rounded:
     """Return what rounding residuals took from each row's dot product with itself, (K, n).
 
     Scores are N a - q with the exact q: what a holds of the row's own gradient must be as exact,
-    or the rounding of the largest term of a confident row would decide its score.
+    or the rounding of the largest term of a confident row would decide its score. A block of rows
+    at a time: the terms of a whole chunk would take several times the memory of its logits.
     """
+    rows_a_block = max(1, BLOCK_NUMBERS // residual.shape[1:].numel())
+    blocks = residual.split(rows_a_block)
+    lost = torch.cat([_lost_products(block, both_rounded) for block in blocks]).T
+    return lost * out.feature_sqnorm[rows] / out.counted.sum().clamp_min(1)
+
+
+def _lost_products(residual: Tensor, both_rounded: bool) -> Tensor:
+    """Return |r|^2 less the product that the operands gave, (n, K)."""
     rounded = residual.to(torch.bfloat16).float()
     other = residual + rounded if both_rounded else residual
-    lost = ((residual - rounded) * other).sum(-1).T
-    return lost * out.feature_sqnorm[rows] / out.counted.sum().clamp_min(1)
+    return ((residual - rounded) * other).sum(-1)

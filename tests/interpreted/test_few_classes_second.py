@@ -189,10 +189,7 @@ def test_nothing_is_read_beyond_the_inputs(generator: torch.Generator) -> None:
     # Both passes; a mask that is missing ends the process.
     given = draw((17, 1, 3, 8), generator, loss="soft")
     made = given.pop("made")
-    tight = {
-        name: value if name == "counted" else before_a_forbidden_page(value)
-        for name, value in given.items()
-    }
+    tight = {name: before_a_forbidden_page(value) for name, value in given.items()}
     inputs = [before_a_forbidden_page(value) for value in made[:3]]
     again = Recompute(*inputs, *made[3:6], before_a_forbidden_page(made.sample_weight))
     for choice in (None, SMALL):
@@ -201,6 +198,18 @@ def test_nothing_is_read_beyond_the_inputs(generator: torch.Generator) -> None:
     options = {"label_smoothing": 0.1, "sample_weight": again.sample_weight}
     first = first_pass(tight["features"], *inputs, **options)
     assert_close(first, given["features"], *made[:3], **options)
+
+
+def test_residuals_of_rows_that_do_not_count_are_not_read(generator: torch.Generator) -> None:
+    given = draw((18, 1, 3, 8), generator)
+    given.pop("made")
+    assert not given["counted"][17]
+    expected, out = torch.empty(1, 18), torch.empty(1, 18)
+    few_classes_second(**given, out=expected)
+    readable = before_a_forbidden_page(given["residual"][:17])
+    given["residual"] = readable.as_strided((18, 3), (3, 1))  # the last row is forbidden
+    few_classes_second(**given, out=out)
+    assert torch.equal(out, expected)
 
 
 def test_choice_of_tiles() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from far_memory import STRIDE, Sparse
+from far_memory import STRIDE, Sparse, walled
 from moso_fast.kernels.elementwise_residual import elementwise_residual_kernel
 from moso_fast.kernels.residual import RowOutputs, residual_rows
 from moso_fast.kernels.softmax_residual import softmax_residual_kernel
@@ -61,6 +61,41 @@ def test_offsets_are_64_bit(loss: str, soft: bool, generator: torch.Generator) -
         torch.testing.assert_close(
             output.stacked(), getattr(expected, name), equal_nan=True, msg=name
         )
+
+
+@pytest.mark.parametrize(
+    ("loss", "soft"),
+    [("cross_entropy", False), ("cross_entropy", True), ("binary_cross_entropy", True)],
+)
+@pytest.mark.parametrize("shape", [(5, 2, 3), (3, 1, 33), (2, 1, 8193)], ids=str)
+def test_reads_nothing_beyond_its_operands(
+    shape: tuple[int, int, int], loss: str, soft: bool, generator: torch.Generator
+) -> None:
+    rows, heads, classes = shape
+    logits = torch.randn(shape, generator=generator)
+    labels = torch.full((rows,), classes - 1)
+    labels[0] = -100
+    if soft:
+        labels = torch.softmax(torch.randn(rows, classes, generator=generator), 1)
+    vectors = {
+        "sample_weight": torch.rand(rows, generator=generator),
+        "counted": torch.arange(rows) != rows - 2,
+    }
+    expected = launch(logits, labels, loss=loss, **vectors)
+    data = walled(logits.reshape(rows, -1))
+    outputs = [walled(torch.full((heads, rows), torch.nan)) for _ in RowOutputs._fields]
+    residual_rows(
+        data,
+        walled(labels),
+        classes=classes,
+        out=RowOutputs(*outputs),
+        status=walled(torch.full((4,), rows)),
+        loss=loss,
+        **{name: walled(value) for name, value in vectors.items()},
+    )
+    assert torch.equal(data.view(shape), expected.residual)
+    for name, output in zip(RowOutputs._fields, outputs, strict=True):
+        assert torch.equal(output.nan_to_num(7.0), getattr(expected, name).nan_to_num(7.0)), name
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])

@@ -1,12 +1,17 @@
-"""Memory that shows wrong addresses: rows beyond 32-bit offsets, and tensors before a wall."""
+"""Memory that shows wrong addresses: rows beyond 32-bit offsets, walls, repeated stores."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import interpreter_builder
 
 # Two strides are 2^32 - 128: cut to 32 bits, the third row lies 128 elements before the first.
 STRIDE = 2**31 - 64
@@ -61,3 +66,24 @@ def walled(values: Tensor) -> Tensor:
         memory, dtype=values.dtype, offset=room - size, count=values.numel()
     ).view(values.shape)
     return copy.copy_(values)
+
+
+@contextmanager
+def each_written_once() -> Iterator[None]:
+    """Fail if kernels store to one address twice: on a GPU that is a race, or work done twice.
+
+    Numbers written over by equal ones show in no result.
+    """
+    given, written = interpreter_builder.create_masked_store, []
+
+    def store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        written.append(pointers.data[mask.data].ravel())
+        return given(pointers, value, mask, *rest)
+
+    interpreter_builder.create_masked_store = store
+    try:
+        yield
+    finally:
+        interpreter_builder.create_masked_store = given
+    addresses = np.concatenate(written)
+    assert len(addresses) and len(np.unique(addresses)) == len(addresses), "written twice"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from alignment_support import cut
-from far_memory import STRIDE, Sparse
+from far_memory import STRIDE, Sparse, each_written_once
 from few_classes_support import FIELDS, STATISTICS, assert_close, reference, run
 from moso_fast.kernels import few_classes_tiles
 from moso_fast.kernels.few_classes import few_classes_first
@@ -162,6 +162,12 @@ def test_no_rows(generator: torch.Generator) -> None:
     assert torch.equal(result["grad"], torch.zeros(2, 3, 5, dtype=torch.float64))
     assert torch.equal(result["bias"], torch.zeros(2, 3, dtype=torch.float64))
     assert result["loss"].shape == (2, 0)
+
+
+def test_every_number_is_written_once(generator: torch.Generator) -> None:
+    data = draw((17, 3, 10, 8), generator)  # heads in three groups: three programs a slab
+    with each_written_once():
+        assert_close(run(*data, choice=SMALL), *data)
 
 
 def test_heads_do_not_touch_each_other(generator: torch.Generator) -> None:

@@ -185,9 +185,10 @@ def test_rows_beyond_32_bits(generator: torch.Generator) -> None:
         torch.testing.assert_close(far_out.stacked(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_read_beyond_the_inputs(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("loss", ["cross_entropy", "soft"])
+def test_nothing_is_read_beyond_the_inputs(loss: str, generator: torch.Generator) -> None:
     # Both passes; a mask that is missing ends the process.
-    given = draw((17, 1, 3, 8), generator, loss="soft")
+    given = draw((17, 1, 3, 8), generator, loss=loss)
     made = given.pop("made")
     tight = {name: before_a_forbidden_page(value) for name, value in given.items()}
     inputs = [before_a_forbidden_page(value) for value in made[:3]]

@@ -56,8 +56,8 @@ def peak(case: Case, chunk_size: int | None) -> float:
     return live.most / (4 * ROWS * CLASSES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dim", [4, 24])  # fewer and more than classes: both orders of a product
+# Fewer and more than classes: both orders of a product.
+@pytest.mark.parametrize(("dim", "dtype"), [(4, torch.bfloat16), (24, torch.float32)])
 @pytest.mark.parametrize(
     ("regime", "chunk_size", "allowed"),
     [

@@ -194,6 +194,14 @@ def test_confident_model_keeps_its_digits(generator: torch.Generator) -> None:
         assert error.max() < 4e-5, name
 
 
+@pytest.mark.parametrize("classes", [1, 2, 7, 16])
+def test_all_logits_equal(classes: int, generator: torch.Generator) -> None:
+    features, _, _, labels = draw((17, 1, classes, 4), generator)
+    weight, bias = torch.zeros(1, classes, 4), torch.full((1, classes), 0.5)
+    result = run(features, weight, bias, labels)
+    assert_close(result, features, weight, bias, labels)
+
+
 @pytest.mark.parametrize("level", [1e4, -1e4, 3e38])
 def test_extreme_logits(level: float) -> None:
     weight = torch.tensor([[[1.0], [-1.0], [0.0]]])

@@ -107,10 +107,12 @@ class EmulatedCuda(cuda.CudaBackend):
     def __init__(self, emulator: ModuleType, patch: Any, shared: int = H200_SHARED) -> None:
         self.emulator = emulator
         self.multiprocessors = 3
+        self.bulk = True  # as from sm_90 on
         self.launches: list[tuple[str, dict[str, Any]]] = []
         patch.setattr(cuda, "_module", lambda: emulator)
         patch.setattr(cuda, "_shared_limit", lambda device: shared)
         patch.setattr(cuda, "_multiprocessors", lambda device: self.multiprocessors)
+        patch.setattr(cuda, "_bulk_copies", lambda device: self.bulk)
         patch.setattr(cuda, "_launch", self._launch)
         patch.setattr(cuda, "_empty", self._empty)
         self.shared = shared

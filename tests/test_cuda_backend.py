@@ -142,6 +142,13 @@ def test_a_module_for_fewer_gpus_says_so(machine, architectures, capability, run
 
 
 @needs_module
+@pytest.mark.parametrize("capability, bulk", [((8, 0), False), ((9, 0), True), ((10, 3), True)])
+def test_bulk_copies_only_where_the_code_has_them(machine, capability, bulk) -> None:
+    machine(capability)
+    assert cuda._bulk_copies(torch.device("cuda:0")) == bulk
+
+
+@needs_module
 def test_shared_memory_of_the_device_decides(machine) -> None:
     problem = OnGpu(problem_of(random_case("ids", n=2, c=100, d=512, dtype=torch.bfloat16)))
     machine()

@@ -73,17 +73,20 @@ def check(case: Case, tolerance: float, **options) -> None:
 # --- every kernel --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("classes, dim", [(10, 1100), (24, 530), (70, 200), (100, 140)])
+@pytest.mark.parametrize("classes, dim", [(10, 1104), (24, 530), (70, 200), (100, 136)])
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instantiation(gpu, emulator, dtype, exact, classes, dim) -> None:
     precision = "highest" if exact else "high" if dtype == torch.float32 else "medium"
     emulator.set_options(classes == 24, False)  # warps in either order
+    gpu.bulk = classes != 70  # cp.async there, and single numbers in rows of 530
     check(random_case("ids", n=37, c=classes, d=dim, dtype=dtype), ERROR[precision],
           precision=precision)  # fmt: skip
     first, second = gpu.launches[0][1], gpu.launches[-1][1]
     assert first["tiles"] == second["tiles"] == {10: 1, 24: 2, 70: 5, 100: 7}[classes]
     assert first["exact"] == second["exact"] == exact
+    assert first["bulk"] == (classes in (10, 100))
+    assert first["aligned"] == (classes != 24)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +100,10 @@ def test_shapes_off_every_tile(gpu, dtype, n, c, d) -> None:
 
 
 @pytest.mark.parametrize("staging", [(64, 2), (32, 3), (32, 2), (16, 3), (16, 2), (16, 1)])
+@pytest.mark.parametrize("bulk", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_staging(gpu, emulator, monkeypatch, dtype, staging) -> None:
+def test_every_staging(gpu, emulator, monkeypatch, dtype, bulk, staging) -> None:
+    gpu.bulk = bulk
     plan = emulator.few_classes_plan
 
     def with_staging(feature, exact, classes, dim, limit):
@@ -110,7 +115,13 @@ def test_every_staging(gpu, emulator, monkeypatch, dtype, staging) -> None:
         return {**chosen, "tile_rows": rows, "stages": stages, "first_bytes": layout["bytes"]}
 
     monkeypatch.setattr(emulator, "few_classes_plan", with_staging)
-    check(random_case("ids", n=140, c=9, d=72, dtype=dtype), 1e-5, precision="highest")
+    case = random_case("ids", n=140, c=9, d=72, dtype=dtype)
+    case.features[77] = float("nan")  # its tile is cleared by ordinary stores
+    case.labels[77] = -100
+    gpu.multiprocessors = 1  # every stage is used again
+    exact = closed_form_stats(*case.args)
+    assert_stats_match(run(case, precision="highest"), exact, 1e-5)
+    assert gpu.launches[0][1]["bulk"] == bulk
 
 
 def test_no_rows(gpu) -> None:
@@ -293,6 +304,19 @@ def test_strides_and_alignments(gpu, dtype) -> None:
     assert aligned == {0, 1}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [29, 31, 48])
+def test_rows_that_end_inside_16_bytes(gpu, dtype, dim) -> None:
+    """What lies behind the columns of an aligned row belongs to somebody else."""
+    case = random_case("ids", n=40, c=5, d=dim, dtype=dtype)
+    wide = torch.full((40, 64), float("nan"), dtype=dtype)
+    wide[:, :dim] = case.features
+    stats = score(wide[:, :dim], *case.args[1:], precision="highest")
+    assert_stats_match(stats, closed_form_stats(*case.args), 1e-5)
+    job = gpu.launches[0][1]
+    assert (job["aligned"], job["bulk"]) == (1, int(dim == 48))
+
+
 def test_equal_rows_behind_one_address(gpu) -> None:
     row = torch.randn(1, 40, generator=generator(5))
     case = Case(row.expand(200, 40), torch.randn(3, 40, generator=generator(6)),
@@ -312,17 +336,34 @@ def test_rows_beyond_32_bits(gpu, dtype) -> None:
     assert_stats_match(stats, closed_form_stats(*case.args), 1e-5)
 
 
-def test_features_are_read_once_a_pass(gpu, emulator) -> None:
-    """16 bytes at a time: by cp.async in the first pass, straight to registers in the second."""
+@pytest.mark.parametrize("bulk", [True, False])
+def test_features_are_read_once_a_pass(gpu, emulator, bulk) -> None:
+    """By bulk copies or cp.async in the first pass, straight to registers in the second."""
+    gpu.bulk = bulk
     case = random_case("ids", n=128, c=10, d=512, dtype=torch.bfloat16)
     emulator.take_counts()
     run(case)
     counts = emulator.take_counts()
     chunks = 128 * 512 * 2 // 16
-    assert counts["cp.async"] == counts["global 16 bytes"] == chunks
+    assert counts["bulk 16 bytes" if bulk else "cp.async"] == chunks
+    assert counts["cp.async" if bulk else "bulk 16 bytes"] == 0
+    assert counts["global 16 bytes"] == chunks
     assert [name for name, _ in gpu.launches] == [
         "few_classes_first", "few_classes_reduce", "few_classes_second"
     ]  # fmt: skip
+
+
+def test_second_pass_walks_from_the_last_rows_to_the_first(gpu, emulator) -> None:
+    """What the first pass left in the L2 cache is used. Warp w of 16 takes tiles 31 - w, 15 - w."""
+    gpu.multiprocessors = 1
+    case = random_case("ids", n=512, c=10, d=64, dtype=torch.bfloat16)
+    run(case)
+    assert gpu.launches[-1][1]["blocks"] == 2
+    start = case.features.data_ptr()
+    tiles = [(address - start) // (16 * 64 * 2) for address in emulator.last_wide_loads()]
+    order = list(dict.fromkeys(tiles))
+    pairs = set(zip(order[::2], order[1::2], strict=True))
+    assert pairs == {(31 - warp, 15 - warp) for warp in range(16)}
 
 
 # --- order and rounding --------------------------------------------------------------------------
@@ -379,13 +420,23 @@ def test_long_slabs_on_tensor_cores_that_cut_sums_off(
         ("lanes part ways", "waits for threads that never come"),
         ("different instructions", "different instructions"),
         ("barrier missed", "waits for threads that never come"),
+        ("bulk not waited for", "bulk copy is under way|did not wait for"),
+        ("bulk touched under way", "a bulk copy is under way"),
+        ("bulk wrong parity", "a bulk copy is under way"),
+        ("bulk waited for by others", "this thread did not wait for"),
+        ("bulk without a fence", "not fenced"),
+        ("bulk barrier unknown", "race|not yet known|no barrier"),
+        ("bulk bytes missing", "waits for threads that never come"),
+        ("bulk beyond the array", "not part of any array"),
+        ("bulk left under way", "ended with copies under way"),
     ],
 )
 def test_emulator_reports(emulator, fault, words) -> None:
     numbers = torch.zeros(64)
     emulator.register_array(numbers.data_ptr(), 256, False)
     try:
-        assert emulator.run_fault("none", numbers.data_ptr()) == ""
+        for right in ("none", "bulk without fault", "bulk without fault, half waits"):
+            assert emulator.run_fault(right, numbers.data_ptr()) == ""
         report = emulator.run_fault(fault, numbers.data_ptr())
     finally:
         emulator.forget_arrays()

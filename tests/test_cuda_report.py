@@ -102,11 +102,15 @@ def resources(module) -> dict[str, dict[Kernel, dict[str, int]]]:
     return table
 
 
+def inspected() -> str:
+    built = build_info()["cuda_architectures"]
+    return "90a" if "90a" in built else str(built[0])
+
+
 @pytest.fixture(scope="module")
 def instructions(module) -> dict[Kernel, Counter[str]]:
     """SASS opcodes of every kernel for one architecture, the one nearest to sm_90."""
-    built = build_info()["cuda_architectures"]
-    arch = "90a" if "90a" in built else built[0]
+    arch = inspected()
     table: dict[Kernel, Counter[str]] = {}
     current: Counter[str] = Counter()
     for line in cuobjdump(module, "-sass", "-arch", f"sm_{arch}").splitlines():
@@ -161,6 +165,9 @@ def test_matrix_products_and_wide_loads_are_there(instructions) -> None:
             assert count(opcodes, r"LDG\.E\.NA\.128.*") >= 12, kernel
         else:
             assert count(opcodes, r"LDGSTS\.E\.BYPASS\.128.*") > 0, kernel
+            # Bulk copies, and the barriers that count their bytes, from sm_90 on.
+            for name in ("UBLKCP.*", r"SYNCS\.ARRIVE\.TRANS64.*", r"SYNCS\.PHASECHK\.TRANS64.*"):
+                assert (count(opcodes, name) > 0) == (inspected() != "80"), f"{kernel}: {name}"
             transposed = count(opcodes, r"LDSM\.16\.MT88\.4")
             assert (transposed > 0) == (FEATURES[kernel.feature] == 2), kernel
 

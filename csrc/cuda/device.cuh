@@ -92,6 +92,52 @@ MOSO_DEVICE void copy_wait(int pending) {
   }
 }
 
+// Bulk copies, from sm_90 on: a thread asks for many bytes at once, and a *transaction barrier* in
+// shared memory (8 bytes) ends its phase when the announced bytes are there. Ordinary stores to
+// where a bulk copy will write need fence_bulk by their thread and a barrier in between.
+#if __CUDA_ARCH__ >= 900
+constexpr bool kBulkCopies = true;
+MOSO_DEVICE uint32_t shared_address(uint32_t offset) {
+  return uint32_t(__cvta_generic_to_shared(shared_memory)) + offset;
+}
+// One arrival a phase: announce_bulk. Others may use it behind fence_bulk and a barrier.
+MOSO_DEVICE void init_barrier(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+MOSO_DEVICE void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+MOSO_DEVICE void announce_bulk(uint32_t barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+// `from`, `offset` and `bytes` are multiples of 16.
+MOSO_DEVICE void copy_bulk(uint32_t offset, const void* from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(offset)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+// Waits for the end of phase 0, 2, .. (parity 0) or 1, 3, .. (parity 1); the caller is at most one
+// phase behind. This thread sees the bytes then.
+MOSO_DEVICE void wait_bulk(uint32_t barrier, int parity) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again;}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+#else
+constexpr bool kBulkCopies = false;
+MOSO_DEVICE void init_barrier(uint32_t) {}
+MOSO_DEVICE void fence_bulk() {}
+MOSO_DEVICE void announce_bulk(uint32_t, int) {}
+MOSO_DEVICE void copy_bulk(uint32_t, const void*, int, uint32_t) {}
+MOSO_DEVICE void wait_bulk(uint32_t, int) {}
+#endif
+
 // Four 8 x 8 matrices of 16-bit numbers, transposed: lane i names row i % 8 of matrix i / 8.
 MOSO_DEVICE void load_matrices_transposed(uint32_t (&words)[4], uint32_t offset) {
   const uint32_t from = uint32_t(__cvta_generic_to_shared(shared_memory)) + offset;

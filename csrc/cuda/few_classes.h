@@ -33,6 +33,7 @@ struct FirstPass {
   int dim, heads, classes;
   int exclude_nonfinite;
   int aligned;  // every row starts at a multiple of 16 bytes
+  int bulk;     // and has a multiple of 16 bytes, on a GPU with bulk copies
   // Results of a row; all or none (loss == null).
   float *loss, *residual_sqnorm, *margin, *entropy;  // (heads, rows), stat_stride numbers apart
   int64_t stat_stride;

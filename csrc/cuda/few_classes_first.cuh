@@ -4,14 +4,15 @@
 //   Z = H W^T + b     R = softmax(Z) - onehot(y)     partial(slab) = R^T H over the slab's rows
 //   H (n, D), W (C, D) with the classes of all heads, C padded to 16 ClassTiles
 //
-// A block of 8 warps stages tiles of 16, 32 or 64 whole rows in shared memory (cp.async, up to
-// two tiles ahead of the arithmetic) and reads each tile twice there:
+// A block of 8 warps stages tiles of 16, 32 or 64 whole rows in shared memory, up to two tiles
+// ahead of the arithmetic, and reads each tile twice there. Bulk copies bring a row at a time from
+// sm_90 on; else, or where rows are no multiple of 16 bytes, cp.async brings 16 bytes at a time:
 //
 //   logits     warp = 16 rows x a slice of D; slices are added up in fixed order
 //   softmax    4 to 32 lanes a row (few_classes_softmax.cuh); R goes back as packed fragments
 //   gradient   warp = 16 columns of every 128, all classes; sums stay in registers for a slab
 //
-//        D ->                    stage (swizzled 16-byte chunks)
+//        D ->                    stage (whole rows, 16 bytes between them)
 //   rows  +--------+--------+
 //         | slice 0| slice 1|   Z: 16 rows x C     G: C x 16 columns a warp
 //         +--------+--------+
@@ -116,8 +117,7 @@ MOSO_DEVICE void clear_rows(const FirstLayout& layout, uint32_t stage) {
       norm += device::shared_load<float>(layout.norms + 4 * (s * layout.tile_rows + row));
     if (is_finite(norm)) continue;
     for (int chunk = lane; chunk < layout.row_bytes / 16; chunk += kLanes)
-      device::shared_store(stage + feature_offset(row, chunk, layout.row_bytes),
-                           Words4{{0, 0, 0, 0}});
+      device::shared_store(stage + feature_offset(row, chunk, layout.pitch), Words4{{0, 0, 0, 0}});
   }
 }
 
@@ -136,14 +136,26 @@ MOSO_DEVICE void first_pass(const FirstPass& p) {
   const TileWalk& walk = p.walk;
   TileCursor ahead = first_tile(walk, device::block_index() / kParts), now = ahead;
 
+  // Asked of the parameter again and again: a register would hold it across the sums.
+  const auto bulk = [&] { return device::kBulkCopies && p.bulk != 0; };
   const auto stage_next = [&](int stage) {
     if (!behind_last(walk, ahead)) {
-      stage_tile<M::kItem>(p, uint32_t(stage) * layout.stage_bytes, ahead.row,
-                           rows_of(walk, ahead));
+      if (bulk())
+        stage_tile_bulk<M::kItem>(p, stage, ahead.row, rows_of(walk, ahead));
+      else
+        stage_tile<M::kItem>(p, uint32_t(stage) * layout.stage_bytes, ahead.row,
+                             rows_of(walk, ahead));
       advance(walk, ahead);
     }
-    device::copy_commit();
+    if (!bulk()) device::copy_commit();
   };
+  const auto wait_for = [&](int stage, int parity) {
+    if (bulk())
+      device::wait_bulk(bulk_barrier(layout, stage), parity);
+    else
+      device::copy_wait(layout.stages - 2);
+  };
+  if (bulk()) prepare_bulk(layout, p.dim * M::kItem);
   for (int stage = 0; stage + 1 < layout.stages; ++stage) stage_next(stage);
 
   pack_operand<M::kItem, M::kTerms>(layout.weights, p.weight, width, p.dim);
@@ -163,20 +175,21 @@ MOSO_DEVICE void first_pass(const FirstPass& p) {
   BiasSums<(ClassTiles + 1) / 2> bias_sums;
   bias_sums.clear();
 
-  int stage = 0;
+  int turn = 0;  // stage, and stages more while their barriers are in odd phases
   for (; !behind_last(walk, now); advance(walk, now)) {
+    const int parity = turn >= layout.stages, stage = parity ? turn - layout.stages : turn;
     if (layout.stages == 1) {
       device::sync_block();  // everybody is done with the tile before
       stage_next(0);
-      device::copy_wait(0);
+      wait_for(0, parity);
       device::sync_block();
     } else {
-      device::copy_wait(layout.stages - 2);
+      wait_for(stage, parity);
       device::sync_block();
       stage_next(stage == 0 ? layout.stages - 1 : stage - 1);  // the stage of the tile before
     }
     const uint32_t tile = uint32_t(stage) * layout.stage_bytes;
-    stage = stage + 1 == layout.stages ? 0 : stage + 1;
+    turn = turn + 1 == 2 * layout.stages ? 0 : turn + 1;
     const int count = rows_of(walk, now);
 
     tile_logits<F, M, ClassTiles>(p, tile);
@@ -184,6 +197,7 @@ MOSO_DEVICE void first_pass(const FirstPass& p) {
     const bool dirty = softmax_tile<F, M::kTerms>(p, ClassTiles, tile, now.row, count, part == 0);
     if (device::sync_block_or(dirty)) {
       clear_rows(layout, tile);
+      if (bulk()) device::fence_bulk();
       device::sync_block();
     }
     if (p.residual && part == 0) store_residuals(p, now.row, count);

@@ -44,6 +44,7 @@ inline FirstPass read_first_pass(const pybind11::dict& job) {
   p.classes = number<int>(job, "classes");
   p.exclude_nonfinite = number<int>(job, "exclude_nonfinite");
   p.aligned = number<int>(job, "aligned");
+  p.bulk = number<int>(job, "bulk");
   p.loss = address<float>(job, "loss");
   p.residual_sqnorm = address<float>(job, "residual_sqnorm");
   p.margin = address<float>(job, "margin");

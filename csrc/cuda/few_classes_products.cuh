@@ -7,12 +7,48 @@
 
 namespace moso_fast::few_classes {
 
+// What the bulk copies need once: their barriers, and zeros behind the columns. All threads.
+MOSO_DEVICE void prepare_bulk(const FirstLayout& layout, int filled) {
+  if (device::thread_index() == 0) {
+    for (int stage = 0; stage < layout.stages; ++stage)
+      device::init_barrier(bulk_barrier(layout, stage));
+  }
+  const int empty = (layout.row_bytes - filled) / 16;
+  for (int i = device::thread_index(); i < empty * layout.tile_rows * layout.stages; i += kThreads)
+    device::shared_store(feature_offset(i / empty, filled / 16 + i % empty, layout.pitch),
+                         Words4{{0, 0, 0, 0}});
+  device::fence_bulk();
+  device::sync_block();
+}
+
+// As stage_tile, a whole row a lane; the stage's barrier counts their bytes. The rows are shared
+// out over the warps because a warp asks for one row after another.
+template <int Item>
+MOSO_DEVICE void stage_tile_bulk(const FirstPass& p, int stage, int64_t first, int count) {
+  const FirstLayout& layout = p.layout;
+  const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
+  const int bytes = p.dim * Item, row = warp + kWarps * lane;
+  const uint32_t tile = uint32_t(stage) * layout.stage_bytes, barrier = bulk_barrier(layout, stage);
+  // Bytes may arrive before they are announced: the phase ends with the announcement at the least.
+  if (device::thread_index() == 0) device::announce_bulk(barrier, count * bytes);
+  if (row < count)
+    device::copy_bulk(
+        tile + feature_offset(row, 0, layout.pitch),
+        static_cast<const unsigned char*>(p.features) + (first + row) * p.row_stride * Item, bytes,
+        barrier);
+  // Only the last of all tiles has rows that do not exist, and nothing is copied there after it.
+  const int chunks = layout.row_bytes / 16;
+  for (int i = device::thread_index(); i < (layout.tile_rows - count) * chunks; i += kThreads)
+    device::shared_store(tile + feature_offset(count + i / chunks, i % chunks, layout.pitch),
+                         Words4{{0, 0, 0, 0}});
+}
+
 // Asks for rows [first, first + count) of the features; rows and columns that do not exist become
 // zeros. All threads take part.
 template <int Item>
 MOSO_DEVICE void stage_tile(const FirstPass& p, uint32_t stage, int64_t first, int count) {
   constexpr int kNumbers = vector_numbers(Item);
-  const int bytes = p.layout.row_bytes, chunks = bytes / 16;
+  const int pitch = p.layout.pitch, chunks = p.layout.row_bytes / 16;
   const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
   // A warp copies one row at a time, or as many as it has lanes for.
   const int rows_at_once = chunks < kLanes ? kLanes / chunks : 1;
@@ -25,7 +61,7 @@ MOSO_DEVICE void stage_tile(const FirstPass& p, uint32_t stage, int64_t first, i
     const unsigned char* from = base + (first + row) * p.row_stride * Item;
     for (int chunk = begin; chunk < chunks; chunk += kLanes) {
       const int column = chunk * kNumbers;
-      const uint32_t to = stage + feature_offset(row, chunk, bytes);
+      const uint32_t to = stage + feature_offset(row, chunk, pitch);
       const int left = row < count ? (p.dim - column) * Item : 0;
       if (p.aligned) {
         const int copied = left < 0 ? 0 : left > 16 ? 16 : left;
@@ -46,8 +82,8 @@ MOSO_DEVICE void some_logits(const FirstPass& p, uint32_t stage) {
   constexpr int kSteps = group_steps(M::kItem);
   const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
   const int row_groups = layout.tile_rows / 16, width = p.heads * p.classes;
-  const int row = 16 * (warp % row_groups) + lane / 4, slice = warp / row_groups;
-  const int groups = layout.groups, bytes = layout.row_bytes;
+  const int row = 16 * (warp % row_groups) + logit_row(lane / 4), slice = warp / row_groups;
+  const int groups = layout.groups, pitch = layout.pitch;
   const int end = groups * (slice + 1) / layout.slices;
 
   device::sync_warp();
@@ -61,8 +97,8 @@ MOSO_DEVICE void some_logits(const FirstPass& p, uint32_t stage) {
   MOSO_NO_UNROLL
   for (int group = groups * slice / layout.slices; group < end; ++group) {
     const int chunk = 4 * group + lane % 4;
-    const auto low = device::shared_load<Words4>(stage + feature_offset(row, chunk, bytes));
-    const auto high = device::shared_load<Words4>(stage + feature_offset(row + 8, chunk, bytes));
+    const auto low = device::shared_load<Words4>(stage + feature_offset(row, chunk, pitch));
+    const auto high = device::shared_load<Words4>(stage + feature_offset(row + 8, chunk, pitch));
     if (First == 0) {
       norms[0] = sum_of_squares<F>(low, norms[0]);
       norms[1] = sum_of_squares<F>(high, norms[1]);
@@ -121,16 +157,16 @@ struct GradientOperand {
   static constexpr int kPlaces = M::kItem == 2 ? 1 : 8;
   uint32_t places[kPlaces];
 
-  MOSO_DEVICE GradientOperand(uint32_t stage, int bytes, int row) {
+  MOSO_DEVICE GradientOperand(uint32_t stage, int pitch, int row) {
     const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
     const int column = gradient_column(warp, 0);
     if constexpr (M::kItem == 2) {
-      places[0] = stage + feature_offset(row + lane % 16, column / 8 + lane / 16, bytes);
+      places[0] = stage + feature_offset(row + lane % 16, column / 8 + lane / 16, pitch);
     } else {
       MOSO_UNROLL
       for (int i = 0; i < kPlaces; ++i) {
         const int at = column + 8 * (i / 4) + lane / 4;
-        places[i] = stage + feature_offset(row + gradient_row(4, lane, i % 4), at / 4, bytes) +
+        places[i] = stage + feature_offset(row + gradient_row(lane, i % 4), at / 4, pitch) +
                     4 * uint32_t(at % 4);
       }
     }
@@ -160,11 +196,11 @@ MOSO_DEVICE void tile_gradient(const FirstPass& p, uint32_t stage, int begin,
                                float (&sums)[MTiles][NTiles][4]) {
   const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
   const FirstLayout& layout = p.layout;
-  const int width = p.heads * p.classes, bytes = layout.row_bytes;
+  const int width = p.heads * p.classes, pitch = layout.pitch;
   device::sync_warp();
   MOSO_NO_UNROLL
   for (int step = 0; step < layout.tile_rows / 16; ++step) {
-    const GradientOperand<F, M> operand(stage, bytes, 16 * step);
+    const GradientOperand<F, M> operand(stage, pitch, 16 * step);
     MOSO_UNROLL
     for (int pair = 0; pair < NTiles / 2; ++pair) {
       if (gradient_column(warp, pair) >= p.dim) break;

@@ -55,7 +55,7 @@ struct RowStats {
 
 // Logits of lanes c = lane, lane + lanes, .. of one item at `logits` (bytes) become residuals.
 // Terms of the residuals go to `residuals`. All lanes return the same statistics.
-template <int Item_, int Terms>
+template <int Terms>
 MOSO_DEVICE RowStats softmax_item(const FirstPass& p, int tiles, const Item& item, int row,
                                   int head, int lane, int lanes) {
   const FirstLayout& layout = p.layout;
@@ -123,7 +123,7 @@ MOSO_DEVICE RowStats softmax_item(const FirstPass& p, int tiles, const Item& ite
     MOSO_UNROLL
     for (int i = 0; i < Terms; ++i)
       device::shared_store(
-          layout.residuals + 2 * residual_half(Item_, Terms, tiles, row, head * classes + c, i),
+          layout.residuals + 2 * residual_half(Terms, tiles, row, head * classes + c, i),
           uint16_t(terms[i]));
   }
   squares = combine_lanes(squares, lanes, Add{});
@@ -144,7 +144,6 @@ MOSO_DEVICE RowStats softmax_item(const FirstPass& p, int tiles, const Item& ite
 template <Feature F, int Terms>
 MOSO_DEVICE bool softmax_tile(const FirstPass& p, int tiles, uint32_t features, int64_t first,
                               int count, bool writes) {
-  constexpr int kItem = F == Feature::kFloat32 ? 4 : 2;
   const FirstLayout& layout = p.layout;
   const int items = layout.tile_rows * p.heads, lanes = lanes_per_item(items);
   const int lane = device::thread_index() % lanes, chunks = layout.row_bytes / 16;
@@ -169,7 +168,7 @@ MOSO_DEVICE bool softmax_tile(const FirstPass& p, int tiles, uint32_t features, 
       dirty = true;
       for (int c = lane; c < chunks; c += lanes)
         hole = hole || !all_finite<F>(device::shared_load<Words4>(
-                           features + feature_offset(row, c, layout.row_bytes)));
+                           features + feature_offset(row, c, layout.pitch)));
     }
     hole = any_lane(hole, lanes);
     const bool exclude = p.exclude_nonfinite != 0, first_lane = lane == 0;
@@ -183,7 +182,7 @@ MOSO_DEVICE bool softmax_tile(const FirstPass& p, int tiles, uint32_t features, 
     if (item.live) item.label = int(label);
     if (item.live && p.sample_weight) item.weight = device::global_load(p.sample_weight + at);
 
-    const RowStats stats = softmax_item<kItem, Terms>(p, tiles, item, row, head, lane, lanes);
+    const RowStats stats = softmax_item<Terms>(p, tiles, item, row, head, lane, lanes);
     if (!first_lane || !inside || !writes || !p.loss) continue;
     if (item.live && !is_finite(stats.loss + stats.residual_sqnorm * norm))
       device::atomic_min(p.status + kStatusLogits, p.first_row + at);

@@ -45,14 +45,18 @@ MOSO_HD constexpr int row_bytes(int item, int dim) {
   return int(round_up(int64_t(dim) * item, kBankLine));
 }
 
-// Rows 0..7 get distinct values (a column of 16-byte chunks is read without bank conflicts), and
-// bit 2 differs between rows 2 i and 2 i + 1 (four neighbouring chunks of two such rows too).
-MOSO_HD constexpr int swizzle(int row) { return ((row & 1) << 2) | ((row >> 1) & 3); }
+// Bytes between staged rows. Rows stay whole, as a bulk copy leaves them; 16 bytes more than whole
+// bank lines put a column of 16-byte chunks over eight rows into different banks.
+MOSO_HD constexpr int row_pitch(int item, int dim) { return row_bytes(item, dim) + 16; }
 
 // Byte offset of a 16-byte chunk in a staged tile.
-MOSO_HD constexpr uint32_t feature_offset(int row, int chunk, int bytes_of_row) {
-  return uint32_t(row * bytes_of_row + 16 * ((chunk & ~7) | ((chunk ^ swizzle(row)) & 7)));
+MOSO_HD constexpr uint32_t feature_offset(int row, int chunk, int pitch) {
+  return uint32_t(row * pitch + 16 * chunk);
 }
+
+// Row of 8 that lanes 4 g .. 4 g + 3 multiply as row g of an A operand. Rows of g = 2 i and
+// 2 i + 1 are four apart, so that four neighbouring chunks of both lie in different banks.
+MOSO_HD constexpr int logit_row(int g) { return ((g & 1) << 2) | (g >> 1); }
 
 // --- weights and mean gradient, packed as the B operand ---
 
@@ -85,26 +89,15 @@ MOSO_HD constexpr int64_t operand_bytes(int item, int terms, int classes, int di
 // --- residuals, packed as the A operand R^T (classes x rows) ---
 
 // Row of a block of 16 that is k-number j (0..3: k = 2 t, 2 t + 1, 2 t + 8, 2 t + 9) of lane t.
-// Features of 2 bytes arrive by ldmatrix in their own order. Those of 4 bytes are read one by one:
-// here the four rows that the lanes read at once differ in bits 0 and 2, so that swizzle() sends
-// them to different banks.
-MOSO_HD constexpr int gradient_row(int item, int lane, int j) {
-  const int t = lane % 4;
-  return item == 2 ? 2 * t + (j & 1) + 8 * (j >> 1)
-                   : (t & 1) | ((j & 1) << 1) | ((t >> 1) << 2) | ((j >> 1) << 3);
+MOSO_HD constexpr int gradient_row(int lane, int j) {
+  return 2 * (lane % 4) + (j & 1) + 8 * (j >> 1);
 }
-MOSO_HD constexpr int gradient_lane(int item, int row) {  // t of gradient_row's inverse
-  return item == 2 ? (row >> 1) & 3 : (row & 1) | (((row >> 2) & 1) << 1);
-}
-MOSO_HD constexpr int gradient_slot(int item, int row) {  // j of gradient_row's inverse
-  return item == 2 ? (row & 1) | (((row >> 3) & 1) << 1)
-                   : ((row >> 1) & 1) | (((row >> 3) & 1) << 1);
-}
+MOSO_HD constexpr int gradient_lane(int row) { return (row >> 1) & 3; }  // t of its inverse
+MOSO_HD constexpr int gradient_slot(int row) { return (row & 1) | (((row >> 3) & 1) << 1); }  // j
 // Index in 16-bit numbers of one term of the residual of (row of the tile, class).
-MOSO_HD constexpr uint32_t residual_half(int item, int terms, int tiles, int row, int cls,
-                                         int term) {
-  const int lane = (cls % 8) * 4 + gradient_lane(item, row % 16);
-  const int slot = gradient_slot(item, row % 16);
+MOSO_HD constexpr uint32_t residual_half(int terms, int tiles, int row, int cls, int term) {
+  const int lane = (cls % 8) * 4 + gradient_lane(row % 16);
+  const int slot = gradient_slot(row % 16);
   const int word = ((cls >> 3) & 1) + 2 * (slot >> 1);
   const int block = ((row / 16) * terms + term) * tiles + cls / 16;
   return uint32_t(((block * kLanes + lane) * 4 + word) * 2 + (slot & 1));
@@ -135,8 +128,7 @@ MOSO_HD constexpr int accumulator_row(int lane, int i) { return lane / 4 + 8 * (
 MOSO_HD constexpr int accumulator_column(int lane, int i) { return 2 * (lane % 4) + (i & 1); }
 // First of the 16 columns of the mean gradient that this warp sums in its pair of tiles.
 MOSO_HD constexpr int gradient_column(int warp, int pair) { return (pair * kWarps + warp) * 16; }
-// Bytes between the same place of two neighbouring pairs in a staged row: whole bank lines, so that
-// swizzling is the same in all pairs.
+// Bytes between the same place of two neighbouring pairs in a staged row.
 MOSO_HD constexpr int gradient_pair_bytes(int item) { return kWarps * 16 * item; }
 MOSO_HD constexpr int partial_columns(int dim) { return int(round_up(dim, 16)); }
 
@@ -200,10 +192,15 @@ MOSO_HD constexpr int reduce_partner(int strand, int width) {
 // Byte offsets of what the first pass keeps in shared memory. Worked out on the host: as kernel
 // parameters they cost no registers.
 struct FirstLayout {
-  int tile_rows, stages, slices, logit_stride, row_bytes, groups;
+  int tile_rows, stages, slices, logit_stride, row_bytes, pitch, groups;
   uint32_t stage_bytes, weights, logits, slice_bytes, residuals, norms, bias_sums;
   int64_t bytes;
 };
+
+// Byte offset of the barrier of a stage's bulk copies: in the gap behind its first row.
+MOSO_HD uint32_t bulk_barrier(const FirstLayout& l, int stage) {
+  return uint32_t(stage) * l.stage_bytes + uint32_t(l.row_bytes);
+}
 
 // `terms` of weights and residuals, `tiles` of 16 classes, `classes` of all heads.
 inline FirstLayout first_layout(int item, int terms, int tiles, int classes, int dim, int tile_rows,
@@ -215,19 +212,20 @@ inline FirstLayout first_layout(int item, int terms, int tiles, int classes, int
   l.logit_stride = int(round_up(classes, 8)) + 4;  // 4 mod 8: eight rows, eight bank quads
   l.row_bytes = row_bytes(item, dim);
   l.groups = groups_of(item, dim);
-  l.stage_bytes = uint32_t(tile_rows * l.row_bytes);
+  l.pitch = row_pitch(item, dim);
+  l.stage_bytes = uint32_t(tile_rows * l.pitch);
   l.slice_bytes = uint32_t(tile_rows * l.logit_stride * 4);
   int64_t at = int64_t(stages) * l.stage_bytes;
   l.weights = uint32_t(at);
   at += round_up(operand_bytes(item, terms, classes, dim), 16);
   l.logits = uint32_t(at);
+  l.bias_sums = l.logits + l.slice_bytes;  // the second slice is free behind the softmax
   at += int64_t(l.slices) * l.slice_bytes;
   l.residuals = uint32_t(at);
   at += residual_bytes(terms, tiles, tile_rows);
   l.norms = uint32_t(at);
   at += int64_t(l.slices) * tile_rows * 4;
-  l.bias_sums = uint32_t(at);
-  l.bytes = at + int64_t(kWarps) * classes * 4;
+  l.bytes = at;
   return l;
 }
 

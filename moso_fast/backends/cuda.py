@@ -208,6 +208,10 @@ def _multiprocessors(device: torch.device) -> int:
     return _limits(_index(device))[1]
 
 
+def _bulk_copies(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
@@ -316,7 +320,9 @@ def _first(
         sample_weight = sample_weight[rows].contiguous()
     slabs, parts = -(-features.shape[0] // slab_rows), plan["parts"]
     job = _features_job(problem, features, plan) | _NO_STATISTICS | statistics
+    whole = problem.dim * features.element_size() % 16 == 0
     job |= {
+        "bulk": int(job["aligned"] and whole and _bulk_copies(problem.device)),
         "blocks": min(slabs, _multiprocessors(problem.device) // parts) * parts,
         "shared_bytes": plan["first_bytes"],
         "first_row": rows.start,

@@ -3,7 +3,9 @@
 //
 // Beyond results it checks what a GPU does not report:
 //   memory    every global access lies in a registered array, every shared one in the allocation
-//   fresh     no shared byte is read before it was written; copies under way count as unwritten
+//   fresh     no shared byte is read before it was written; copies under way count as unwritten,
+//             bulk copies also for threads that neither waited for them nor met one that did
+//   proxies   no bulk copy follows ordinary stores that their thread did not fence
 //   races     no shared byte is touched by two threads without a barrier between, if one writes
 //   convoy    all 32 lanes of a warp arrive at the same warp-wide instruction
 // Warps run one after another up to their next barrier, in an order that can be reversed.
@@ -38,6 +40,8 @@ void forget_arrays();
 
 // What ran since the last call: number of times by name.
 std::vector<std::pair<std::string, int64_t>> take_counts();
+// Addresses of the 16-byte loads of the last run, in their order.
+const std::vector<uintptr_t>& last_wide_loads();
 
 enum class Collective { kMatrices, kMultiply, kShuffle, kSync };
 
@@ -56,6 +60,11 @@ void collective(Collective kind, const void* input, int input_bytes, void* outpu
 void copy_async(uint32_t offset, const void* from, int bytes);
 void copy_commit();
 void copy_wait(int pending);
+void init_barrier(uint32_t barrier);
+void fence_bulk();
+void announce_bulk(uint32_t barrier, int bytes);
+void copy_bulk(uint32_t offset, const void* from, int bytes, uint32_t barrier);
+void wait_bulk(uint32_t barrier, int parity);
 uint16_t round_bfloat16(float x);
 float expand_float16(uint16_t x);
 
@@ -106,6 +115,15 @@ inline void copy_commit() { emulator::copy_commit(); }
 inline void copy_wait(int pending) {
   emulator::copy_wait(pending < 0 ? 0 : pending > 2 ? 2 : pending);
 }
+
+constexpr bool kBulkCopies = true;
+inline void init_barrier(uint32_t barrier) { emulator::init_barrier(barrier); }
+inline void fence_bulk() { emulator::fence_bulk(); }
+inline void announce_bulk(uint32_t barrier, int bytes) { emulator::announce_bulk(barrier, bytes); }
+inline void copy_bulk(uint32_t offset, const void* from, int bytes, uint32_t barrier) {
+  emulator::copy_bulk(offset, from, bytes, barrier);
+}
+inline void wait_bulk(uint32_t barrier, int parity) { emulator::wait_bulk(barrier, parity); }
 
 inline void sync_warp() {
   emulator::collective(emulator::Collective::kSync, nullptr, 0, nullptr, 0);

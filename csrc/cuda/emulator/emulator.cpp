@@ -1,6 +1,7 @@
 // The block and its fibers; see device_emulator.h.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <csetjmp>
 #include <map>
 
@@ -18,6 +19,23 @@ struct CopyPart {
   unsigned char bytes[16];
 };
 
+struct BulkPart {
+  uint32_t offset;
+  std::vector<unsigned char> bytes;
+};
+
+// A barrier of bulk copies with one arrival a phase. Copies land as late as they may: when a thread
+// waits and everything announced has been asked for.
+struct Transaction {
+  int maker = 0;
+  uint32_t epoch = 0;
+  int64_t announced = 0, asked = 0;
+  bool arrived = false;
+  int waiting = 0;
+  uint64_t phase = 0, landing = 0;
+  std::vector<BulkPart> parts;
+};
+
 // A fiber starts by setcontext and from then on is left and entered by setjmp and longjmp, which
 // make no system call.
 struct Fiber {
@@ -28,6 +46,8 @@ struct Fiber {
   bool done = false;
   const uint64_t* waits_for = nullptr;  // resumes once this is no longer `seen`
   uint64_t seen = 0;
+  uint64_t fence = 0;                   // stores up to this one are fenced
+  std::vector<uint64_t> seen_landings;  // since the last barrier
   std::vector<CopyPart> open_group;
   std::vector<std::vector<CopyPart>> groups;
 };
@@ -43,7 +63,8 @@ struct Warp {
 struct Cell {
   int16_t writer = kNobody, reader = kNobody;
   uint32_t write_epoch = 0, read_epoch = 0;
-  bool written = false, under_way = false;
+  bool written = false, under_way = false, bulk_under_way = false;
+  uint64_t store = 0, landing = 0;  // numbers of the last ordinary store and bulk copy, or 0
 };
 
 struct Block {
@@ -60,6 +81,8 @@ struct Block {
   int barrier_arrived = 0;
   bool barrier_value = false, barrier_result = false;
   uint32_t epoch = 1;
+  uint64_t stores = 0, landings = 0, published = 0;
+  std::map<uint32_t, Transaction> transactions;
   std::vector<unsigned char> shared;
   std::vector<Cell> cells;
 };
@@ -71,9 +94,12 @@ struct Range {
 
 Block* block = nullptr;
 std::map<uintptr_t, Range> arrays;
-int64_t counts[9];
-const char* const kNames[9] = {"ldmatrix", "mma",    "shuffle",         "warp barrier", "barrier",
-                               "cp.async", "shared", "global 16 bytes", "global"};
+constexpr int kCounts = 10;
+int64_t counts[kCounts];
+std::vector<uintptr_t> wide_loads;
+const char* const kNames[kCounts] = {"ldmatrix", "mma",          "shuffle", "warp barrier",
+                                     "barrier",  "cp.async",     "shared",  "global 16 bytes",
+                                     "global",   "bulk 16 bytes"};
 
 [[noreturn]] void leave_for_good() {
   block->fibers[block->current].done = true;
@@ -118,6 +144,11 @@ void cells_of(uint32_t offset, int bytes, bool write) {
     if (cell.write_epoch == block->epoch && cell.writer != me)
       fail(std::string("race: ") + (write ? "write" : "read") + " after a write of thread " +
            std::to_string(cell.writer) + where());
+    if (cell.bulk_under_way) fail("access to where a bulk copy is under way" + where());
+    const auto& seen = block->fibers[size_t(me)].seen_landings;
+    if (cell.landing > block->published &&
+        std::find(seen.begin(), seen.end(), cell.landing) == seen.end())
+      fail("bulk copy that this thread did not wait for" + where());
     if (write) {
       if (cell.read_epoch == block->epoch && cell.reader != me)
         fail("race: write after a read of another thread" + where());
@@ -125,6 +156,8 @@ void cells_of(uint32_t offset, int bytes, bool write) {
       cell.write_epoch = block->epoch;
       cell.written = true;
       cell.under_way = false;
+      cell.store = ++block->stores;
+      cell.landing = 0;
     } else {
       if (cell.under_way) fail("read of a copy that is under way" + where());
       if (!cell.written) fail("read of what nobody wrote" + where());
@@ -175,6 +208,8 @@ void run_block(int threads) {
                      ": waits for threads that never come";
       return;
     }
+    for (const auto& [at, transaction] : block->transactions)
+      if (!transaction.parts.empty()) block->error = "the block ended with copies under way";
     if (!block->fibers[i].groups.empty())
       for (const auto& group : block->fibers[i].groups)
         if (!group.empty()) block->error = "the block ended with copies under way";
@@ -188,6 +223,7 @@ std::string run(void (*body)(void*), void* argument, int64_t blocks, int threads
   // Every block uses the same stacks: fresh pages would cost more than the kernels.
   static std::vector<unsigned char> stacks;
   stacks.resize(size_t(threads) * kStackBytes);
+  wide_loads.clear();
   for (int64_t index = 0; index < blocks; ++index) {
     Block state;
     state.options = options;
@@ -216,12 +252,14 @@ void forget_arrays() { arrays.clear(); }
 
 std::vector<std::pair<std::string, int64_t>> take_counts() {
   std::vector<std::pair<std::string, int64_t>> taken;
-  for (int i = 0; i < 9; ++i) {
+  for (int i = 0; i < kCounts; ++i) {
     taken.emplace_back(kNames[i], counts[i]);
     counts[i] = 0;
   }
   return taken;
 }
+
+const std::vector<uintptr_t>& last_wide_loads() { return wide_loads; }
 
 int thread_index() { return block->current; }
 int64_t block_index() { return block->index; }
@@ -236,6 +274,8 @@ bool barrier_or(bool value) {
     block->barrier_result = block->barrier_value;
     block->barrier_value = false;
     ++block->epoch;
+    block->published = block->landings;
+    for (Fiber& fiber : block->fibers) fiber.seen_landings.clear();
     ++block->barrier_generation;
   } else {
     wait_for(&block->barrier_generation, seen);
@@ -258,6 +298,7 @@ unsigned char* shared_write(uint32_t offset, int bytes) {
 void check_global(const void* at, int bytes, bool write) {
   ++counts[bytes == 16 ? 7 : 8];
   const auto address = reinterpret_cast<uintptr_t>(at);
+  if (bytes == 16) wide_loads.push_back(address);
   if (address % uintptr_t(bytes) != 0) fail("global memory: misaligned access");
   auto next = arrays.upper_bound(address);
   if (next != arrays.begin()) {
@@ -326,6 +367,94 @@ void copy_wait(int pending) {
     apply(fiber.groups.front());
     fiber.groups.erase(fiber.groups.begin());
   }
+}
+
+namespace {
+
+Transaction& transaction_at(uint32_t barrier) {
+  const auto found = block->transactions.find(barrier);
+  if (found == block->transactions.end()) fail("bulk copy: no barrier at this offset");
+  Transaction& t = found->second;
+  if (t.epoch == block->epoch && t.maker != block->current)
+    fail("bulk copy: its barrier is not yet known to this thread");
+  return t;
+}
+
+void land_if_complete(Transaction& t) {
+  if (!t.arrived || t.asked != t.announced || t.waiting == 0) return;
+  t.landing = ++block->landings;
+  for (const BulkPart& part : t.parts) {
+    std::memcpy(&block->shared[part.offset], part.bytes.data(), part.bytes.size());
+    for (uint32_t i = part.offset / 2; i < (part.offset + part.bytes.size()) / 2; ++i) {
+      Cell fresh;
+      fresh.written = true;
+      fresh.landing = t.landing;
+      block->cells[i] = fresh;
+    }
+  }
+  t.parts.clear();
+  t.announced = t.asked = 0;
+  t.arrived = false;
+  ++t.phase;
+}
+
+}  // namespace
+
+void init_barrier(uint32_t barrier) {
+  cells_of(barrier, 8, true);
+  Transaction t;
+  t.maker = block->current;
+  t.epoch = block->epoch;
+  block->transactions[barrier] = t;
+}
+
+void fence_bulk() { block->fibers[block->current].fence = block->stores; }
+
+void announce_bulk(uint32_t barrier, int bytes) {
+  Transaction& t = transaction_at(barrier);
+  if (t.arrived) fail("bulk copy: announced twice in a phase");
+  t.arrived = true;
+  t.announced = bytes;
+  land_if_complete(t);
+}
+
+void copy_bulk(uint32_t offset, const void* from, int bytes, uint32_t barrier) {
+  Transaction& t = transaction_at(barrier);
+  const auto* source = static_cast<const unsigned char*>(from);
+  if (offset % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    fail("bulk copy: misaligned");
+  if (bytes <= 0 || int64_t(offset) + bytes > int64_t(block->shared.size()))
+    fail("bulk copy: beyond shared memory");
+  for (int at = 0; at < bytes; at += 16) {
+    check_global(source + at, 16, false);
+    --counts[7];
+    ++counts[9];
+  }
+  const auto fenced = [](const Cell& cell) {
+    return cell.store == 0 || cell.store <= block->fibers[size_t(cell.writer)].fence;
+  };
+  if (!fenced(block->cells[barrier / 2])) fail("bulk copy: its barrier is not fenced");
+  for (uint32_t at = offset; at < offset + uint32_t(bytes); at += 16) {
+    for (uint32_t i = at / 2; i < at / 2 + 8; ++i)
+      if (!fenced(block->cells[i])) fail("bulk copy over a store that is not fenced");
+    cells_of(at, 16, true);
+    for (uint32_t i = at / 2; i < at / 2 + 8; ++i) block->cells[i].bulk_under_way = true;
+  }
+  std::memset(&block->shared[offset], 0xff, size_t(bytes));
+  t.parts.push_back({offset, {source, source + bytes}});
+  t.asked += bytes;
+  land_if_complete(t);
+}
+
+void wait_bulk(uint32_t barrier, int parity) {
+  Transaction& t = transaction_at(barrier);
+  if (int(t.phase & 1) == parity) {
+    ++t.waiting;
+    land_if_complete(t);
+    while (int(t.phase & 1) == parity) wait_for(&t.phase, t.phase);
+    --t.waiting;
+  }
+  block->fibers[block->current].seen_landings.push_back(t.landing);
 }
 
 }  // namespace moso_fast::emulator

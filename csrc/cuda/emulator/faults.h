@@ -12,6 +12,30 @@ struct Fault {
   const float* numbers;  // 64 registered numbers
 };
 
+// Two bulk copies of 128 bytes into bytes 0 .. 256, whose barrier is at 512.
+inline void faulty_bulk(const Fault& fault) {
+  const int me = device::thread_index();
+  const auto is = [&](const char* name) { return fault.name == name; };
+  constexpr uint32_t kBarrier = 512;
+  device::shared_store(uint32_t(4 * me), 1.0f);
+  if (me == 0) device::init_barrier(kBarrier);
+  if (!is("bulk without a fence")) device::fence_bulk();
+  if (!is("bulk barrier unknown")) device::sync_block();
+  if (me == 1) {
+    device::announce_bulk(kBarrier, is("bulk bytes missing") ? 272 : 256);
+    device::copy_bulk(0, fault.numbers, 128, kBarrier);
+    if (is("bulk touched under way")) device::shared_store(64, 1.0f);
+    device::copy_bulk(128, fault.numbers, is("bulk beyond the array") ? 272 : 128, kBarrier);
+  }
+  device::sync_block();
+  if (is("bulk not waited for")) device::shared_load<float>(uint32_t(4 * me));
+  if (is("bulk left under way")) return;
+  const bool half = is("bulk waited for by others") || is("bulk without fault, half waits");
+  if (me < 32 || !half) device::wait_bulk(kBarrier, is("bulk wrong parity") ? 1 : 0);
+  if (is("bulk without fault, half waits")) device::sync_block();
+  device::shared_load<float>(uint32_t(4 * (me ^ 32)));
+}
+
 inline void faulty(void* argument) {
   const Fault& fault = *static_cast<Fault*>(argument);
   const int me = device::thread_index();
@@ -53,6 +77,8 @@ inline void faulty(void* argument) {
     device::copy_commit();
     device::copy_wait(0);
     device::shared_load<float>(uint32_t(16 * (me ^ 32)));
+  } else if (fault.name.rfind("bulk", 0) == 0) {
+    faulty_bulk(fault);
   } else if (is("lanes part ways")) {
     if (me % 32 != 5) device::shuffle_xor(1.0f, 1);
   } else if (is("different instructions")) {

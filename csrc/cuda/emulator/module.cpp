@@ -78,7 +78,11 @@ PYBIND11_MODULE(_cuda_emulator, m) {
     return found;
   });
 
+  m.def("last_wide_loads", &emulator::last_wide_loads);
+
   m.def("feature_offset", &feature_offset);
+  m.def("row_pitch", &row_pitch);
+  m.def("logit_row", &logit_row);
   m.def("row_bytes", &row_bytes);
   m.def("groups_of", &groups_of);
   m.def("tiles_for", &tiles_for);
@@ -112,6 +116,8 @@ PYBIND11_MODULE(_cuda_emulator, m) {
           d["residuals"] = l.residuals;
           d["norms"] = l.norms;
           d["bias_sums"] = l.bias_sums;
+          d["barriers"] = py::make_tuple(bulk_barrier(l, 0), bulk_barrier(l, stages - 1));
+          d["slice_bytes"] = l.slice_bytes;
           d["bytes"] = l.bytes;
           d["slices"] = l.slices;
           d["logit_stride"] = l.logit_stride;

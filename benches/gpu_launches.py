@@ -108,6 +108,7 @@ def _cuda() -> list[int]:
     """Count for the CUDA backend, its kernels left out."""
     limits = patch.object(cuda, "_limits", lambda device: (232_448, 132))
     index = patch.object(cuda, "_index", lambda device: 0)
+    bulk = patch.object(cuda, "_bulk_copies", lambda device: True)
     kernels = 0
 
     def launch(*given: Any) -> None:
@@ -120,7 +121,7 @@ def _cuda() -> list[int]:
         found = launches(cuda.CudaBackend(), chunks)
         return found + (kernels - before) // 2  # run twice, counted once
 
-    with limits, index, patch.object(cuda, "_launch", launch):
+    with limits, index, bulk, patch.object(cuda, "_launch", launch):
         return _counted(run)
 
 

@@ -159,7 +159,8 @@ def _measure(
     finally:
         torch.set_num_threads(before)
     kept = store.load(path)
-    written = [str(path), *(_draw(path) if charts else ())]
+    # Growth alone has no case to draw yet; the run that adds cases draws both.
+    written = [str(path), *(_draw(path) if charts and kept["cases"] else ())]
     now = {case.name: kept["cases"][case.name] for case in cases}
     if as_json:
         emit({"wrote": written, "cases": now}, as_json=True, quiet=quiet)

@@ -142,6 +142,8 @@ def test_floor() -> None:
     assert measure.floor_seconds(replace(case, classes=1), 3, roof) == pytest.approx(3 * 0.2)
     narrow = replace(case, dtype=torch.bfloat16)
     assert measure.floor_seconds(narrow, 3, roof) == pytest.approx(3 * 0.3)
+    slow = {**roof, "bf16_flops": 1e2}  # no units for it: float32 is the ceiling
+    assert measure.floor_seconds(narrow, 3, slow) == pytest.approx(3 * 0.6)
     assert measure.floor_seconds(NETWORK, 3, roof) is None
 
 
@@ -149,9 +151,10 @@ def test_floor() -> None:
 def test_ceilings_are_at_least_what_torch_reaches(monkeypatch) -> None:
     monkeypatch.setattr(measure, "_MATRIX", 256)
     monkeypatch.setattr(measure, "_READ_BYTES", 2**20)
-    roof = measure.ceilings()
+    roof = measure.ceilings(dtype=torch.bfloat16)
     assert set(roof) == set(ROOF) and all(rate > 1e6 for rate in roof.values())
     assert roof["flops"] >= roof["mm_flops"]
+    assert set(measure.ceilings()) == set(ROOF) - {"bf16_flops"}
 
 
 def test_peak_memory_of_a_job() -> None:

@@ -25,6 +25,7 @@ __all__ = [
 _MATRIX = 1536
 _READ_BYTES = 256 * 2**20
 _CEILING_ROUNDS = 5
+_SLOW_CEILING = 1.0  # seconds of one product that is not worth repeating
 
 
 def timed(job: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
@@ -81,8 +82,11 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def ceilings(device: str = "cpu") -> dict[str, float]:
+def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """Bytes/s of reading and FLOP/s of square products: the fastest that PyTorch can be made to.
+
+    ``flops`` counts float32 products, and ``bf16_flops`` those of bfloat16 where ``dtype`` has 16
+    bits: a processor without units for them takes a hundred times as long.
 
     On a CPU the products go through ``torch.mm`` and through oneDNN's inner product, which differ
     by a factor of two on some processors; the better one counts, and ``torch.mm`` is kept beside
@@ -97,16 +101,19 @@ def ceilings(device: str = "cpu") -> dict[str, float]:
     }
     work = 2 * _MATRIX**3
     found = {"read_bytes": _READ_BYTES / min(_medians(reads, device).values())}
-    for name, dtype in (("flops", torch.float32), ("bf16_flops", torch.bfloat16)):
-        a, b = (torch.randn(_MATRIX, _MATRIX, device=device).to(dtype) for _ in range(2))
-        jobs: dict[str, Callable[[], Any]] = {"mm": partial(torch.mm, a, b)}
-        if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            product = torch.ops.aten.mkldnn_linear
-            jobs["onednn"] = partial(product, a.to_mkldnn(), b.to_mkldnn())
-        seconds = _medians(jobs, device)
-        found[name] = work / min(seconds.values())
-        if name == "flops":
-            found["mm_flops"] = work / seconds["mm"]
+    a, b = (torch.randn(_MATRIX, _MATRIX, device=device) for _ in range(2))
+    jobs: dict[str, Callable[[], Any]] = {"mm": partial(torch.mm, a, b)}
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        product = torch.ops.aten.mkldnn_linear
+        jobs["onednn"] = partial(product, a.to_mkldnn(), b.to_mkldnn())
+    seconds = _medians(jobs, device)
+    found |= {"flops": work / min(seconds.values()), "mm_flops": work / seconds["mm"]}
+    if dtype.itemsize == 2:
+        narrow = partial(torch.mm, a.bfloat16(), b.bfloat16())
+        first = timed(narrow, device)[0]
+        if first < _SLOW_CEILING:
+            first = _medians({"mm": narrow}, device)["mm"]
+        found["bf16_flops"] = work / first
     return found
 
 
@@ -127,7 +134,9 @@ def floor_seconds(case: Case, rows: int, roof: Mapping[str, float]) -> float | N
     """
     if not case.flops_a_row:
         return None
-    rate = roof["flops" if case.dtype == torch.float32 else "bf16_flops"]
+    rate = roof["flops"]
+    if case.dtype.itemsize == 2:  # widened to float32 where that is faster
+        rate = max(rate, roof["bf16_flops"])
     product = rows * case.flops_a_row / 3 / rate
     read = rows * case.bytes_a_row / roof["read_bytes"]
     return max(read, 2 * product) + max(read, product)

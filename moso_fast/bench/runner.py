@@ -109,7 +109,7 @@ def measure_case(
     if providers is None:
         providers = providers_for(case, settings.peers)
     tick(f"{case.name}: float64")
-    roof = ceilings(settings.device) if roof is None else roof
+    roof = ceilings(settings.device, case.dtype) if roof is None else roof
     rows = case.rows(settings.profile)
     inputs = make_inputs(case, rows, settings.device)
     truth = exact(case, inputs)

@@ -36,6 +36,8 @@ _SELF_CHECK_TOLERANCE = {"float64": 1e-10, "highest": 1e-4, "high": 2e-3, "mediu
 
 # Numbers that one sum takes, fewer than PyTorch ever splits among threads.
 _SUM_BLOCK = 4096
+# Squares that are made at a time before they are summed; a multiple of that.
+_SQUARES = 64 * _SUM_BLOCK
 
 # Numbers that PyTorch's elementwise operations leave to one thread.
 _ONE_THREAD = 2**15 - 1
@@ -265,34 +267,43 @@ def self_check(problem: Problem, results: Results) -> None:
 
     Every sample that counts must have a finite alignment and norm, and no other sample may.
     """
-    total, norms, finite = (torch.zeros_like(results.mean_grad_sqnorm) for _ in range(3))
+    whole = int(results.count) == results.alignment.shape[1]
+    add = torch.sum if whole else torch.nansum
+    total, norms = (torch.zeros_like(results.mean_grad_sqnorm) for _ in range(2))
     for block in _blocks(results.alignment):
-        alignment, grad_sqnorm = results.alignment[:, block], results.grad_sqnorm[:, block]
-        total += alignment.nansum(1, dtype=torch.float64)
-        norms += grad_sqnorm.sqrt().nansum(1, dtype=torch.float64)
-        # isfinite takes ten times as long as a comparison, which NaN fails as well.
-        finite += ((alignment + grad_sqnorm).abs_() < float("inf")).sum(1)
-    missing = results.count - finite
-    if bool((missing != 0).any()):
-        head = int(missing.nonzero()[0])
-        raise RuntimeError(
-            f"self-check failed for head {head}: {int(missing[head])} of the {int(results.count)} "
-            "samples that count have no finite result; please report this with the output of "
-            "moso-fast doctor"
-        )
+        total += add(results.alignment[:, block], 1, dtype=torch.float64)
+        norms += add(results.grad_sqnorm[:, block].sqrt(), 1, dtype=torch.float64)
+    # Where no sample is left out, finite sums say that every term is.
+    if not whole or not bool(((total + norms).abs() < float("inf")).all()):
+        _check_finite(results)
     key = "float64" if problem.compute_dtype == torch.float64 else problem.precision
     expected = results.mean_grad_sqnorm * results.count
     scale = results.mean_grad_sqnorm.sqrt() * norms
-    bound = _SELF_CHECK_TOLERANCE[key] * scale + 1e-30
-    error = (total - expected).abs()
-    bad = ~(error <= bound)
-    if bool(bad.any()):
-        head = int(bad.nonzero()[0])
-        raise RuntimeError(
-            f"self-check failed for head {head}: the alignments sum to {float(total[head]):.9g} "
-            f"but N |G|^2 is {float(expected[head]):.9g} (allowed difference "
-            f"{float(bound[head]):.3g}); please report this with the output of moso-fast doctor"
-        )
+    for head, (found, wanted, size) in enumerate(torch.stack([total, expected, scale], 1).tolist()):
+        bound = _SELF_CHECK_TOLERANCE[key] * size + 1e-30
+        if not abs(found - wanted) <= bound:
+            raise RuntimeError(
+                f"self-check failed for head {head}: the alignments sum to {found:.9g} but N |G|^2 "
+                f"is {wanted:.9g} (allowed difference {bound:.3g}); please report this with the "
+                "output of moso-fast doctor"
+            )
+
+
+def _check_finite(results: Results) -> None:
+    """Raise RuntimeError unless just the samples that count have a finite result."""
+    finite = torch.zeros_like(results.mean_grad_sqnorm)
+    for block in _blocks(results.alignment):
+        # isfinite takes ten times as long as a comparison, which NaN fails as well.
+        both = results.alignment[:, block] + results.grad_sqnorm[:, block]
+        finite += (both.abs_() < float("inf")).sum(1)
+    missing = (results.count - finite).tolist()
+    for head, samples in enumerate(missing):
+        if samples:
+            raise RuntimeError(
+                f"self-check failed for head {head}: {int(samples)} of the {int(results.count)} "
+                "samples that count have no finite result; please report this with the output of "
+                "moso-fast doctor"
+            )
 
 
 def _blocks(values: Tensor) -> Iterator[slice]:
@@ -313,15 +324,25 @@ def _sqnorm(values: Tensor) -> Tensor:
     PyTorch splits one long sum among its threads on a CPU; sums of a block each it leaves whole.
     On a GPU the order depends on the shape alone, and every launch counts.
     """
-    sums = values.square()
     if values.device.type != "cpu":
-        return sums.sum(1)
+        return values.square().sum(1)
+    # Piece by piece: the squares of large heads are not worth a tensor of their own.
+    pieces = range(0, values.shape[1], _SQUARES)
+    sums = torch.cat([_block_sums(values[:, at : at + _SQUARES].square()) for at in pieces], 1)
     while sums.shape[1] > 1:
-        whole = sums.shape[1] // _SUM_BLOCK * _SUM_BLOCK
-        blocks = sums[:, :whole].unflatten(1, (-1, _SUM_BLOCK)).sum(2)
-        rest = sums[:, whole:].sum(1, keepdim=True)
-        sums = torch.cat([blocks, rest], 1) if whole < sums.shape[1] else blocks
+        sums = _block_sums(sums)
     return sums[:, 0]
+
+
+def _block_sums(values: Tensor) -> Tensor:
+    """Return sums of blocks of (K, M), the last one shorter: (K, blocks)."""
+    count = values.shape[1]
+    whole = count - count % _SUM_BLOCK
+    rest = values[:, whole:].sum(1, keepdim=True)
+    if not whole:
+        return rest
+    blocks = values[:, :whole].unflatten(1, (-1, _SUM_BLOCK)).sum(2)
+    return torch.cat([blocks, rest], 1) if whole < count else blocks
 
 
 def _capturing(problem: Problem) -> bool:

@@ -356,7 +356,7 @@ def check_parameters(problem: Problem) -> None:
     for name in ("weight", "bias", "sample_weight"):
         value = getattr(problem, name)
         # aminmax passes NaN on and reads once; isfinite makes three tensors of that size.
-        if value is None or not value.numel() or all(map(torch.isfinite, torch.aminmax(value))):
+        if value is None or not value.numel() or all(map(math.isfinite, _extremes(value))):
             continue
         at = (~torch.isfinite(value)).nonzero()[0].tolist()
         if name != "sample_weight" and not problem.stacked:
@@ -365,6 +365,10 @@ def check_parameters(problem: Problem) -> None:
         else:
             at_shown, entry = at, value[tuple(at)]
         raise ValueError(f"{name}{at_shown} is {float(entry)}; heads and weights must be finite")
+
+
+def _extremes(value: Tensor) -> list[float]:
+    return torch.stack(torch.aminmax(value)).tolist()
 
 
 def raise_for_status(problem: Problem, status: Tensor) -> None:

@@ -281,22 +281,27 @@ struct Panels {
   }
 };
 
+// Panels that stay within the second-level cache while all rows of a tile go past them: heads of
+// many classes would else be read from memory for every kTileM rows.
+constexpr int64_t kPanelGroup = (int64_t{1} << 18) / (kPanel * kBlockD * 4);
+
 // out (rows x width, ldo) = tile * panels^T + bias.
 template <class Op>
 inline void tile_times_panels(const Tile<Op>& tile, int64_t rows, const Panels<Op>& w,
                               const float* bias, float* out, int64_t ldo) {
-  for (int64_t block = 0; block < tile.blocks(); ++block) {
-    for (int64_t row = 0; row < rows; row += kTileM) {
-      const int m = int(std::min<int64_t>(kTileM, rows - row));
-      for (int64_t index = 0; index < w.panels(); ++index) {
-        const int vectors = w.vectors(index);
-        Multiply<Op>::kernel(vectors, m)(tile.row(block, row), Tile<Op>::kStride, 1,
-                                         w.panel(block, index), vectors * VL, tile.depth(block),
-                                         block == 0 ? bias + index * kPanel : nullptr,
-                                         out + row * ldo + index * kPanel, ldo, w.lanes(index));
+  for (int64_t block = 0; block < tile.blocks(); ++block)
+    for (int64_t first = 0; first < w.panels(); first += kPanelGroup)
+      for (int64_t row = 0; row < rows; row += kTileM) {
+        const int m = int(std::min<int64_t>(kTileM, rows - row));
+        const int64_t end = std::min(first + kPanelGroup, w.panels());
+        for (int64_t index = first; index < end; ++index) {
+          const int vectors = w.vectors(index);
+          Multiply<Op>::kernel(vectors, m)(tile.row(block, row), Tile<Op>::kStride, 1,
+                                           w.panel(block, index), vectors * VL, tile.depth(block),
+                                           block == 0 ? bias + index * kPanel : nullptr,
+                                           out + row * ldo + index * kPanel, ldo, w.lanes(index));
+        }
       }
-    }
-  }
 }
 
 // Even groups of at most kTileM classes: no thin remainder.

@@ -28,7 +28,7 @@ def tiny(monkeypatch):
         classmethod(lambda cls, profile, **o: cls(profile, **{**quick, **o})),
     )
     roof = {"read_bytes": 1e10, "flops": 1e11, "mm_flops": 5e10, "bf16_flops": 2e11}
-    monkeypatch.setattr(runner, "ceilings", lambda device: roof)
+    monkeypatch.setattr(runner, "ceilings", lambda device, dtype: roof)
     slow = "torch.compile"
     without = [p for p in runner.providers_for(HEAVY) if slow not in p.name]
     monkeypatch.setattr(

@@ -150,7 +150,6 @@ def _conditions(results: dict[str, Any], second: dict[str, Any] | None) -> list[
         "does better.",
     ]
     if second is not None:
-        sys.path.insert(0, str(ROOT))
         from moso_fast.bench.compare import compare, verdict
 
         text = verdict(compare(results, second))[1]
@@ -246,4 +245,5 @@ def _outside(text: str) -> str:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Run a test file of tests/interpreted in a child process with Triton's interpreter on."""
+"""Child processes that import what this one does; test files under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import moso_fast
+
 FOLDER = Path(__file__).parent / "interpreted"
+
+
+def child_environment(**variables: str) -> dict[str, str]:
+    """Return an environment in which a child imports what this process would, plus ``variables``.
+
+    The moso_fast that this process has imported comes first: of an installed package and a source
+    tree on the search path, the child takes the one under test.
+    """
+    paths = [str(Path(moso_fast.__file__).parents[1]), *(path or os.getcwd() for path in sys.path)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
 
 
 def run_interpreted(file: str, cwd: Path, *, select: str | None = None) -> None:
@@ -16,15 +28,9 @@ def run_interpreted(file: str, cwd: Path, *, select: str | None = None) -> None:
 
     ``file`` is in tests/interpreted, or a test file of this folder with ``select``, pytest's
     expression for the tests to run, of which some may skip.
-    The child imports what this process would: the search path goes along, and ``cwd`` is an
-    empty folder, so that neither the source tree nor an installed package slips in.
+    ``cwd`` is an empty folder: the source tree does not slip in for the package under test.
     """
-    environment = dict(
-        os.environ,
-        TRITON_INTERPRET="1",
-        OMP_NUM_THREADS="1",
-        PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path),
-    )
+    environment = child_environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     command = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     path = FOLDER / file if select is None else FOLDER.parent / file
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning:triton"]

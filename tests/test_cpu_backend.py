@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from interpreter import child_environment
 
 from moso_fast import backends, last_layer_stats, moso_scores
 from moso_fast._native import load_native
@@ -134,9 +135,10 @@ print(status("VmHWM") - before)
 
 def peak_bytes(tmp_path, *sizes):
     """Peak of resident memory beyond the inputs, in a process of its own."""
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
     command = [sys.executable, "-c", _PEAK, *map(str, sizes)]
-    child = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    child = subprocess.run(
+        command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True
+    )
     assert child.returncode == 0, child.stderr
     return int(child.stdout)
 

@@ -9,9 +9,11 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from interpreter import child_environment
 
 from moso_fast.backends import _triton_autotune as autotune
 from moso_fast.backends._triton_autotune import TileCache, cache_folder, cache_name, kind
@@ -242,10 +244,16 @@ def test_searches_only_on_request_and_only_on_a_gpu(monkeypatch, path) -> None:
     assert found("cuda") == Tile(32)
 
 
-def test_importing_it_imports_no_triton() -> None:
+def test_importing_it_imports_no_triton(tmp_path: Path) -> None:
     code = (
         "import sys, moso_fast.backends._triton_autotune; "
         "sys.exit('triton' in sys.modules and 'Triton was imported')"
     )
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+    )
     assert child.returncode == 0, child.stderr

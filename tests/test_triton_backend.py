@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from core_support import Case, random_case
-from interpreter import run_interpreted
+from interpreter import child_environment, run_interpreted
 
 import moso_fast
 from moso_fast import engine
@@ -353,12 +353,18 @@ def test_a_gpu_of_another_generation_gets_the_tiles_of_the_oldest(
     assert _triton_products.pick_tile(*arguments).name == "oldest"
 
 
-def test_import_and_availability_do_not_import_triton() -> None:
+def test_import_and_availability_do_not_import_triton(tmp_path: Path) -> None:
     code = (
         "import sys, moso_fast; moso_fast.backends(); "
         "sys.exit('triton' in sys.modules and 'Triton was imported')"
     )
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+    )
     assert child.returncode == 0, child.stderr
 
 

@@ -13,11 +13,10 @@ from functools import lru_cache
 
 import pytest
 
-from moso_fast.bench.cases import CASES, Case
+from moso_fast.bench.cases import CASES, COMPILED_CASES, Case
 from moso_fast.bench.inputs import Inputs, Result, errors_of, exact, make_inputs
 from moso_fast.bench.providers import Provider, providers_for
 
-COMPILED_CASE = "c10-d512"
 CHECK_ROWS = 64  # whole sequences in every token case
 
 PAIRS = [(case, p) for case in CASES.values() for p in providers_for(case, peers=True)]
@@ -36,7 +35,7 @@ def test_case(benchmark, case: Case, provider: Provider) -> None:
     reason = provider.missing() or provider.refuse(case, inputs)
     if reason:
         pytest.skip(reason)
-    if not benchmark.enabled and "compile" in provider.name and case.name != COMPILED_CASE:
+    if not benchmark.enabled and provider.compiles and case.name != COMPILED_CASES[0]:
         pytest.skip("compiled in one case alone where nothing is timed")
     job = provider.prepare(case, inputs)
     result = job() if benchmark.enabled else benchmark(job)

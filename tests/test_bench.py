@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moso_fast.bench import compare, energy, growth, measure, memory, runner, store
-from moso_fast.bench.cases import CASES, PROFILES, Case, select_cases
+from moso_fast.bench.cases import CASES, COMPILED_CASES, PROFILES, Case, select_cases
 from moso_fast.bench.inputs import errors_of, exact, make_inputs
 from moso_fast.bench.providers import PROVIDERS, Provider, providers_for
 from moso_fast.bench.providers.ours import OURS
@@ -123,6 +123,39 @@ def test_missing_libraries_are_skipped_by_name() -> None:
     ]
 
 
+def test_the_small_profile_compiles_in_few_cases() -> None:
+    compiles = replace(providers_for(HEAD)[2], name="compiles", compiles=True)
+    providers = [providers_for(HEAD)[0], compiles]
+
+    def skipped(case, **options):
+        settings = replace(QUICK, **options)
+        return runner.measure_case(case, settings, ROOF, providers=providers)["skipped"]
+
+    (left_out,) = skipped(HEAD)
+    assert left_out["provider"] == "compiles" and "--profile full has it" in left_out["why"]
+    assert not skipped(HEAD, profile="full")
+    assert not skipped(replace(HEAD, name=COMPILED_CASES[0]))
+    assert set(COMPILED_CASES) < set(CASES)
+    assert [p.name for p in PROVIDERS if p.compiles] == ["torch.compile, chunks of 2048"]
+
+
+def test_a_slow_product_is_not_made_whole(monkeypatch) -> None:
+    sides = []
+
+    def rate(a, b, device):
+        sides.append(len(a))
+        return 1e3
+
+    monkeypatch.setattr(measure, "_MATRIX", 512)
+    monkeypatch.setattr(measure, "_READ_BYTES", 2**20)
+    monkeypatch.setattr(measure, "_narrow_rate", rate)
+    assert measure.ceilings(dtype=torch.bfloat16)["bf16_flops"] == 1e3
+    assert sides == [measure._PROBE]
+    monkeypatch.setattr(measure, "_narrow_rate", lambda a, b, device: sides.append(len(a)) or 1e18)
+    assert measure.ceilings(dtype=torch.bfloat16)["bf16_flops"] == 1e18
+    assert sides == [measure._PROBE, measure._PROBE, 512]
+
+
 def test_rounds_are_interleaved() -> None:
     order: list[str] = []
     jobs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
@@ -200,11 +233,18 @@ def test_exponents() -> None:
 def test_growth_along_rows(monkeypatch) -> None:
     small = replace(growth.AXES["N"][0], classes=10, dim=16)
     monkeypatch.setitem(growth.AXES, "N", (small, 0, (600, 1200, 2400, 4800)))
-    monkeypatch.setattr(growth, "_ROUNDS", 2)
+
+    def by_rows(jobs, rounds):  # seconds that grow as N^1.5; the jobs run for their shapes
+        rows = {name: job()["loss"].numel() for name, job in jobs.items()}
+        return {name: dict.fromkeys(range(rounds), n**1.5 / 1e6) for name, n in rows.items()}
+
+    monkeypatch.setattr(growth, "interleaved", by_rows)
     sweep = growth.measure_growth("N", memory_limit=0)
     assert sweep["fixed"] == {"C": 10, "D": 16, "K": 1}
+    assert len(sweep["providers"]) == 2
     for entry in sweep["providers"].values():
-        assert len(entry["seconds"]) == 4 and -1 < entry["time_exponent"] < 3
+        assert entry["seconds"] == [n**1.5 / 1e6 for n in (600, 1200, 2400, 4800)]
+        assert entry["time_exponent"] == pytest.approx(1.5)
 
 
 def _results(name: str, speed: float, **other) -> dict:

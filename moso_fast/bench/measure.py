@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .cases import Case
 
@@ -25,7 +26,7 @@ __all__ = [
 _MATRIX = 1536
 _READ_BYTES = 256 * 2**20
 _CEILING_ROUNDS = 5
-_SLOW_CEILING = 1.0  # seconds of one product that is not worth repeating
+_PROBE = 256  # side of the product that tells whether the processor has units for 16 bits
 
 
 def timed(job: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
@@ -86,7 +87,8 @@ def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[st
     """Bytes/s of reading and FLOP/s of square products: the fastest that PyTorch can be made to.
 
     ``flops`` counts float32 products, and ``bf16_flops`` those of bfloat16 where ``dtype`` has 16
-    bits: a processor without units for them takes a hundred times as long.
+    bits. A processor without units for them takes a hundred times as long: there a small product
+    tells the rate.
 
     On a CPU the products go through ``torch.mm`` and through oneDNN's inner product, which differ
     by a factor of two on some processors; the better one counts, and ``torch.mm`` is kept beside
@@ -109,12 +111,15 @@ def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[st
     seconds = _medians(jobs, device)
     found |= {"flops": work / min(seconds.values()), "mm_flops": work / seconds["mm"]}
     if dtype.itemsize == 2:
-        narrow = partial(torch.mm, a.bfloat16(), b.bfloat16())
-        first = timed(narrow, device)[0]
-        if first < _SLOW_CEILING:
-            first = _medians({"mm": narrow}, device)["mm"]
-        found["bf16_flops"] = work / first
+        found["bf16_flops"] = rate = _narrow_rate(a[:_PROBE, :_PROBE], b[:_PROBE, :_PROBE], device)
+        if rate > found["flops"] / 4:
+            found["bf16_flops"] = _narrow_rate(a, b, device)
     return found
+
+
+def _narrow_rate(a: Tensor, b: Tensor, device: str) -> float:
+    jobs = {"mm": partial(torch.mm, a.bfloat16(), b.bfloat16())}
+    return 2 * len(a) ** 3 / _medians(jobs, device)["mm"]
 
 
 def medians(times: Mapping[str, Mapping[int, float]]) -> dict[str, float]:

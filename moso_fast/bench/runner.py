@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import facts
-from .cases import Case
+from .cases import COMPILED_CASES, Case
 from .energy import gpu_energy_counter, joules_per_call
 from .inputs import Inputs, Result, errors_of, exact, make_inputs
 from .measure import ceilings, floor_seconds, interleaved, plan_rounds, quartiles, timed
@@ -117,7 +117,11 @@ def measure_case(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries' own deprecations
         for provider in providers:
-            why = provider.missing() or provider.refuse(case, inputs)
+            why = (
+                provider.missing()
+                or provider.refuse(case, inputs)
+                or _too_slow_to_set_up(provider, case, settings)
+            )
             if why:
                 skipped.append({"provider": provider.name, "why": why})
                 continue
@@ -179,6 +183,12 @@ def find_row(record: dict[str, Any], provider: str = OURS) -> dict[str, Any] | N
         if row["provider"] == provider and row["seconds"]:
             return row
     return None
+
+
+def _too_slow_to_set_up(provider: Provider, case: Case, settings: Settings) -> str | None:
+    if settings.profile == "full" or not provider.compiles or case.name in COMPILED_CASES:
+        return None
+    return f"the small profile compiles only in {', '.join(COMPILED_CASES)}; --profile full has it"
 
 
 def _check(

@@ -45,6 +45,8 @@ class Provider:
         Builds per-sample gradients or goes sample by sample: takes part in heavy cases only.
     narrow
         For features of 16 bits only.
+    compiles
+        Compiles in its set-up, for seconds: not in every case of the small profile.
     note
         What it leaves out, shown beside its numbers.
     """
@@ -57,6 +59,7 @@ class Provider:
     refuse: Callable[[Case, Inputs], str | None] = _never
     heavy: bool = False
     narrow: bool = False
+    compiles: bool = False
     note: str = ""
 
     def missing(self) -> str | None:

@@ -234,6 +234,7 @@ PROVIDERS = (
         "plain",
         frozenset({"head", "heads"}),
         _compiled_job,
+        compiles=True,
     ),
     _provider(
         "oneDNN, chunks of 2048",

@@ -372,3 +372,16 @@ def test_import_and_availability_do_not_import_triton(tmp_path: Path) -> None:
 def test_whole_path_in_interpreter(file: str, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     run_interpreted(file, tmp_path)
+
+
+def test_rows_are_aligned_by_address_stride_and_length() -> None:
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    from moso_fast.kernels.operands import aligned
+
+    for dtype, line in ((torch.float32, 4), (torch.bfloat16, 8)):  # numbers in 16 bytes
+        matrix = torch.zeros(8, 6 * line, dtype=dtype)
+        assert matrix.data_ptr() % 16 == 0 and aligned(matrix)
+        assert aligned(matrix[1:, line : 3 * line])
+        assert not aligned(matrix[:, 1 : 1 + line])  # begins elsewhere
+        assert not aligned(matrix[:, : line + 1])  # ends elsewhere
+        assert not aligned(torch.zeros(8, line + 1, dtype=dtype)[:, :line])  # the next row does

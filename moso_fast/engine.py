@@ -7,6 +7,7 @@ kept where they fit the memory budget, otherwise the second pass computes them a
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -237,6 +238,8 @@ def _two_passes(
         raise_for_status(problem, rows.status)
     counted = _samples_counted(rows.counted, offsets)
     count = counted.sum()
+    # A captured graph may be replayed on rows of which some do not count.
+    whole = not capturing and int(count) == len(counted)
     if formula is not None and not capturing:
         check_count(formula, int(count))
     at_least_one = count.clamp_min(1)
@@ -254,7 +257,14 @@ def _two_passes(
             problem, chunk, rows, mean_grad, mean_bias_grad, kept[number], alignment[:, chunk]
         )
     return _finish(
-        problem, rows, counted, count, alignment, mean_grad_sqnorm, sequence_norms, offsets
+        problem,
+        rows,
+        None if whole else counted,
+        count,
+        alignment,
+        mean_grad_sqnorm,
+        sequence_norms,
+        offsets,
     )
 
 
@@ -267,20 +277,21 @@ def self_check(problem: Problem, results: Results) -> None:
 
     Every sample that counts must have a finite alignment and norm, and no other sample may.
     """
-    whole = int(results.count) == results.alignment.shape[1]
+    count = int(results.count)
+    whole = count == results.alignment.shape[1]
     add = torch.sum if whole else torch.nansum
-    total, norms = (torch.zeros_like(results.mean_grad_sqnorm) for _ in range(2))
+    sums = torch.stack([results.mean_grad_sqnorm, *2 * [torch.zeros_like(results.mean_grad_sqnorm)]])
     for block in _blocks(results.alignment):
-        total += add(results.alignment[:, block], 1, dtype=torch.float64)
-        norms += add(results.grad_sqnorm[:, block].sqrt(), 1, dtype=torch.float64)
+        sums[1] += add(results.alignment[:, block], 1, dtype=torch.float64)
+        sums[2] += add(results.grad_sqnorm[:, block].sqrt(), 1, dtype=torch.float64)
+    heads = sums.T.tolist()
     # Where no sample is left out, finite sums say that every term is.
-    if not whole or not bool(((total + norms).abs() < float("inf")).all()):
+    if not whole or not all(math.isfinite(found + norms) for _, found, norms in heads):
         _check_finite(results)
     key = "float64" if problem.compute_dtype == torch.float64 else problem.precision
-    expected = results.mean_grad_sqnorm * results.count
-    scale = results.mean_grad_sqnorm.sqrt() * norms
-    for head, (found, wanted, size) in enumerate(torch.stack([total, expected, scale], 1).tolist()):
-        bound = _SELF_CHECK_TOLERANCE[key] * size + 1e-30
+    for head, (mean_grad_sqnorm, found, norms) in enumerate(heads):
+        wanted = mean_grad_sqnorm * count
+        bound = _SELF_CHECK_TOLERANCE[key] * math.sqrt(mean_grad_sqnorm) * norms + 1e-30
         if not abs(found - wanted) <= bound:
             raise RuntimeError(
                 f"self-check failed for head {head}: the alignments sum to {found:.9g} but N |G|^2 "
@@ -324,7 +335,7 @@ def _sqnorm(values: Tensor) -> Tensor:
     PyTorch splits one long sum among its threads on a CPU; sums of a block each it leaves whole.
     On a GPU the order depends on the shape alone, and every launch counts.
     """
-    if values.device.type != "cpu":
+    if values.device.type != "cpu" or values.numel() <= _ONE_THREAD:
         return values.square().sum(1)
     # Piece by piece: the squares of large heads are not worth a tensor of their own.
     pieces = range(0, values.shape[1], _SQUARES)
@@ -393,13 +404,14 @@ def _samples_counted(counted: Tensor, offsets: Tensor | None) -> Tensor:
 def _finish(
     problem: Problem,
     rows: RowBuffers,
-    counted: Tensor,
+    counted: Tensor | None,
     count: Tensor,
     alignment: Tensor,
     mean_grad_sqnorm: Tensor,
     sequence_norms: list[Tensor],
     offsets: Tensor | None,
 ) -> Results:
+    """Make the results of rows those of samples; NaN where ``counted``, if given, is false."""
     fields: dict[str, Tensor]
     if offsets is None:
         grad_sqnorm, el2n = torch.empty_like(alignment), torch.empty_like(alignment)
@@ -418,8 +430,8 @@ def _finish(
         }
     else:
         fields = _sum_sequences(problem, rows, alignment, sequence_norms, offsets)
-    ignored = ~counted
-    if _capturing(problem) or bool(ignored.any()):
+    if counted is not None:
+        ignored = ~counted
         for values in fields.values():
             values.masked_fill_(ignored, float("nan"))
     return Results(mean_grad_sqnorm=mean_grad_sqnorm, count=count, status=rows.status, **fields)

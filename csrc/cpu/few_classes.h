@@ -9,10 +9,15 @@
 //
 // Bytes: each pass reads H once. FLOPs: 4 N C D and 2 N C D. With D columns of 4 bytes a row and
 // C classes the first pass does C FLOPs a byte: beyond 8 or so it is bound by arithmetic.
+//
+// The R rows at work lie far apart in the tile, so that each is in a page of its own: hardware
+// prefetchers follow one stream a page, and lose two rows that they meet there in turn. All groups
+// of classes take a row while it is in the first-level cache.
 
 constexpr int kFewClasses = 2 * kTileM;
 constexpr int kDotClasses = VL == 16 ? 12 : 5;
-constexpr int kTileRows = 96;  // divisible by every count of rows below, and by VL
+constexpr int kTileRows = 96;  // at most; divisible by kRowStep
+constexpr int kRowStep = 24;   // divisible by every count of rows below, and by VL or VL / 2
 
 // Rows whose sums fit the registers beside C classes.
 constexpr int dot_rows(int classes) {
@@ -24,17 +29,22 @@ constexpr int dot_rows(int classes) {
   return rows[classes - 1];
 }
 
-// Rows ahead of those at work that are asked for, into the second-level cache. In the first pass
-// the gradient, which reads what is cached already, asks for the first rows of the next tile
-// meanwhile, so that memory is never idle.
-constexpr int kAheadFirst = kTileRows / 4;
-constexpr int kAheadSecond = kTileRows / 8;
+// Rows that go through several groups of classes together: divisible by dot_rows of each of them.
+constexpr int kSharedRows = VL == 16 ? 6 : 2;
 
-// acc[r][c] = lane sums of <rows[r], w[c]>, and with Norm norm[r] those of |rows[r]|^2; asks for
-// ahead[r] where ahead is given.
+constexpr int64_t kFewTileBytes = 192 * 1024;  // of features: they stay in the second-level cache
+
+// Rows of a tile.
+template <class T>
+int64_t rows_of_few_classes(int64_t dim) {
+  const int64_t rows = kFewTileBytes / (dim * int64_t(sizeof(T))) / kRowStep * kRowStep;
+  return std::clamp<int64_t>(rows, kRowStep, kTileRows);
+}
+
+// acc[r][c] = lane sums of <rows[r], w[c]>, and with Norm norm[r] those of |rows[r]|^2.
 template <int R, int C, bool Norm, class T>
-MOSO_INLINE void dots(const T* const* rows, const T* const* ahead, const float* w, int64_t ldw,
-                      int64_t dim, vf (&acc)[R][C], vf (&norm)[R]) {
+MOSO_INLINE void dots(const T* const (&rows)[R], const float* w, int64_t ldw, int64_t dim,
+                      vf (&acc)[R][C], vf (&norm)[R]) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     norm[r] = vf{};
@@ -44,7 +54,9 @@ MOSO_INLINE void dots(const T* const* rows, const T* const* ahead, const float* 
   const auto step = [&](const vf(&h)[R], int64_t d) __attribute__((always_inline)) {
 #pragma GCC unroll 12
     for (int c = 0; c < C; ++c) {
-      const vf x = load(w + c * ldw + d);
+      vf x = load(w + c * ldw + d);
+      // Else the compiler reads it again for every row, and reading is what there is least of.
+      if (R > 1) MOSO_IN_REGISTER(x);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r][c] += h[r] * x;
     }
@@ -57,10 +69,7 @@ MOSO_INLINE void dots(const T* const* rows, const T* const* ahead, const float* 
   int64_t d = 0;
   for (; d + VL <= dim; d += VL) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      if (ahead) __builtin_prefetch(ahead[r] + d, 0, 2);
-      h[r] = load(rows[r] + d);
-    }
+    for (int r = 0; r < R; ++r) h[r] = load(rows[r] + d);
     step(h, d);
   }
   if (d < dim) {
@@ -70,32 +79,46 @@ MOSO_INLINE void dots(const T* const* rows, const T* const* ahead, const float* 
   }
 }
 
-// Lane sums are taken for this many rows at once: whole vectors of results.
-constexpr int sum_rows(int rows) { return rows % 3 ? VL : 3 * VL; }
+// Rows k * apart of a tile for k < count.
+template <class T>
+struct Block {
+  const T* const* rows;
+  int64_t count, apart;
+};
 
-// z[c * kTileRows + row] for C classes of every row, and the norms with the first classes.
+template <int R, class T>
+MOSO_INLINE void row_pointers(const Block<T>& block, int64_t k, const T* (&to)[R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) to[r] = block.rows[(k + r) * block.apart];
+}
+
+// z[c * kTileRows + k * apart] for C classes of every row of a block, and with the first classes
+// norms[k * apart].
 template <int C, bool First, class T>
-inline void dot_classes(const T* const* rows, int64_t count, const float* w, int64_t ldw,
-                        int64_t dim, float* z, float* norms) {
+inline void dot_classes(const Block<T>& block, const float* w, int64_t ldw, int64_t dim, float* z,
+                        float* norms) {
   constexpr int R = dot_rows(C), kSums = R * C + (First ? R : 0);
-  for (int64_t row = 0; row < count; row += R) {
+  for (int64_t k = 0; k < block.count; k += R) {
+    const T* rows[R];
+    row_pointers(block, k, rows);
     vf acc[R][C], norm[R];
-    const T* const* ahead = rows + std::min<int64_t>(row + kAheadFirst, kTileRows - R);
-    dots<R, C, First>(rows + row, First ? ahead : nullptr, w, ldw, dim, acc, norm);
-    vf sums[(kSums + VL - 1) / VL * VL] = {};
-#pragma GCC unroll 12
-    for (int c = 0; c < C; ++c)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[c * R + r] = acc[r][c];
-    if (First) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[C * R + r] = norm[r];
-    }
+    dots<R, C, First>(rows, w, ldw, dim, acc, norm);
     float lanes[(kSums + VL - 1) / VL * VL];
 #pragma GCC unroll 8
-    for (int i = 0; i < kSums; i += VL) store(lanes + i, sum_each(sums + i));
-    for (int c = 0; c < C; ++c) std::memcpy(z + c * kTileRows + row, lanes + c * R, R * 4);
-    if (First) std::memcpy(norms + row, lanes + C * R, R * 4);
+    for (int i = 0; i < kSums; i += VL) {
+      vf sums[VL];
+#pragma GCC unroll 16
+      for (int j = 0; j < VL; ++j) {
+        const int at = i + j;
+        sums[j] = at < R * C ? acc[at % R][at / R] : at < kSums ? norm[at % R] : vf{};
+      }
+      store(lanes + i, sum_each(sums));
+    }
+    for (int r = 0; r < R; ++r) {
+      const int64_t row = (k + r) * block.apart;
+      for (int c = 0; c < C; ++c) z[c * kTileRows + row] = lanes[c * R + r];
+      if (First) norms[row] = lanes[C * R + r];
+    }
   }
 }
 
@@ -107,18 +130,17 @@ constexpr int outer_vectors(int classes) {
 }
 
 // g[m * ldg + v * VL] += sum over rows of r[m * kTileRows + row] * rows[row][d + v * VL]; of the
-// last vector only `lanes` numbers exist. Asks for the same columns of next[0 ... kAheadFirst),
-// where next is given.
+// last vector only `lanes` numbers exist.
 template <int M, int V, class T>
-inline void add_outer_block(const T* const* rows, const T* const* next, int64_t count, int64_t d,
-                            const float* r, float* g, int64_t ldg, int lanes) {
+inline void add_outer_block(const T* const* rows, int64_t count, int64_t d, const float* r,
+                            float* g, int64_t ldg, int lanes) {
   vf acc[M][V];
 #pragma GCC unroll 14
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
       acc[m][v] = v + 1 < V ? load(g + m * ldg + v * VL) : load_n(g + m * ldg + v * VL, lanes);
-  const auto add = [&](int64_t k) __attribute__((always_inline)) {
+  for (int64_t k = 0; k < count; ++k) {
     vf h[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
@@ -131,16 +153,7 @@ inline void add_outer_block(const T* const* rows, const T* const* next, int64_t 
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) acc[m][v] += x * h[v];
     }
-  };
-  int64_t k = 0;
-  if (next) {
-    for (const int64_t end = std::min<int64_t>(count, kAheadFirst); k < end; ++k) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) __builtin_prefetch(next[k] + d + v * VL, 0, 2);
-      add(k);
-    }
   }
-  for (; k < count; ++k) add(k);
 #pragma GCC unroll 14
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -154,50 +167,43 @@ inline void add_outer_block(const T* const* rows, const T* const* next, int64_t 
 
 // The same for all dim columns of g (M, ldg).
 template <int M, class T>
-inline void add_outer_rows(const T* const* rows, const T* const* next, int64_t count, int64_t dim,
-                           const float* r, float* g, int64_t ldg) {
+inline void add_outer_rows(const T* const* rows, int64_t count, int64_t dim, const float* r,
+                           float* g, int64_t ldg) {
   constexpr int V = outer_vectors(M);
   int64_t d = 0;
-  for (; d + V * VL <= dim; d += V * VL)
-    add_outer_block<M, V>(rows, next, count, d, r, g + d, ldg, VL);
+  for (; d + V * VL <= dim; d += V * VL) add_outer_block<M, V>(rows, count, d, r, g + d, ldg, VL);
   for (; d < dim; d += VL)
-    add_outer_block<M, 1>(rows, next, count, d, r, g + d, ldg, int(std::min<int64_t>(VL, dim - d)));
+    add_outer_block<M, 1>(rows, count, d, r, g + d, ldg, int(std::min<int64_t>(VL, dim - d)));
 }
 
-// sums[row] += sum over C classes of r <h, G>.
+// Adds a block's share of the sum over C classes of r <h, G>, lane by lane: VL numbers a row of
+// the tile at `lanes`.
 template <int C, class T>
-inline void weigh_classes(const T* const* rows, int64_t count, const float* mean_grad, int64_t ldw,
-                          int64_t dim, const float* r, float* sums) {
-  constexpr int R = dot_rows(C), kGroup = sum_rows(R);
-  vf weighted[kGroup];
-  for (int64_t start = 0; start < count; start += kGroup) {
-    for (int64_t row = 0; row < kGroup; row += R) {
-      vf acc[R][C], norm[R];
-      const T* const* now = rows + start + row;
-      dots<R, C, false>(now, now + kAheadSecond, mean_grad, ldw, dim, acc, norm);
+inline void weigh_classes(const Block<T>& block, const float* mean_grad, int64_t ldw, int64_t dim,
+                          const float* r, float* lanes) {
+  constexpr int R = dot_rows(C);
+  for (int64_t k = 0; k < block.count; k += R) {
+    const T* rows[R];
+    row_pointers(block, k, rows);
+    vf acc[R][C], norm[R];
+    dots<R, C, false>(rows, mean_grad, ldw, dim, acc, norm);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        const float* weights = r + start + row + i;
-        vf total = splat(weights[0]) * acc[i][0];
+    for (int i = 0; i < R; ++i) {
+      const int64_t row = (k + i) * block.apart;
+      float* to = lanes + row * VL;
+      vf total = load(to);
 #pragma GCC unroll 12
-        for (int c = 1; c < C; ++c) total += splat(weights[c * kTileRows]) * acc[i][c];
-        weighted[row + i] = total;
-      }
-    }
-    for (int i = 0; i < kGroup; i += VL) {
-      float* to = sums + start + i;
-      store(to, load(to) + sum_each(weighted + i));
+      for (int c = 0; c < C; ++c) total += splat(r[c * kTileRows + row]) * acc[i][c];
+      store(to, total);
     }
   }
 }
 
 template <class T>
 struct FewClasses {
-  using Dot = void (*)(const T* const*, int64_t, const float*, int64_t, int64_t, float*, float*);
-  using Outer = void (*)(const T* const*, const T* const*, int64_t, int64_t, const float*, float*,
-                         int64_t);
-  using Weigh = void (*)(const T* const*, int64_t, const float*, int64_t, int64_t, const float*,
-                         float*);
+  using Dot = void (*)(const Block<T>&, const float*, int64_t, int64_t, float*, float*);
+  using Outer = void (*)(const T* const*, int64_t, int64_t, const float*, float*, int64_t);
+  using Weigh = void (*)(const Block<T>&, const float*, int64_t, int64_t, const float*, float*);
   template <bool First, int... I>
   static constexpr std::array<Dot, sizeof...(I)> dot_table(std::integer_sequence<int, I...>) {
     return {&dot_classes<I + 1, First, T>...};
@@ -217,7 +223,7 @@ struct FewClasses {
   static constexpr auto kWeigh = weigh_table(DotRange{});
 
   const Problem& p;
-  const int64_t width, dim, ldw;
+  const int64_t width, dim, ldw, tile_rows;
   Buffer weight;
   std::vector<T> zero_row;
 
@@ -226,6 +232,7 @@ struct FewClasses {
         width(p.heads * p.classes),
         dim(p.dim),
         ldw((p.dim + VL - 1) / VL * VL),
+        tile_rows(rows_of_few_classes<T>(p.dim)),
         zero_row(size_t(p.dim) + VL) {}
 
   // Rows padded with zeros to whole vectors.
@@ -238,13 +245,14 @@ struct FewClasses {
 
   // One worker's tile.
   struct Tile {
-    const T* rows[kTileRows + kAheadFirst];  // and the next rows, only to be asked for
+    const T* rows[kTileRows];
     bool counted[kTileRows];
     int32_t label[kTileRows];
     float weight[kTileRows];
     float norms[kTileRows];
     float sums[kTileRows];
     Buffer residual;  // (width, kTileRows): logits, then residuals
+    Buffer lanes;     // (heads, kTileRows, VL): alignments of the second pass
     StatusWord status;
   };
 
@@ -259,17 +267,27 @@ struct FewClasses {
       t->label[i] = used ? int32_t(p.labels[row]) : 0;
       t->weight[i] = !used ? 0.0f : p.sample_weight ? p.sample_weight[row] : 1.0f;
     }
-    for (int64_t i = kTileRows; i < kTileRows + kAheadFirst; ++i)
-      t->rows[i] = first + i < p.rows ? feature_row<T>(p, first + i) : zero_row.data();
+  }
+
+  // body(block, its first row) for all rows of a tile, where groups of `classes` go over them.
+  template <class Body>
+  void for_blocks(const Tile& t, int64_t count, int64_t classes, const Body& body) const {
+    const int64_t group = even_group(classes);
+    const int64_t rows = group < classes ? kSharedRows : dot_rows(int(group));
+    const int64_t apart = (count + rows - 1) / rows;
+    for (int64_t row = 0; row < apart; ++row) body(Block<T>{t.rows + row, rows, apart}, row);
   }
 
   void logits(Tile* t, int64_t count) const {
     const int64_t group = even_group(width);
-    for (int64_t c = 0; c < width; c += group) {
-      const auto n = size_t(std::min(group, width - c));
-      (c == 0 ? kDotFirst : kDotNext)[n - 1](t->rows, count, weight.get() + c * ldw, ldw, dim,
-                                             t->residual.get() + c * kTileRows, t->norms);
-    }
+    for_blocks(*t, count, width, [&](const Block<T>& block, int64_t row) {
+      for (int64_t c = 0; c < width; c += group) {
+        const auto n = size_t(std::min(group, width - c));
+        (c == 0 ? kDotFirst : kDotNext)[n - 1](block, weight.get() + c * ldw, ldw, dim,
+                                               t->residual.get() + c * kTileRows + row,
+                                               t->norms + row);
+      }
+    });
   }
 
   // Leaves out rows with non-finite features; their logits become those of a zero row.
@@ -305,7 +323,7 @@ struct FewClasses {
 
   void first_pass(const FirstPass& job) {
     pack(p.weight, &weight);
-    const int64_t slab = slab_rows(p.rows, kTileRows), slabs = (p.rows + slab - 1) / slab;
+    const int64_t slab = slab_rows(p.rows, tile_rows), slabs = (p.rows + slab - 1) / slab;
     const int threads = int(std::min<int64_t>(p.threads.count, slabs));
     std::vector<Tile> tiles(static_cast<size_t>(threads));
     std::vector<Buffer> grads(tiles.size());
@@ -319,8 +337,8 @@ struct FewClasses {
       float* grad = grads[size_t(worker)].get();
       clear(grad, width * (dim + 1));
       const int64_t end = std::min(p.rows, (index + 1) * slab);
-      for (int64_t first = index * slab; first < end; first += kTileRows) {
-        const int64_t count = std::min<int64_t>(kTileRows, end - first);
+      for (int64_t first = index * slab; first < end; first += tile_rows) {
+        const int64_t count = std::min(tile_rows, end - first);
         choose_rows(t, first, count, nullptr);
         logits(t, count);
         leave_out_nonfinite(t, first, count);
@@ -348,9 +366,8 @@ struct FewClasses {
   void add_gradients(const Tile& t, int64_t count, float* grad) const {
     const int64_t group = class_group(width);
     for (int64_t c = 0; c < width; c += group) {
-      kOuter[size_t(std::min(group, width - c) - 1)](t.rows, c == 0 ? t.rows + kTileRows : nullptr,
-                                                     count, dim, t.residual.get() + c * kTileRows,
-                                                     grad + c * dim, dim);
+      kOuter[size_t(std::min(group, width - c) - 1)](
+          t.rows, count, dim, t.residual.get() + c * kTileRows, grad + c * dim, dim);
     }
     for (int64_t c = 0; c < width; ++c) {
       vf total{};
@@ -365,15 +382,18 @@ struct FewClasses {
     if (!job.residual) pack(p.weight, &weight);
     Buffer mean_grad;
     pack(job.mean_grad, &mean_grad);
-    const int64_t slab = slab_rows(p.rows, kTileRows), slabs = (p.rows + slab - 1) / slab;
+    const int64_t slab = slab_rows(p.rows, tile_rows), slabs = (p.rows + slab - 1) / slab;
     const int threads = int(std::min<int64_t>(p.threads.count, slabs));
     std::vector<Tile> tiles(static_cast<size_t>(threads));
-    for (Tile& t : tiles) t.residual.reserve(size_t(width * kTileRows));
+    for (Tile& t : tiles) {
+      t.residual.reserve(size_t(width * kTileRows));
+      t.lanes.reserve(size_t(p.heads * kTileRows * VL));
+    }
     run_tasks(p.threads, slabs, [&](int64_t index, int worker) {
       Tile* t = &tiles[size_t(worker)];
       const int64_t end = std::min(p.rows, (index + 1) * slab);
-      for (int64_t first = index * slab; first < end; first += kTileRows) {
-        const int64_t count = std::min<int64_t>(kTileRows, end - first);
+      for (int64_t first = index * slab; first < end; first += tile_rows) {
+        const int64_t count = std::min(tile_rows, end - first);
         choose_rows(t, first, count, job.counted);
         if (job.residual) {
           load_residuals(job, t, first, count);
@@ -397,18 +417,29 @@ struct FewClasses {
   void alignments(const SecondPass& job, Tile* t, const float* mean_grad, int64_t first,
                   int64_t count) const {
     const int64_t group = even_group(p.classes);
-    for (int64_t head = 0; head < p.heads; ++head) {
-      clear(t->sums, kTileRows);
-      for (int64_t in_head = 0; in_head < p.classes; in_head += group) {
-        const int64_t c = head * p.classes + in_head;
-        const auto n = size_t(std::min(group, p.classes - in_head));
-        const float* r = t->residual.get() + c * kTileRows;
-        kWeigh[n - 1](t->rows, count, mean_grad + c * ldw, ldw, dim, r, t->sums);
-        if (!job.mean_bias_grad) continue;
-        for (size_t m = 0; m < n; ++m)
-          for (int64_t i = 0; i < count; ++i)
-            t->sums[i] += r[m * kTileRows + size_t(i)] * job.mean_bias_grad[c + int64_t(m)];
+    float* lanes = t->lanes.get();
+    clear(lanes, p.heads * kTileRows * VL);
+    for_blocks(*t, count, p.classes, [&](const Block<T>& block, int64_t row) {
+      for (int64_t head = 0; head < p.heads; ++head) {
+        for (int64_t in_head = 0; in_head < p.classes; in_head += group) {
+          const int64_t c = head * p.classes + in_head;
+          kWeigh[size_t(std::min(group, p.classes - in_head) - 1)](
+              block, mean_grad + c * ldw, ldw, dim, t->residual.get() + c * kTileRows + row,
+              lanes + (head * kTileRows + row) * VL);
+        }
       }
+    });
+    for (int64_t head = 0; head < p.heads; ++head) {
+      for (int64_t i = 0; i < count; i += VL) {
+        vf sums[VL];
+        for (int64_t row = 0; row < VL; ++row)
+          sums[row] = load(lanes + (head * kTileRows + i + row) * VL);
+        store(t->sums + i, sum_each(sums));
+      }
+      const float* r = t->residual.get() + head * p.classes * kTileRows;
+      for (int64_t c = 0; job.mean_bias_grad && c < p.classes; ++c)
+        for (int64_t i = 0; i < count; ++i)
+          t->sums[i] += r[c * kTileRows + i] * job.mean_bias_grad[head * p.classes + c];
       std::memcpy(job.alignment + head * job.alignment_stride + first, t->sums, size_t(count) * 4);
     }
   }

@@ -20,6 +20,15 @@ inline vf splat_lanes(float x, std::integer_sequence<int, I...>) {
 inline vf splat(float x) { return splat_lanes(x, std::make_integer_sequence<int, VL>{}); }
 inline vi splat_int(int32_t x) { return vi{} + x; }
 
+// Keeps x in a register: to the compiler it is then no longer what memory holds.
+#if defined(__x86_64__) || defined(__i386__)
+#define MOSO_IN_REGISTER(x) asm("" : "+v"(x))
+#elif defined(__aarch64__)
+#define MOSO_IN_REGISTER(x) asm("" : "+w"(x))
+#else
+#define MOSO_IN_REGISTER(x)
+#endif
+
 inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
 inline void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
 
@@ -117,17 +126,28 @@ template <int Step, int... I>
 inline vf interleave_high(vf x, vf y, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(x, y, ((I & Step) ? VL + I : I + Step)...);
 }
+// Lanes Odd, Odd + 2, ... of x and then of y: of every four lanes by themselves while Step < 4, of
+// groups of four lanes from there on. Both are one instruction.
+template <int Step, int Odd, int... I>
+inline vf every_other(vf x, vf y, std::integer_sequence<int, I...>) {
+  constexpr auto pick = [](int lane) {
+    if (Step < 4) return lane / 4 * 4 + lane % 2 * 2 + Odd + (lane % 4 < 2 ? 0 : VL);
+    const int half = VL / 2, group = lane % half / 4;
+    return (2 * group + Odd) * 4 + lane % 4 + (lane < half ? 0 : VL);
+  };
+  return __builtin_shufflevector(x, y, pick(I)...);
+}
 // Lane i of the result is the sum of the lanes of v[i]; v holds VL vectors and is overwritten.
 template <int Step = 1>
-inline vf sum_each(vf* v) {
+inline __attribute__((always_inline)) vf sum_each(vf* v) {
   if constexpr (Step == VL) {
     return v[0];
   } else {
     constexpr auto lanes = std::make_integer_sequence<int, VL>{};
 #pragma GCC unroll 16
     for (int i = 0; i < VL; i += 2 * Step)
-      v[i] = interleave_low<Step>(v[i], v[i + Step], lanes) +
-             interleave_high<Step>(v[i], v[i + Step], lanes);
+      v[i] = every_other<Step, 0>(v[i], v[i + Step], lanes) +
+             every_other<Step, 1>(v[i], v[i + Step], lanes);
     return sum_each<2 * Step>(v);
   }
 }

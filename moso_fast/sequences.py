@@ -14,6 +14,8 @@ from .problem import Problem
 
 # Numbers in the padded (batch, T, D + K C) blocks that one round of short sequences may hold.
 _BLOCK_NUMBERS = 2**24
+# Tokens of a long sequence that are multiplied at a time.
+_DIRECT_ROWS = 8192
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
@@ -72,13 +74,21 @@ def _padded_lengths(lengths: Tensor) -> Tensor:
 def _direct(
     features: Tensor, residual: Tensor, bounds: Tensor, members: Tensor, ones: float, out: Tensor
 ) -> None:
+    # Libraries for CPUs share out the tokens of one product among the threads. In float64 what that
+    # changes is lost when the result is rounded, so that float32 bits are the same for any number.
+    wide = torch.float64 if features.device.type == "cpu" else features.dtype
     for index in members.tolist():
-        rows = slice(int(bounds[index]), int(bounds[index + 1]))
-        r = residual[rows]
-        grad = torch.einsum("tkc,td->kcd", r, features[rows])
+        start, stop = int(bounds[index]), int(bounds[index + 1])
+        grad = torch.zeros(*residual.shape[1:], features.shape[1], dtype=wide, device=out.device)
+        bias_grad = torch.zeros(residual.shape[1:], dtype=wide, device=out.device)
+        for at in range(start, stop, _DIRECT_ROWS):
+            rows = slice(at, min(at + _DIRECT_ROWS, stop))
+            r = residual[rows].to(wide)
+            grad += torch.einsum("tkc,td->kcd", r, features[rows].to(wide))
+            bias_grad += r.sum(0)
         norm = grad.double().square().sum((1, 2))
         if ones:
-            norm = norm + r.sum(0).double().square().sum(1)
+            norm = norm + bias_grad.double().square().sum(1)
         out[:, index] = norm
 
 

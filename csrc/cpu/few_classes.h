@@ -34,6 +34,10 @@ constexpr int kSharedRows = VL == 16 ? 6 : 2;
 
 constexpr int64_t kFewTileBytes = 192 * 1024;  // of features: they stay in the second-level cache
 
+// Further on in a row (and then in the next) by so much, memory is asked for while the arithmetic
+// of three classes or more goes on; fewer wait for memory anyway.
+constexpr int64_t kAheadBytes = 1024;
+
 // Rows of a tile.
 template <class T>
 int64_t rows_of_few_classes(int64_t dim) {
@@ -69,7 +73,10 @@ MOSO_INLINE void dots(const T* const (&rows)[R], const float* w, int64_t ldw, in
   int64_t d = 0;
   for (; d + VL <= dim; d += VL) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) h[r] = load(rows[r] + d);
+    for (int r = 0; r < R; ++r) {
+      if (C > 2) __builtin_prefetch(rows[r] + d + kAheadBytes / sizeof(T));
+      h[r] = load(rows[r] + d);
+    }
     step(h, d);
   }
   if (d < dim) {

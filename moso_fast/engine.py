@@ -280,7 +280,10 @@ def self_check(problem: Problem, results: Results) -> None:
     count = int(results.count)
     whole = count == results.alignment.shape[1]
     add = torch.sum if whole else torch.nansum
-    sums = torch.stack([results.mean_grad_sqnorm, *2 * [torch.zeros_like(results.mean_grad_sqnorm)]])
+    sums = torch.zeros(
+        3, *results.mean_grad_sqnorm.shape, dtype=torch.float64, device=results.count.device
+    )
+    sums[0] = results.mean_grad_sqnorm
     for block in _blocks(results.alignment):
         sums[1] += add(results.alignment[:, block], 1, dtype=torch.float64)
         sums[2] += add(results.grad_sqnorm[:, block].sqrt(), 1, dtype=torch.float64)

@@ -22,15 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benches")]
 
 import torch  # noqa: E402
-from gpu_model import (  # noqa: E402
-    COUNTS,
-    H200,
-    LAUNCH_SECONDS,
-    RESULTS,
-    Prediction,
-    predict_cuda,
-    predict_triton,
-)
+from gpu_model import COUNTS, predict_cuda, predict_triton  # noqa: E402
+from gpu_roofline import H200, LAUNCH_SECONDS, RESULTS, Prediction  # noqa: E402
 from gpu_timing import OURS, TABLE, Contender, floor_seconds  # noqa: E402
 
 TABLE_FILE = RESULTS / "gpu_predictions.md"

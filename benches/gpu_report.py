@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gpu_timing
-from gpu_model import Gpu
+from gpu_roofline import Gpu
 from gpu_timing import Contender
 
 # What plain PyTorch is called at each precision.

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_model import Gpu, measured, outline, predicted_seconds
+from gpu_model import outline, predicted_seconds
+from gpu_roofline import Gpu, measured
 from torch import Tensor
 
 from moso_fast import engine

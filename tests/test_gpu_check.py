@@ -191,7 +191,7 @@ def test_aims_are_held_against_the_best_of_ours(gpu_timing) -> None:
 def test_rows_name_the_prediction_and_how_far_off_it_was(gpu_timing) -> None:
     pytest.importorskip("triton", reason="predictions ask the Triton kernels' tables")
     report = importlib.import_module("gpu_report")
-    gpu = importlib.import_module("gpu_model").H200
+    gpu = importlib.import_module("gpu_roofline").H200
     contender = gpu_timing.Contender(
         "triton/stored", "medium", torch.bfloat16, gpu_timing.naive, True, seconds=[1e-3]
     )

@@ -62,14 +62,15 @@ def test_steps_read_the_features_as_often_as_the_regime_says(model, regime, dtyp
 
 
 def test_time_is_the_longer_of_bytes_and_products_and_the_launches(model) -> None:
-    gpu = model.H200
-    memory = model.Step("", gpu.read, gpu.flops["tf32"] / 2, "tf32")
-    products = model.Step("", gpu.read / 4, gpu.flops["tf32"] / 2, "tf32")
+    roofline = importlib.import_module("gpu_roofline")
+    gpu = roofline.H200
+    memory = roofline.Step("", gpu.read, gpu.flops["tf32"] / 2, "tf32")
+    products = roofline.Step("", gpu.read / 4, gpu.flops["tf32"] / 2, "tf32")
     assert memory.seconds(gpu) == 1.0 and memory.bound(gpu) == "memory"
     assert products.seconds(gpu) == 0.5 and products.bound(gpu) == "products"
-    job = model.Prediction("triton", "", (memory, products), True, 1, 10**6)
-    assert job.seconds(gpu) == pytest.approx(1.5 + 1e6 * model.LAUNCH_SECONDS)
-    assert job.seconds(gpu, graph=False) == pytest.approx(1e6 * model.HOST_SECONDS)
+    job = roofline.Prediction("triton", "", (memory, products), True, 1, 10**6)
+    assert job.seconds(gpu) == pytest.approx(1.5 + 1e6 * roofline.LAUNCH_SECONDS)
+    assert job.seconds(gpu, graph=False) == pytest.approx(1e6 * roofline.HOST_SECONDS)
 
 
 def test_products_of_terms_are_those_of_the_kernels(model) -> None:

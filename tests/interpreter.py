@@ -23,6 +23,19 @@ def child_environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
 
 
+def run_python(code: str, cwd: Path, *arguments: str) -> str:
+    """Run ``code`` in a child of this kind in the empty folder ``cwd``; return what it printed."""
+    child = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=cwd,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    return child.stdout
+
+
 def run_interpreted(file: str, cwd: Path, *, select: str | None = None) -> None:
     """Run ``file``; fail with the child's report unless every test in it passed.
 

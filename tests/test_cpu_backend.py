@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from interpreter import child_environment
+from interpreter import run_python
 
 from moso_fast import backends, last_layer_stats, moso_scores
 from moso_fast._native import load_native
@@ -135,12 +134,7 @@ print(status("VmHWM") - before)
 
 def peak_bytes(tmp_path, *sizes):
     """Peak of resident memory beyond the inputs, in a process of its own."""
-    command = [sys.executable, "-c", _PEAK, *map(str, sizes)]
-    child = subprocess.run(
-        command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stderr
-    return int(child.stdout)
+    return int(run_python(_PEAK, tmp_path, *map(str, sizes)))
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import child_environment
+from interpreter import run_python
 
 from moso_fast.backends import _triton_autotune as autotune
 from moso_fast.backends._triton_autotune import TileCache, cache_folder, cache_name, kind
@@ -249,11 +247,4 @@ def test_importing_it_imports_no_triton(tmp_path: Path) -> None:
         "import sys, moso_fast.backends._triton_autotune; "
         "sys.exit('triton' in sys.modules and 'Triton was imported')"
     )
-    child = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
+    run_python(code, tmp_path)

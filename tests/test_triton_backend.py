@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from core_support import Case, random_case
-from interpreter import child_environment, run_interpreted
+from interpreter import run_interpreted, run_python
 
 import moso_fast
 from moso_fast import engine
@@ -358,14 +356,7 @@ def test_import_and_availability_do_not_import_triton(tmp_path: Path) -> None:
         "import sys, moso_fast; moso_fast.backends(); "
         "sys.exit('triton' in sys.modules and 'Triton was imported')"
     )
-    child = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
+    run_python(code, tmp_path)
 
 
 @pytest.mark.parametrize("file", ["test_triton_scoring.py", "test_triton_memory.py"])

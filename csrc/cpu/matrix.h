@@ -13,8 +13,6 @@ constexpr int kTileM = VL == 16 ? 14 : VL == 8 ? 6 : 4;
 constexpr int kTileV = 2;
 constexpr int kPanel = kTileV * VL;
 
-#define MOSO_INLINE inline __attribute__((always_inline))
-
 // What one 4-byte word of an operand holds, and how words multiply into float32 sums. Operands are
 // passed as float* whatever their words hold; k counts words.
 struct Single {  // one float32

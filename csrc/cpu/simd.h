@@ -1,6 +1,8 @@
 // Vectors of VL floats, on GCC's and Clang's vector extensions: one source for every instruction
 // set. Included once per variant, inside its namespace.
 
+#define MOSO_INLINE inline __attribute__((always_inline))
+
 typedef float vf __attribute__((vector_size(4 * VL), may_alias));
 typedef float vf_unaligned __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * VL), may_alias));
@@ -139,7 +141,7 @@ inline vf every_other(vf x, vf y, std::integer_sequence<int, I...>) {
 }
 // Lane i of the result is the sum of the lanes of v[i]; v holds VL vectors and is overwritten.
 template <int Step = 1>
-inline __attribute__((always_inline)) vf sum_each(vf* v) {
+MOSO_INLINE vf sum_each(vf* v) {
   if constexpr (Step == VL) {
     return v[0];
   } else {

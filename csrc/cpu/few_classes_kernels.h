@@ -1,0 +1,215 @@
+// Few classes, the kernels: dot products of rows with all classes, the gradient of a tile, and the
+// weighted sum of the second pass.
+//
+// The R rows at work lie far apart in the tile, so that each is in a page of its own: hardware
+// prefetchers follow one stream a page, and lose two rows that they meet there in turn. All groups
+// of classes take a row while it is in the first-level cache.
+
+constexpr int kFewClasses = 2 * kTileM;
+constexpr int kDotClasses = VL == 16 ? 12 : 5;
+constexpr int kTileRows = 96;  // at most; divisible by kRowStep
+constexpr int kRowStep = 24;   // divisible by every count of rows below
+
+// Rows whose sums fit the registers beside C classes.
+constexpr int dot_rows(int classes) {
+  if (VL == 16) {
+    constexpr int rows[] = {8, 6, 6, 4, 4, 3, 3, 3, 2, 2, 2, 2};
+    return rows[classes - 1];
+  }
+  constexpr int rows[] = {4, 3, 2, 2, 2};
+  return rows[classes - 1];
+}
+
+// Rows that go through several groups of classes together: divisible by dot_rows of each of them.
+constexpr int kSharedRows = VL == 16 ? 6 : 2;
+
+// Classes of the groups that `classes` are cut into: even ones of at most kDotClasses.
+constexpr int64_t even_group(int64_t classes) {
+  const int64_t groups = (classes + kDotClasses - 1) / kDotClasses;
+  return (classes + groups - 1) / groups;
+}
+
+constexpr bool rows_fit_groups() {
+  for (int classes = 1; classes <= kFewClasses; ++classes) {
+    const int group = int(even_group(classes)), last = (classes - 1) % group + 1;
+    if (kRowStep % dot_rows(group)) return false;
+    if (group < classes && (kSharedRows % dot_rows(group) || kSharedRows % dot_rows(last)))
+      return false;
+  }
+  return kTileRows % kRowStep == 0 && kRowStep % kSharedRows == 0 && kTileRows % VL == 0;
+}
+static_assert(rows_fit_groups());
+
+constexpr int64_t kFewTileBytes = 192 * 1024;  // of features: they stay in the second-level cache
+
+// Further on in a row (and then in the next) by so much, memory is asked for while the arithmetic
+// of three classes or more goes on; fewer wait for memory anyway.
+constexpr int64_t kAheadBytes = 1024;
+
+// Rows of a tile.
+template <class T>
+int64_t rows_of_few_classes(int64_t dim) {
+  const int64_t rows = kFewTileBytes / (dim * int64_t(sizeof(T))) / kRowStep * kRowStep;
+  return std::clamp<int64_t>(rows, kRowStep, kTileRows);
+}
+
+// acc[r][c] = lane sums of <rows[r], w[c]>, and with Norm norm[r] those of |rows[r]|^2.
+template <int R, int C, bool Norm, class T>
+MOSO_INLINE void dots(const T* const (&rows)[R], const float* w, int64_t ldw, int64_t dim,
+                      vf (&acc)[R][C], vf (&norm)[R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    norm[r] = vf{};
+#pragma GCC unroll 12
+    for (int c = 0; c < C; ++c) acc[r][c] = vf{};
+  }
+  const auto step = [&](const vf(&h)[R], int64_t d) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+    for (int c = 0; c < C; ++c) {
+      vf x = load(w + c * ldw + d);
+      // Else the compiler reads it again for every row, and reading is what there is least of.
+      if (R > 1) MOSO_IN_REGISTER(x);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][c] += h[r] * x;
+    }
+    if (Norm) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) norm[r] += h[r] * h[r];
+    }
+  };
+  vf h[R];
+  int64_t d = 0;
+  for (; d + VL <= dim; d += VL) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      if (C > 2) __builtin_prefetch(rows[r] + d + kAheadBytes / sizeof(T));
+      h[r] = load(rows[r] + d);
+    }
+    step(h, d);
+  }
+  if (d < dim) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) h[r] = load_first(rows[r] + d, int(dim - d));
+    step(h, d);
+  }
+}
+
+// Rows k * apart of a tile for k < count.
+template <class T>
+struct Block {
+  const T* const* rows;
+  int64_t count, apart;
+};
+
+template <int R, class T>
+MOSO_INLINE void row_pointers(const Block<T>& block, int64_t k, const T* (&to)[R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) to[r] = block.rows[(k + r) * block.apart];
+}
+
+// z[c * kTileRows + k * apart] for C classes of every row of a block, and with the first classes
+// norms[k * apart].
+template <int C, bool First, class T>
+inline void dot_classes(const Block<T>& block, const float* w, int64_t ldw, int64_t dim, float* z,
+                        float* norms) {
+  constexpr int R = dot_rows(C), kSums = R * C + (First ? R : 0);
+  for (int64_t k = 0; k < block.count; k += R) {
+    const T* rows[R];
+    row_pointers(block, k, rows);
+    vf acc[R][C], norm[R];
+    dots<R, C, First>(rows, w, ldw, dim, acc, norm);
+    float lanes[(kSums + VL - 1) / VL * VL];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; i += VL) {
+      vf sums[VL];
+#pragma GCC unroll 16
+      for (int j = 0; j < VL; ++j) {
+        const int at = i + j;
+        sums[j] = at < R * C ? acc[at % R][at / R] : at < kSums ? norm[at % R] : vf{};
+      }
+      store(lanes + i, sum_each(sums));
+    }
+    for (int r = 0; r < R; ++r) {
+      const int64_t row = (k + r) * block.apart;
+      for (int c = 0; c < C; ++c) z[c * kTileRows + row] = lanes[c * R + r];
+      if (First) norms[row] = lanes[C * R + r];
+    }
+  }
+}
+
+// Vectors of columns that M classes of sums leave registers for: long runs of a row at a time, and
+// enough sums under way to hide the latency of a multiply-add.
+constexpr int outer_vectors(int classes) {
+  if (VL == 16) return classes <= 2 ? 8 : classes <= 6 ? 4 : classes <= 9 ? 3 : 2;
+  return classes <= 2 ? 4 : classes == 3 ? 3 : 2;
+}
+
+// g[m * ldg + v * VL] += sum over rows of r[m * kTileRows + row] * rows[row][d + v * VL]; of the
+// last vector only `lanes` numbers exist.
+template <int M, int V, class T>
+inline void add_outer_block(const T* const* rows, int64_t count, int64_t d, const float* r,
+                            float* g, int64_t ldg, int lanes) {
+  vf acc[M][V];
+#pragma GCC unroll 14
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      acc[m][v] = v + 1 < V ? load(g + m * ldg + v * VL) : load_n(g + m * ldg + v * VL, lanes);
+  for (int64_t k = 0; k < count; ++k) {
+    vf h[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const T* at = rows[k] + d + v * VL;
+      h[v] = v + 1 < V || lanes == VL ? load(at) : load_first(at, lanes);
+    }
+#pragma GCC unroll 14
+    for (int m = 0; m < M; ++m) {
+      const vf x = splat(r[m * kTileRows + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[m][v] += x * h[v];
+    }
+  }
+#pragma GCC unroll 14
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      if (v + 1 < V)
+        store(g + m * ldg + v * VL, acc[m][v]);
+      else
+        store_n(g + m * ldg + v * VL, acc[m][v], lanes);
+    }
+}
+
+// The same for all dim columns of g (M, ldg).
+template <int M, class T>
+inline void add_outer_rows(const T* const* rows, int64_t count, int64_t dim, const float* r,
+                           float* g, int64_t ldg) {
+  constexpr int V = outer_vectors(M);
+  int64_t d = 0;
+  for (; d + V * VL <= dim; d += V * VL) add_outer_block<M, V>(rows, count, d, r, g + d, ldg, VL);
+  for (; d < dim; d += VL)
+    add_outer_block<M, 1>(rows, count, d, r, g + d, ldg, int(std::min<int64_t>(VL, dim - d)));
+}
+
+// Adds a block's share of the sum over C classes of r <h, G>, lane by lane: VL numbers a row of
+// the tile at `lanes`.
+template <int C, class T>
+inline void weigh_classes(const Block<T>& block, const float* mean_grad, int64_t ldw, int64_t dim,
+                          const float* r, float* lanes) {
+  constexpr int R = dot_rows(C);
+  for (int64_t k = 0; k < block.count; k += R) {
+    const T* rows[R];
+    row_pointers(block, k, rows);
+    vf acc[R][C], norm[R];
+    dots<R, C, false>(rows, mean_grad, ldw, dim, acc, norm);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const int64_t row = (k + i) * block.apart;
+      float* to = lanes + row * VL;
+      vf total = load(to);
+#pragma GCC unroll 12
+      for (int c = 0; c < C; ++c) total += splat(r[c * kTileRows + row]) * acc[i][c];
+      store(to, total);
+    }
+  }
+}

@@ -7,7 +7,6 @@ kept where they fit the memory budget, otherwise the second pass computes them a
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._sums import self_check, sqnorm, thread_blocks
 from .formulas import check_count
 from .problem import (
     STATUS_SLOTS,
@@ -31,17 +31,6 @@ from .streaming import CHUNK_BYTES, CudaLane, Feed, StreamedFeed
 
 if TYPE_CHECKING:
     from .backends import Backend
-
-# Relative to |G| * sum_i |g_i|, the scale of the rounding in sum_i a_i = N |G|^2.
-_SELF_CHECK_TOLERANCE = {"float64": 1e-10, "highest": 1e-4, "high": 2e-3, "medium": 2e-2}
-
-# Numbers that one sum takes, fewer than PyTorch ever splits among threads.
-_SUM_BLOCK = 4096
-# Squares that are made at a time before they are summed; a multiple of that.
-_SQUARES = 64 * _SUM_BLOCK
-
-# Numbers that PyTorch's elementwise operations leave to one thread.
-_ONE_THREAD = 2**15 - 1
 
 _CPU_RESIDUAL_SHARE = 0.25
 _CUDA_RESIDUAL_SHARE = 0.5
@@ -245,9 +234,9 @@ def _two_passes(
     at_least_one = count.clamp_min(1)
     grad /= at_least_one
     bias_grad /= at_least_one
-    mean_grad_sqnorm = _sqnorm(grad.flatten(1))
+    mean_grad_sqnorm = sqnorm(grad.flatten(1))
     if problem.bias is not None:
-        mean_grad_sqnorm = mean_grad_sqnorm + _sqnorm(bias_grad)
+        mean_grad_sqnorm = mean_grad_sqnorm + sqnorm(bias_grad)
     alignment = torch.empty_like(rows.loss)
     mean_grad = grad.to(problem.compute_dtype)
     mean_bias_grad = bias_grad.to(problem.compute_dtype) if problem.bias is not None else None
@@ -270,93 +259,6 @@ def _two_passes(
 
 def _add_up(total: Tensor | None, part: Tensor) -> Tensor:
     return part.to(torch.float64) if total is None else total.add_(part)
-
-
-def self_check(problem: Problem, results: Results) -> None:
-    """Raise RuntimeError unless sum_i a_i = N |G|^2 to the precision of the job.
-
-    Every sample that counts must have a finite alignment and norm, and no other sample may.
-    """
-    count = int(results.count)
-    whole = count == results.alignment.shape[1]
-    add = torch.sum if whole else torch.nansum
-    sums = torch.zeros(
-        3, *results.mean_grad_sqnorm.shape, dtype=torch.float64, device=results.count.device
-    )
-    sums[0] = results.mean_grad_sqnorm
-    for block in _blocks(results.alignment):
-        sums[1] += add(results.alignment[:, block], 1, dtype=torch.float64)
-        sums[2] += add(results.grad_sqnorm[:, block].sqrt(), 1, dtype=torch.float64)
-    heads = sums.T.tolist()
-    # Where no sample is left out, finite sums say that every term is.
-    if not whole or not all(math.isfinite(found + norms) for _, found, norms in heads):
-        _check_finite(results)
-    key = "float64" if problem.compute_dtype == torch.float64 else problem.precision
-    for head, (mean_grad_sqnorm, found, norms) in enumerate(heads):
-        wanted = mean_grad_sqnorm * count
-        bound = _SELF_CHECK_TOLERANCE[key] * math.sqrt(mean_grad_sqnorm) * norms + 1e-30
-        if not abs(found - wanted) <= bound:
-            raise RuntimeError(
-                f"self-check failed for head {head}: the alignments sum to {found:.9g} but N |G|^2 "
-                f"is {wanted:.9g} (allowed difference {bound:.3g}); please report this with the "
-                "output of moso-fast doctor"
-            )
-
-
-def _check_finite(results: Results) -> None:
-    """Raise RuntimeError unless just the samples that count have a finite result."""
-    finite = torch.zeros_like(results.mean_grad_sqnorm)
-    for block in _blocks(results.alignment):
-        # isfinite takes ten times as long as a comparison, which NaN fails as well.
-        both = results.alignment[:, block] + results.grad_sqnorm[:, block]
-        finite += (both.abs_() < float("inf")).sum(1)
-    missing = (results.count - finite).tolist()
-    for head, samples in enumerate(missing):
-        if samples:
-            raise RuntimeError(
-                f"self-check failed for head {head}: {int(samples)} of the {int(results.count)} "
-                "samples that count have no finite result; please report this with the output of "
-                "moso-fast doctor"
-            )
-
-
-def _blocks(values: Tensor) -> Iterator[slice]:
-    """Columns of (K, samples) at a time: all on a GPU, on a CPU what one thread does alone.
-
-    PyTorch shares out larger operations, and for one addition a number waking the threads costs
-    more than the work, on a busy machine many times more.
-    """
-    samples = values.shape[1]
-    step = samples if values.device.type != "cpu" else max(1, _ONE_THREAD // values.shape[0])
-    for start in range(0, samples, max(1, step)):
-        yield slice(start, start + step)
-
-
-def _sqnorm(values: Tensor) -> Tensor:
-    """Sum of squares of every row of (K, M): (K,), the same bits for any number of threads.
-
-    PyTorch splits one long sum among its threads on a CPU; sums of a block each it leaves whole.
-    On a GPU the order depends on the shape alone, and every launch counts.
-    """
-    if values.device.type != "cpu" or values.numel() <= _ONE_THREAD:
-        return values.square().sum(1)
-    # Piece by piece: the squares of large heads are not worth a tensor of their own.
-    pieces = range(0, values.shape[1], _SQUARES)
-    sums = torch.cat([_block_sums(values[:, at : at + _SQUARES].square()) for at in pieces], 1)
-    while sums.shape[1] > 1:
-        sums = _block_sums(sums)
-    return sums[:, 0]
-
-
-def _block_sums(values: Tensor) -> Tensor:
-    """Return sums of blocks of (K, M), the last one shorter: (K, blocks)."""
-    count = values.shape[1]
-    whole = count - count % _SUM_BLOCK
-    rest = values[:, whole:].sum(1, keepdim=True)
-    if not whole:
-        return rest
-    blocks = values[:, :whole].unflatten(1, (-1, _SUM_BLOCK)).sum(2)
-    return torch.cat([blocks, rest], 1) if whole < count else blocks
 
 
 def _capturing(problem: Problem) -> bool:
@@ -419,10 +321,10 @@ def _finish(
     if offsets is None:
         grad_sqnorm, el2n = torch.empty_like(alignment), torch.empty_like(alignment)
         ones = 1.0 if problem.bias is not None else 0.0
-        for block in _blocks(alignment):
-            sqnorm = rows.residual_sqnorm[:, block]
-            torch.mul(sqnorm, rows.feature_sqnorm[block] + ones, out=grad_sqnorm[:, block])
-            torch.sqrt(sqnorm, out=el2n[:, block])
+        for block in thread_blocks(alignment):
+            squared = rows.residual_sqnorm[:, block]
+            torch.mul(squared, rows.feature_sqnorm[block] + ones, out=grad_sqnorm[:, block])
+            torch.sqrt(squared, out=el2n[:, block])
         fields = {
             "alignment": alignment,
             "grad_sqnorm": grad_sqnorm,

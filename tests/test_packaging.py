@@ -358,6 +358,10 @@ def test_architectures_are_those_that_nvcc_supports(
     assert flags[:-1] == [f"-gencode=arch=compute_{a},code=sm_{a}" for a in expected]
 
 
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
+NO_BF16 = "-DMOSO_FAST_NO_AVX512BF16=1 -DMOSO_FAST_NO_AMX=1"
+
+
 @pytest.mark.parametrize(
     ("compiler", "expected"),
     [
@@ -366,22 +370,31 @@ def test_architectures_are_those_that_nvcc_supports(
             {
                 "a": "-DMOSO_FAST_X86=1",
                 "a_avx2": "-DMOSO_FAST_X86=1 -mavx2 -mfma -mf16c",
-                "a_avx512": "-DMOSO_FAST_X86=1 -mavx512f -mavx512bw -mavx512dq -mavx512vl "
-                "-mavx512bf16 -mavx2 -mfma -mf16c",
+                "a_avx512": f"-DMOSO_FAST_X86=1 {AVX512} -mavx512bf16 -mavx2 -mfma -mf16c",
+                "a_amx": f"-DMOSO_FAST_X86=1 -mamx-tile -mamx-bf16 {AVX512} -mavx512bf16 -mavx2 "
+                "-mfma -mf16c",
+            },
+        ),
+        (
+            "case \"$*\" in *amx*) exit 1;; *) echo '#define __x86_64__ 1';; esac",
+            {
+                "a": "-DMOSO_FAST_X86=1 -DMOSO_FAST_NO_AMX=1",
+                "a_avx2": "-DMOSO_FAST_X86=1 -DMOSO_FAST_NO_AMX=1 -mavx2 -mfma -mf16c",
+                "a_avx512": f"-DMOSO_FAST_X86=1 -DMOSO_FAST_NO_AMX=1 {AVX512} -mavx512bf16 -mavx2 "
+                "-mfma -mf16c",
             },
         ),
         (
             "case \"$*\" in *bf16*) exit 1;; *) echo '#define __x86_64__ 1';; esac",
             {
-                "a": "-DMOSO_FAST_X86=1 -DMOSO_FAST_NO_AVX512BF16=1",
-                "a_avx2": "-DMOSO_FAST_X86=1 -DMOSO_FAST_NO_AVX512BF16=1 -mavx2 -mfma -mf16c",
-                "a_avx512": "-DMOSO_FAST_X86=1 -DMOSO_FAST_NO_AVX512BF16=1 -mavx512f -mavx512bw "
-                "-mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
+                "a": f"-DMOSO_FAST_X86=1 {NO_BF16}",
+                "a_avx2": f"-DMOSO_FAST_X86=1 {NO_BF16} -mavx2 -mfma -mf16c",
+                "a_avx512": f"-DMOSO_FAST_X86=1 {NO_BF16} {AVX512} -mavx2 -mfma -mf16c",
             },
         ),
         ("echo '#define __aarch64__ 1'", {"a": ""}),
     ],
-    ids=["x86-64", "x86-64 without bf16", "aarch64"],
+    ids=["x86-64", "x86-64 without AMX", "x86-64 without bf16", "aarch64"],
 )
 def test_instruction_sets_follow_file_name_and_compiler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, expected: dict[str, str]
@@ -394,7 +407,7 @@ def test_instruction_sets_follow_file_name_and_compiler(
     cxx = str(script(tmp_path / "c++", compiler))
     folder = tmp_path / "cpu"
     folder.mkdir()
-    for name in ("a", "a_avx2", "a_avx512"):
+    for name in ("a", "a_avx2", "a_avx512", "a_amx"):
         (folder / f"{name}.cpp").touch()
     ninja = Ninja(tmp_path / "build")
     add_cpu(ninja, Plan(mode="cpu", cxx=[cxx]), folder)

@@ -25,6 +25,7 @@ CXX_FLAGS = [
 # No -march=native: a file is compiled for the instruction set in its name and chosen at run time.
 AVX512_BF16 = "-mavx512bf16"
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AMX_FLAGS = ["-mamx-tile", "-mamx-bf16"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", AVX512_BF16, *AVX2_FLAGS]
 NVCC_FLAGS = [
     *("-O3", "-std=c++17", "-cudart=static", "-Xptxas=-warn-spills"),
@@ -116,26 +117,34 @@ def binding_includes() -> list[str]:
 
 
 def add_cpu(ninja: Ninja, plan: Plan, folder: Path) -> None:
-    """Add _cpu.so: every *.cpp of the folder, SIMD flags by file name (_avx2, _avx512)."""
+    """Add _cpu.so: every *.cpp of the folder, SIMD flags by file name (_avx2, _avx512, _amx)."""
     # The compiler is asked, not the machine: it may be a cross compiler.
     macros = output_of([*plan.cxx, "-dM", "-E", "-x", "c++", os.devnull]) or ""
     x86 = "#define __x86_64__ 1" in macros
     flags = [*CXX_FLAGS, f"-I{folder}"]
-    avx512 = list(AVX512_FLAGS)
+    by_name: dict[str, list[str] | None] = {"avx2": None, "avx512": None, "amx": None}
     if x86:
+
+        def known(*options: str) -> bool:
+            return output_of([*plan.cxx, *options, "-E", "-x", "c++", os.devnull]) is not None
+
         flags.append("-DMOSO_FAST_X86=1")
-        if output_of([*plan.cxx, AVX512_BF16, "-E", "-x", "c++", os.devnull]) is None:
-            avx512.remove(AVX512_BF16)  # g++ before 10, clang before 9
+        by_name.update(avx2=AVX2_FLAGS, avx512=AVX512_FLAGS, amx=[*AMX_FLAGS, *AVX512_FLAGS])
+        if not known(AVX512_BF16):  # g++ before 10, clang before 9
+            by_name["avx512"] = [flag for flag in AVX512_FLAGS if flag != AVX512_BF16]
             flags.append("-DMOSO_FAST_NO_AVX512BF16=1")
+        if not known(*AMX_FLAGS, AVX512_BF16):  # g++ before 11, clang before 11
+            by_name["amx"] = None
+            flags.append("-DMOSO_FAST_NO_AMX=1")
     objects = []
     for source in sorted(folder.glob("*.cpp")):
-        own: list[str] = []
-        if source.stem.endswith(("_avx2", "_avx512")):
-            if not x86:
-                continue
-            own = avx512 if source.stem.endswith("_avx512") else AVX2_FLAGS
-        elif source.name.startswith("bindings"):
+        own: list[str] | None = []
+        if source.name.startswith("bindings"):
             own = binding_includes()
+        else:
+            own = by_name.get(source.stem.rpartition("_")[2], [])
+        if own is None:
+            continue
         objects.append(ninja.compile(source, [*plan.cxx, *flags, *own, *user_flags()]))
     ninja.link("_cpu.so", objects, [*plan.cxx, *shared_flags(), "-pthread"])
 

@@ -15,31 +15,6 @@ using namespace moso_fast;
 
 namespace {
 
-// Instruction sets of this processor, best first.
-std::vector<Variant> variants() {
-  std::vector<Variant> found;
-#ifdef MOSO_FAST_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.push_back(variant_avx512());
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.push_back(variant_avx2());
-#endif
-  found.push_back(variant_baseline());
-  return found;
-}
-
-bool bf16_units() {
-#ifdef MOSO_FAST_X86
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 Variant variant_named(const std::string& name) {
   for (const Variant& variant : variants())
     if (name == variant.name) return variant;
@@ -125,12 +100,20 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "Instruction sets this processor can run, best first.");
   m.def(
-      "few_classes", [](const std::string& name) { return variant_named(name).few_classes; },
-      py::arg("variant"), "Classes of all heads together that the few-classes kernels take.");
+      "few_classes",
+      [](const std::string& name, int features, bool rounded) {
+        return variant_named(name).few_classes(DType(features), rounded);
+      },
+      py::arg("variant"), py::arg("features"), py::arg("rounded"),
+      "Classes of all heads together that the few-classes kernels take.");
   m.def(
-      "bf16_products",
-      [](const std::string& name) { return variant_named(name).bf16_products && bf16_units(); },
-      py::arg("variant"), "Whether products of bfloat16 operands have instructions of their own.");
+      "runs_bf16_products",
+      [](const std::string& name) { return runs_bf16_products(variant_named(name)); },
+      py::arg("variant"), "Whether there are instructions for products of bfloat16 operands.");
+  m.def(
+      "prefers_bf16_products",
+      [](const std::string& name) { return prefers_bf16_products(variant_named(name)); },
+      py::arg("variant"), "Whether those are faster than float32 ones.");
   m.def("shares_pool", &shares_pool, "Whether the thread pool that PyTorch loaded is used.");
   m.def("first_pass", &first_pass, py::arg("variant"), py::arg("job"));
   m.def("second_pass", &second_pass, py::arg("variant"), py::arg("job"));

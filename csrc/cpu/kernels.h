@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "parallel.h"
 
@@ -74,8 +75,10 @@ struct SecondPass {
 // One instruction set's entry points; the same source compiled once for each.
 struct Variant {
   const char* name;
-  int few_classes;     // classes of all heads together that the few-classes kernels take
   bool bf16_products;  // compiled in; whether the processor has the instructions is another matter
+  // Classes of all heads together up to which the few-classes kernels are the faster ones, where
+  // products of many may have their operands rounded to bfloat16 or not.
+  int (*few_classes)(DType features, bool rounded);
   void (*first_pass)(const FirstPass&);
   void (*second_pass)(const SecondPass&);
 };
@@ -84,6 +87,16 @@ Variant variant_baseline();
 #ifdef MOSO_FAST_X86
 Variant variant_avx2();
 Variant variant_avx512();
+#ifndef MOSO_FAST_NO_AMX
+Variant variant_amx();
 #endif
+#endif
+
+// Instruction sets that this processor and its operating system run, best first.
+std::vector<Variant> variants();
+// Whether this processor has the instructions of the variant's bfloat16 products, and whether they
+// are faster than its float32 ones.
+bool runs_bf16_products(const Variant& variant);
+bool prefers_bf16_products(const Variant& variant);
 
 }  // namespace moso_fast

@@ -25,7 +25,7 @@ inline int64_t rows_of_tile(int64_t dim) {
 }
 
 // Class ids among so few take their softmax VL rows at a time: no lane sums, no lanes unused.
-constexpr int64_t kLaneClasses = 64;
+constexpr int64_t kLaneClasses = 128;
 
 // Blocks of G made from stored residuals: each reads its columns of H and its classes of R once
 // more, so they are as large as the order of add_outer lets the caches hold.
@@ -64,7 +64,7 @@ struct ManyClasses {
     for (Worker& w : workers) {
       w.tile.reserve(Tile<Op>::words(tile_rows, dim));
       w.residual.reserve(size_t(tile_rows * width));
-      w.scratch.reserve(outer_words(tile_rows));
+      w.scratch.reserve(Products<Op>::outer_words(tile_rows));
       if (product) w.product.reserve(size_t(tile_rows * width));
       w.norms.resize(size_t(tile_rows));
       w.packed_norms.resize(size_t(tile_rows));
@@ -95,10 +95,19 @@ struct ManyClasses {
     }
   }
 
+  // The rows of the tile at `first`, to be asked for during so many steps of products.
+  Ahead rows_ahead(int64_t first, int64_t steps) const {
+    if (first >= p.rows) return {};
+    const auto* rows = reinterpret_cast<const char*>(feature_row<T>(p, first));
+    return {rows, std::min(tile_rows, p.rows - first), dim * int64_t(sizeof(T)),
+            p.row_stride * int64_t(sizeof(T)), steps};
+  }
+
   // Residuals of the packed rows; statistics to out where it is given.
-  void residuals(Worker* w, int64_t first, int64_t count, const FirstPass* out) const {
+  void residuals(Worker* w, int64_t first, int64_t count, const FirstPass* out,
+                 Ahead* wanted) const {
     float* z = w->residual.get();
-    tile_times_panels(tile_of(*w), count, weight, bias.get(), z, width);
+    Products<Op>::times_panels(tile_of(*w), count, weight, bias.get(), z, width, wanted);
     if (p.labels && p.classes <= kLaneClasses) return residuals_by_lanes(w, first, count, out);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t head = 0; head < p.heads; ++head) {
@@ -174,15 +183,20 @@ struct ManyClasses {
       for (int64_t first = index * slab; first < end; first += tile_rows) {
         const int64_t count = std::min(tile_rows, end - first);
         pack_tile(w, first, count, nullptr);
-        residuals(w, first, count, &job);
+        const Tile<Op> tile = tile_of(*w);
+        int64_t steps = Products<Op>::steps(count, weight);
+        if (!p.split_grad) steps += Products<Op>::outer_steps(count, width, dim);
+        Ahead wanted = rows_ahead(
+            first + tile_rows < end ? first + tile_rows : (index + p.threads.count) * slab, steps);
+        residuals(w, first, count, &job, &wanted);
         std::memcpy(job.feature_sqnorm + first, w->norms.data(), size_t(count) * 4);
         std::memcpy(job.counted + first, w->counted.data(), size_t(count));
         if (job.residual)
           std::memcpy(job.residual + first * width, w->residual.get(), size_t(count * width) * 4);
         if (p.split_grad) continue;
-        prepare_outer(tile_of(*w), count);
-        add_outer(tile_of(*w), count, w->residual.get(), width, width, 0, dim, grad, dim,
-                  w->scratch.get());
+        prepare_outer(tile, count);
+        Products<Op>::add_outer(tile, count, w->residual.get(), width, width, dim, grad, dim,
+                                w->scratch.get(), &wanted);
         add_bias(w->residual.get(), count, grad + width * dim);
       }
       if (p.split_grad) return;
@@ -213,7 +227,7 @@ struct ManyClasses {
     std::vector<Scratch> scratch(size_t(std::min<int64_t>(p.threads.count, tasks)));
     for (Scratch& s : scratch) {
       s.tile.reserve(Tile<Op>::words(kRowsMax, kGradColumns));
-      s.outer.reserve(outer_words(kRowsMax));
+      s.outer.reserve(Products<Op>::outer_words(kRowsMax));
       s.grad.reserve(size_t(per_block * kGradColumns + per_block));
     }
     run_tasks(p.threads, tasks, [&](int64_t index, int id) {
@@ -236,8 +250,14 @@ struct ManyClasses {
           }
           prepare_outer(tile, count);
           const float* residual = job.residual + first * width + c;
-          add_outer(tile, count, residual, width, classes, 0, columns, s.grad.get(), columns,
-                    s.outer.get());
+          Ahead wanted;
+          if (first + count < p.rows)
+            wanted = {reinterpret_cast<const char*>(feature_row<T>(p, first + count) + d),
+                      std::min(kRowsMax, p.rows - first - count), columns * int64_t(sizeof(T)),
+                      p.row_stride * int64_t(sizeof(T)),
+                      Products<Op>::outer_steps(count, classes, columns)};
+          Products<Op>::add_outer(tile, count, residual, width, classes, columns, s.grad.get(),
+                                  columns, s.outer.get(), &wanted);
           if (d == 0)
             for (int64_t i = 0; i < count; ++i)
               for (int64_t m = 0; m < classes; ++m) bias_part[m] += residual[i * width + m];
@@ -265,11 +285,15 @@ struct ManyClasses {
       const int64_t first = index * tile_rows, count = std::min(tile_rows, p.rows - first);
       pack_tile(w, first, count, job.counted);
       const float* residual = job.residual + first * width;
+      Ahead wanted =
+          rows_ahead(first + p.threads.count * tile_rows, Products<Op>::steps(count, mean_grad));
       if (!job.residual) {
-        residuals(w, first, count, nullptr);
+        Ahead nothing;
+        residuals(w, first, count, nullptr, &nothing);
         residual = w->residual.get();
       }
-      tile_times_panels(tile_of(*w), count, mean_grad, mean_bias.get(), w->product.get(), width);
+      Products<Op>::times_panels(tile_of(*w), count, mean_grad, mean_bias.get(), w->product.get(),
+                                 width, &wanted);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t head = 0; head < p.heads; ++head) {
           const int64_t at = i * width + head * p.classes;

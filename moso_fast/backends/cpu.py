@@ -39,7 +39,8 @@ class CpuBackend(Backend):
     """Tiles of rows through hand-written kernels.
 
     Products are float32, but for many classes at precision "medium" on a processor that multiplies
-    bfloat16 (AVX512-BF16): there their operands are rounded to it and summed in float32.
+    bfloat16 faster (AMX, AVX512-BF16 of AMD): there their operands are rounded to it and summed in
+    float32.
     """
 
     name = "cpu"
@@ -156,20 +157,21 @@ def _unit_columns(features: Tensor) -> bool:
 
 def _few_classes(problem: Problem) -> bool:
     width = problem.heads * problem.classes
+    dtype = _DTYPES[problem.features.dtype]
     return (
         problem.loss == "cross_entropy"
         and not problem.soft_labels
-        and width <= _module().few_classes(_variant())
+        and width <= _module().few_classes(_variant(), dtype, _may_round(problem))
     )
+
+
+def _may_round(problem: Problem) -> bool:
+    """Operands rounded to bfloat16: precision "medium", where that is faster than float32."""
+    return problem.precision == "medium" and _module().prefers_bf16_products(_variant())
 
 
 def _bf16_products(problem: Problem) -> bool:
-    """Operands rounded to bfloat16: precision "medium", where that is faster than float32."""
-    return (
-        problem.precision == "medium"
-        and not _few_classes(problem)
-        and _module().bf16_products(_variant())
-    )
+    return _may_round(problem) and not _few_classes(problem)
 
 
 def _self_term_scale(problem: Problem, out: RowBuffers) -> float:

@@ -26,7 +26,7 @@ def main(path: str, job: dict) -> str:
     variant = job.get("variant") or module.variants()[0]
     classes, dim, rows = job["classes"], job["dim"], job["rows"]
     few = job.get("few_classes")
-    few = classes <= module.few_classes(variant) if few is None else few
+    few = classes <= module.few_classes(variant, 0, False) if few is None else few
 
     def floats(count: int, scale: float = 0.0) -> array:
         """Numbers in [-scale / 2, scale / 2) that repeat after 997."""

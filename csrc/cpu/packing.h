@@ -1,0 +1,214 @@
+// Operands of the products of many classes, copied and rounded once: tiles of rows, panels of
+// classes, groups of residuals.
+
+// ---- Tiles of rows: blocks of kBlockD columns with a fixed row stride,
+// so that addresses are constants and no two rows share a cache set.
+
+constexpr int64_t kBlockD = 256;
+
+// Squared norms of a row: as given, and as the tile's numbers have it.
+struct Norms {
+  float exact, packed;
+};
+
+template <class Op>
+struct Tile {
+  // In words. Rows for H W^T and H G^T; for R^T H, whose sum runs along the rows, words of two
+  // rows lie in a part of their own.
+  static constexpr int64_t kStride = kBlockD / Op::kNumbers + 16;
+  static constexpr int64_t kOuterStride = kBlockD + 16;
+  static constexpr bool kOuterPart = Op::kNumbers > 1;
+
+  int64_t rows, dim;
+  float* data;
+
+  static int64_t block_words(int64_t rows) {
+    return rows * kStride +
+           (kOuterPart ? round_up(words_of<Op>(rows), Op::kStep) * kOuterStride : 0);
+  }
+  static size_t words(int64_t rows, int64_t dim) {
+    return size_t((dim + kBlockD - 1) / kBlockD * block_words(rows));
+  }
+  int64_t blocks() const { return (dim + kBlockD - 1) / kBlockD; }
+  int64_t width(int64_t block) const { return std::min(kBlockD, dim - block * kBlockD); }
+  int64_t depth(int64_t block) const { return words_of<Op>(width(block)); }
+  float* row(int64_t block, int64_t index) const {
+    return data + block * block_words(rows) + index * kStride;
+  }
+  float* outer(int64_t block) const { return row(block, kOuterPart ? rows : 0); }
+  void clear_row(int64_t index) const {
+    for (int64_t block = 0; block < blocks(); ++block) clear(row(block, index), kStride);
+  }
+};
+
+// Copies one row into the tile. Columns behind the end become zeros up to a whole panel.
+template <class T>
+inline Norms pack_row(const Tile<Single>& tile, int64_t row, const T* source) {
+  vf squares[2] = {};
+  for (int64_t block = 0; block < tile.blocks(); ++block) {
+    float* to = tile.row(block, row);
+    const int64_t width = tile.width(block);
+    const T* from = source + block * kBlockD;
+    int64_t d = 0;
+    for (; d + 2 * VL <= width; d += 2 * VL) {
+      const vf x = load(from + d), y = load(from + d + VL);
+      store(to + d, x);
+      store(to + d + VL, y);
+      squares[0] += x * x;
+      squares[1] += y * y;
+    }
+    for (; d < width; d += VL) {
+      const int n = int(std::min<int64_t>(VL, width - d));
+      const vf x = n == VL ? load(from + d) : load_first(from + d, n);
+      store(to + d, x);
+      squares[0] += x * x;
+    }
+    for (; d % kPanel; d += VL) store(to + d, vf{});
+  }
+  const float norm = sum(squares[0] + squares[1]);
+  return {norm, norm};
+}
+inline void prepare_outer(const Tile<Single>&, int64_t) {}
+
+#ifdef MOSO_FAST_BF16_UNITS
+// The words of two vectors of float32, x first, rounded to nearest even.
+inline vf to_pairs(vf x, vf y) {
+  return reinterpret_cast<vf>(
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(x)));
+}
+inline vf to_pairs(const float* p) { return to_pairs(load(p), load(p + VL)); }
+inline vf to_pairs(const fp16* p) { return to_pairs(load(p), load(p + VL)); }
+inline vf to_pairs(const bf16* p) { return load(reinterpret_cast<const float*>(p)); }
+
+// x as bfloat16 holds it.
+inline vf round_to_bf16(vf x) {
+  const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+  return load(reinterpret_cast<const bf16*>(&narrow));
+}
+
+template <class T>
+inline Norms pack_row(const Tile<Pair>& tile, int64_t row, const T* source) {
+  constexpr bool kExact = std::is_same<T, bf16>::value;
+  vf exact{}, packed{};
+  for (int64_t block = 0; block < tile.blocks(); ++block) {
+    float* to = tile.row(block, row);
+    const int64_t width = tile.width(block);
+    const T* from = source + block * kBlockD;
+    for (int64_t d = 0; d < width; d += kPanel) {
+      T rest[kPanel] = {};
+      const T* at = from + d;
+      if (width - d < kPanel)
+        at = static_cast<const T*>(std::memcpy(rest, at, size_t(width - d) * sizeof(T)));
+      const vf words = to_pairs(at);
+      store(to + d / 2, words);
+      packed = Pair::multiply_add(words, words, packed);
+      if (kExact) continue;
+      const vf x = load(at), y = load(at + VL);
+      exact += x * x + y * y;
+    }
+  }
+  const float norm = sum(packed);
+  return {kExact ? norm : sum(exact), norm};
+}
+
+// Words of two neighbouring rows each, from the rows [0, count), and zeros up to a whole step.
+inline void prepare_outer(const Tile<Pair>& tile, int64_t count) {
+  alignas(64) uint16_t low[2 * VL], high[2 * VL];
+  for (int i = 0; i < VL; ++i) {
+    low[2 * i] = uint16_t(i);
+    low[2 * i + 1] = uint16_t(2 * VL + i);
+    high[2 * i] = uint16_t(VL + i);
+    high[2 * i + 1] = uint16_t(3 * VL + i);
+  }
+  const __m512i to_low = _mm512_load_si512(low), to_high = _mm512_load_si512(high);
+  for (int64_t block = 0; block < tile.blocks(); ++block)
+    for (int64_t i = 0; i < count; i += 2) {
+      const float* above = tile.row(block, i);
+      float* to = tile.outer(block) + i / 2 * Tile<Pair>::kOuterStride;
+      for (int64_t d = 0; d < tile.width(block); d += kPanel) {
+        const __m512i x = _mm512_loadu_si512(above + d / 2);
+        const __m512i y = i + 1 < count ? _mm512_loadu_si512(above + Tile<Pair>::kStride + d / 2)
+                                        : _mm512_setzero_si512();
+        _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(x, to_low, y));
+        _mm512_storeu_si512(to + d + VL, _mm512_permutex2var_epi16(x, to_high, y));
+      }
+    }
+  const int64_t words = words_of<Pair>(count), end = round_up(words, Pair::kStep);
+  for (int64_t block = 0; block < tile.blocks(); ++block)
+    clear(tile.outer(block) + words * Tile<Pair>::kOuterStride,
+          (end - words) * Tile<Pair>::kOuterStride);
+}
+#endif
+
+// ---- A (width x dim) matrix packed for products with tiles: for each block of columns, panels of
+// kPanel classes stored word by word (a last panel of at most VL classes is half as wide).
+
+inline float word_of(const Single&, const float* numbers, int64_t) { return numbers[0]; }
+#ifdef MOSO_FAST_BF16_UNITS
+inline float word_of(const Pair&, const float* numbers, int64_t left) {
+  const vf x = splat(numbers[0]), y = splat(left > 1 ? numbers[1] : 0.0f);
+  const vi bits = reinterpret_cast<vi>(round_to_bf16(y)) |
+                  ((reinterpret_cast<vi>(round_to_bf16(x)) >> 16) & 0xffff);
+  return reinterpret_cast<vf>(bits)[0];
+}
+#endif
+
+template <class Op>
+struct Panels {
+  int64_t width, dim;
+  Buffer data;
+
+  int64_t panels() const { return (width + kPanel - 1) / kPanel; }
+  int lanes(int64_t panel) const { return int(std::min<int64_t>(kPanel, width - panel * kPanel)); }
+  int vectors(int64_t panel) const { return lanes(panel) > VL ? kTileV : 1; }
+  int64_t padded() const { return (panels() - 1) * kPanel + vectors(panels() - 1) * VL; }
+  int64_t depth(int64_t block) const {
+    return round_up(words_of<Op>(std::min(kBlockD, dim - block * kBlockD)), Op::kStep);
+  }
+  const float* panel(int64_t block, int64_t index) const {
+    return data.get() + block * (kBlockD / Op::kNumbers) * padded() + index * kPanel * depth(block);
+  }
+
+  void pack(const float* source, int64_t width_, int64_t dim_, Threads threads) {
+    width = width_;
+    dim = dim_;
+    data.reserve(size_t(padded() * round_up(words_of<Op>(dim), Op::kStep)));
+    run_tasks(threads, panels(), [&](int64_t index, int) {
+      const int n = lanes(index), stored = vectors(index) * VL;
+      for (int64_t d = 0; d < dim; d += kBlockD) {
+        float* to = const_cast<float*>(panel(d / kBlockD, index));
+        for (int64_t k = 0; k < depth(d / kBlockD); ++k, to += stored) {
+          const int64_t column = d + k * Op::kNumbers;
+          const int used = column < dim ? n : 0;
+          for (int c = 0; c < used; ++c)
+            to[c] = word_of(Op{}, source + (index * kPanel + c) * dim + column, dim - column);
+          std::fill(to + used, to + stored, 0.0f);
+        }
+      }
+    });
+  }
+};
+
+// Words of `classes` <= kTileM columns of the residual (rows, ldr), kTileM words a step of the sum.
+inline void pack_residual(const Single&, const float* residual, int64_t ldr, int64_t rows,
+                          int classes, float* to) {
+  for (int64_t row = 0; row < rows; ++row, to += kTileM)
+    std::memcpy(to, residual + row * ldr, size_t(classes) * 4);
+}
+#ifdef MOSO_FAST_BF16_UNITS
+// Words of `classes` <= VL columns of residual rows `row` and the next, as far as there are rows.
+inline vf residual_words(const float* residual, int64_t ldr, int64_t row, int64_t rows,
+                         int classes) {
+  const float* r = residual + row * ldr;
+  const vf none{};
+  const vi x = reinterpret_cast<vi>(row < rows ? round_to_bf16(load_n(r, classes)) : none);
+  const vi y =
+      reinterpret_cast<vi>(row + 1 < rows ? round_to_bf16(load_n(r + ldr, classes)) : none);
+  return reinterpret_cast<vf>(y | ((x >> 16) & 0xffff));
+}
+inline void pack_residual(const Pair&, const float* residual, int64_t ldr, int64_t rows,
+                          int classes, float* to) {
+  for (int64_t row = 0; row < rows; row += 2, to += kTileM)
+    store_n(to, residual_words(residual, ldr, row, rows, classes), classes);
+}
+#endif

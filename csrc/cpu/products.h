@@ -1,0 +1,72 @@
+// The products of many classes: packed operands past the register tiles, in an order that keeps
+// them in the caches. amx.h has the same for pairs of bfloat16 on matrix units.
+
+// Panels that stay within the second-level cache while all rows of a tile go past them: heads of
+// many classes would else be read from memory for every kTileM rows.
+constexpr int64_t kPanelGroup = (int64_t{1} << 18) / (kPanel * kBlockD * 4);
+
+// Groups of classes whose packed residuals stay in the second-level cache, while a panel of columns
+// stays in the first for all of them; panels of 32 columns leave no room there beside a group
+// of 14.
+constexpr int kOuterGroups = VL == 16 ? 1 : 36;
+
+// Even groups of at most kTileM classes: no thin remainder.
+inline int64_t class_group(int64_t classes) {
+  const int64_t groups = (classes + kTileM - 1) / kTileM;
+  return (classes + groups - 1) / groups;
+}
+
+template <class Op>
+struct Products {
+  // Times that an Ahead is asked to take a step by times_panels and by add_outer.
+  static int64_t steps(int64_t rows, const Panels<Op>& w) {
+    return (rows + kTileM - 1) / kTileM * w.panels() * words_of<Op>(w.dim);
+  }
+  static int64_t outer_steps(int64_t rows, int64_t classes, int64_t columns) {
+    return (classes + kTileM - 1) / kTileM * ((columns + kPanel - 1) / kPanel) * words_of<Op>(rows);
+  }
+
+  // Words of scratch for add_outer.
+  static size_t outer_words(int64_t rows) { return size_t(rows * kOuterGroups * kTileM); }
+
+  // out (rows x width, ldo) = tile * panels^T + bias.
+  static void times_panels(const Tile<Op>& tile, int64_t rows, const Panels<Op>& w,
+                           const float* bias, float* out, int64_t ldo, Ahead* wanted) {
+    for (int64_t block = 0; block < tile.blocks(); ++block)
+      for (int64_t first = 0; first < w.panels(); first += kPanelGroup)
+        for (int64_t row = 0; row < rows; row += kTileM) {
+          const int m = int(std::min<int64_t>(kTileM, rows - row));
+          const int64_t end = std::min(first + kPanelGroup, w.panels());
+          for (int64_t index = first; index < end; ++index) {
+            const int vectors = w.vectors(index);
+            Multiply<Op, int(Tile<Op>::kStride), 1>::kernel(vectors, m)(
+                tile.row(block, row), w.panel(block, index), vectors * VL, tile.depth(block),
+                block == 0 ? bias + index * kPanel : nullptr, out + row * ldo + index * kPanel, ldo,
+                w.lanes(index), wanted);
+          }
+        }
+  }
+
+  // grad (classes x columns, ldg) += residual^T * tile, for `classes` columns of the residual (ldr)
+  // and the first columns of the tile, after prepare_outer.
+  static void add_outer(const Tile<Op>& tile, int64_t rows, const float* residual, int64_t ldr,
+                        int64_t classes, int64_t columns, float* grad, int64_t ldg, float* scratch,
+                        Ahead* wanted) {
+    constexpr int64_t kStride = Tile<Op>::kOuterPart ? Tile<Op>::kOuterStride : Tile<Op>::kStride;
+    const int64_t group = class_group(classes), depth = words_of<Op>(rows);
+    const int64_t packed = depth * kTileM;
+    for (int64_t start = 0; start < classes; start += kOuterGroups * group) {
+      const int64_t end = std::min(classes, start + kOuterGroups * group);
+      for (int64_t c = start; c < end; c += group)
+        pack_residual(Op{}, residual + c, ldr, rows, int(std::min(group, end - c)),
+                      scratch + (c - start) / group * packed);
+      for (int64_t d = 0; d < columns; d += kPanel) {
+        const int lanes = int(std::min<int64_t>(kPanel, columns - d));
+        for (int64_t c = start; c < end; c += group)
+          Multiply<Op, 1, kTileM>::kernel(lanes <= VL ? 1 : kTileV, int(std::min(group, end - c)))(
+              scratch + (c - start) / group * packed, tile.outer(d / kBlockD) + d % kBlockD,
+              kStride, depth, nullptr, grad + c * ldg + d, ldg, lanes, wanted);
+      }
+    }
+  }
+};

@@ -1,0 +1,3 @@
+#define MOSO_FAST_VARIANT amx
+#define VL 16
+#include "variant.inc"

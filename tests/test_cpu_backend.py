@@ -89,7 +89,8 @@ def test_medium_precision(monkeypatch, variant, dtype, rows, classes, dim, heads
 
 
 @pytest.mark.skipif(
-    MODULE is None or not MODULE.prefers_bf16_products(VARIANTS[0]), reason="needs bfloat16 products"
+    MODULE is None or not MODULE.prefers_bf16_products(VARIANTS[0]),
+    reason="needs fast bfloat16 products",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_leaves_a_rows_own_term_whole(monkeypatch, dtype):
@@ -164,18 +165,21 @@ def test_heads_share_a_sweep(monkeypatch, variant, heads, classes, dim):
 def test_the_gradient_in_blocks_equals_the_gradient_in_slabs(monkeypatch):
     args = problem(700, 60, 300)
     whole = last_layer_stats(*args, backend="cpu")
-    monkeypatch.setattr(CPU, "_SPLIT_GRAD_NUMBERS", 1)
+    monkeypatch.setattr(CPU, "_SPLIT_GRAD_NUMBERS", dict.fromkeys(CPU._SPLIT_GRAD_NUMBERS, 1))
     split = last_layer_stats(*args, backend="cpu")
     assert_exact(split, args)
     assert split.mean_grad_sqnorm == pytest.approx(whole.mean_grad_sqnorm, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("classes", "dim", "split"), [(10, 64, None), (60, 64, None), (60, 64, 1)])
-def test_bits_do_not_depend_on_threads(monkeypatch, classes, dim, split):
+def test_bits_do_not_depend_on_threads(monkeypatch, classes, dim, split, dtype):
     if split:
-        monkeypatch.setattr(CPU, "_SPLIT_GRAD_NUMBERS", split)
+        monkeypatch.setattr(
+            CPU, "_SPLIT_GRAD_NUMBERS", dict.fromkeys(CPU._SPLIT_GRAD_NUMBERS, split)
+        )
     monkeypatch.setattr(CPU, "_SINGLE_THREAD_WORK", 0)
-    args = problem(9000, classes, dim)
+    args = problem(9000, classes, dim, dtype=dtype)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):

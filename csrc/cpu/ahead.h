@@ -1,33 +1,55 @@
 // Asking for memory while the arithmetic goes on.
 
-// Memory that is wanted soon: `width` bytes of each row, `stride` bytes apart, asked for during the
-// products, `step` bytes a step of a sum. With step 0 the same line again and again, at no cost.
+constexpr bool kAsksAhead = VL == 16;
+
+// `count` rows of `width` bytes, `stride` bytes apart.
+struct RowBytes {
+  const void* first = nullptr;
+  int64_t count = 0, width = 0, stride = 0;
+};
+
+// Rows of one or two matrices that are wanted soon, spread over so many steps of a product's sums.
+// Behind the end it asks for the same line again and again, at no cost.
 class Ahead {
  public:
   Ahead() = default;
-  Ahead(const char* first, int64_t rows, int64_t width, int64_t stride, int64_t steps)
-      : row_(first),
-        at_(first),
-        width_(width),
-        stride_(stride),
-        step_(std::min<int64_t>((rows * width + steps - 1) / steps, 64)),
-        left_(width) {}
+  Ahead(int64_t steps, const RowBytes& one, const RowBytes& two = {}) : then_(two) {
+    if (one.count <= 0) return;
+    const int64_t bytes = one.count * one.width + two.count * two.width;
+    step_ = std::min<int64_t>((bytes + steps - 1) / steps, 64);
+    start(one);
+  }
 
   MOSO_INLINE void take_step() {
     __builtin_prefetch(at_, 0, 2);
     at_ += step_;
     left_ -= step_;
-    if (__builtin_expect(left_ <= 0, 0)) {
-      row_ += stride_;
-      at_ = row_;
-      left_ = width_;
-    }
+    if (__builtin_expect(left_ <= 0, 0)) next_row();
   }
 
  private:
+  MOSO_INLINE void start(const RowBytes& rows) {
+    row_ = at_ = static_cast<const char*>(rows.first);
+    rows_ = rows.count;
+    width_ = left_ = rows.width;
+    stride_ = rows.stride;
+  }
+  MOSO_INLINE void next_row() {
+    left_ = width_;
+    if (--rows_ > 0) {
+      at_ = row_ += stride_;
+    } else if (then_.count > 0) {
+      start(then_);
+      then_.count = 0;
+    } else {
+      at_ = kNothing;
+      step_ = 0;
+    }
+  }
+
   static constexpr char kNothing[64] = {};
   const char* row_ = kNothing;
   const char* at_ = kNothing;
-  int64_t width_ = 1, stride_ = 0, step_ = 0, left_ = 1;
+  int64_t rows_ = 0, width_ = 1, stride_ = 0, step_ = 0, left_ = 1;
+  RowBytes then_;
 };
-constexpr bool kAsksAhead = VL == 16;

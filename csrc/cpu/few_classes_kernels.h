@@ -40,11 +40,12 @@ constexpr bool rows_fit_groups() {
 }
 static_assert(rows_fit_groups());
 
-constexpr int64_t kFewTileBytes = 192 * 1024;  // of features: they stay in the second-level cache
+// Of features: they stay in the second-level cache.
+constexpr int64_t kFewTileBytes = (VL == 16 ? 384 : 192) * 1024;
 
 // Further on in a row (and then in the next) by so much, memory is asked for while the arithmetic
 // of three classes or more goes on; fewer wait for memory anyway.
-constexpr int64_t kAheadBytes = 1024;
+constexpr int64_t kAheadBytes = VL == 16 ? 2048 : 1024;
 
 // Rows of a tile.
 template <class T>

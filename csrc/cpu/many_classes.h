@@ -59,11 +59,11 @@ struct ManyClasses {
 
   Tile<Op> tile_of(const Worker& w) const { return {tile_rows, dim, w.tile.get()}; }
 
-  std::vector<Worker> make_workers(int64_t tasks, bool product) const {
+  std::vector<Worker> make_workers(int64_t tasks, bool residual, bool product) const {
     std::vector<Worker> workers(size_t(std::min<int64_t>(p.threads.count, tasks)));
     for (Worker& w : workers) {
       w.tile.reserve(Tile<Op>::words(tile_rows, dim));
-      w.residual.reserve(size_t(tile_rows * width));
+      if (residual) w.residual.reserve(size_t(tile_rows * width));
       w.scratch.reserve(Products<Op>::outer_words(tile_rows));
       if (product) w.product.reserve(size_t(tile_rows * width));
       w.norms.resize(size_t(tile_rows));
@@ -95,20 +95,24 @@ struct ManyClasses {
     }
   }
 
-  // The rows of the tile at `first`, to be asked for during so many steps of products.
-  Ahead rows_ahead(int64_t first, int64_t steps) const {
+  // Features of the tile at `first`, all columns or some of them, and residuals in memory.
+  RowBytes features_of(int64_t first, int64_t count, int64_t column, int64_t columns) const {
+    constexpr int64_t kSize = sizeof(T);
     if (first >= p.rows) return {};
-    const auto* rows = reinterpret_cast<const char*>(feature_row<T>(p, first));
-    return {rows, std::min(tile_rows, p.rows - first), dim * int64_t(sizeof(T)),
-            p.row_stride * int64_t(sizeof(T)), steps};
+    return {feature_row<T>(p, first) + column, std::min(count, p.rows - first), columns * kSize,
+            p.row_stride * kSize};
+  }
+  RowBytes residuals_of(const float* residual, int64_t first, int64_t count, int64_t c,
+                        int64_t classes) const {
+    if (!residual || first >= p.rows) return {};
+    return {residual + first * width + c, std::min(count, p.rows - first), classes * 4, width * 4};
   }
 
-  // Residuals of the packed rows; statistics to out where it is given.
-  void residuals(Worker* w, int64_t first, int64_t count, const FirstPass* out,
+  // Residuals of the packed rows to z (count, width); statistics to out where it is given.
+  void residuals(Worker* w, int64_t first, int64_t count, float* z, const FirstPass* out,
                  Ahead* wanted) const {
-    float* z = w->residual.get();
     Products<Op>::times_panels(tile_of(*w), count, weight, bias.get(), z, width, wanted);
-    if (p.labels && p.classes <= kLaneClasses) return residuals_by_lanes(w, first, count, out);
+    if (p.labels && p.classes <= kLaneClasses) return residuals_by_lanes(w, first, count, z, out);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t head = 0; head < p.heads; ++head) {
         float* row = z + i * width + head * p.classes;
@@ -131,7 +135,8 @@ struct ManyClasses {
   }
 
   // The same, VL rows at a time.
-  void residuals_by_lanes(Worker* w, int64_t first, int64_t count, const FirstPass* out) const {
+  void residuals_by_lanes(Worker* w, int64_t first, int64_t count, float* residual,
+                          const FirstPass* out) const {
     for (int64_t i = 0; i < count; i += VL) {
       const int rows = int(std::min<int64_t>(VL, count - i));
       alignas(64) int32_t label[VL] = {};
@@ -144,7 +149,7 @@ struct ManyClasses {
       vi labels;
       std::memcpy(&labels, label, sizeof labels);
       for (int64_t head = 0; head < p.heads; ++head) {
-        float* z = w->residual.get() + i * width + head * p.classes;
+        float* z = residual + i * width + head * p.classes;
         vf block[kLaneClasses];  // class, lanes along rows
         const auto each_square = [&](const auto& visit) {
           for (int64_t c = 0; c < p.classes; c += VL)
@@ -171,7 +176,7 @@ struct ManyClasses {
     pack_bias(p.bias, weight, &bias);
     const int64_t slab = p.split_grad ? tile_rows : slab_rows(p.rows, tile_rows);
     const int64_t slabs = (p.rows + slab - 1) / slab;
-    std::vector<Worker> workers = make_workers(slabs, false);
+    std::vector<Worker> workers = make_workers(slabs, !job.residual, false);
     if (!p.split_grad)
       for (Worker& w : workers) w.grad.reserve(size_t(width * (dim + 1)));
     Turnstile order;
@@ -186,18 +191,19 @@ struct ManyClasses {
         const Tile<Op> tile = tile_of(*w);
         int64_t steps = Products<Op>::steps(count, weight);
         if (!p.split_grad) steps += Products<Op>::outer_steps(count, width, dim);
-        Ahead wanted = rows_ahead(
-            first + tile_rows < end ? first + tile_rows : (index + p.threads.count) * slab, steps);
-        residuals(w, first, count, &job, &wanted);
+        // Most likely the worker's next.
+        const int64_t next =
+            first + tile_rows < end ? first + tile_rows : (index + p.threads.count) * slab;
+        Ahead wanted(steps, features_of(next, tile_rows, 0, dim));
+        float* residual = job.residual ? job.residual + first * width : w->residual.get();
+        residuals(w, first, count, residual, &job, &wanted);
         std::memcpy(job.feature_sqnorm + first, w->norms.data(), size_t(count) * 4);
         std::memcpy(job.counted + first, w->counted.data(), size_t(count));
-        if (job.residual)
-          std::memcpy(job.residual + first * width, w->residual.get(), size_t(count * width) * 4);
         if (p.split_grad) continue;
         prepare_outer(tile, count);
-        Products<Op>::add_outer(tile, count, w->residual.get(), width, width, dim, grad, dim,
+        Products<Op>::add_outer(tile, count, residual, width, width, dim, grad, dim,
                                 w->scratch.get(), &wanted);
-        add_bias(w->residual.get(), count, grad + width * dim);
+        add_bias(residual, count, grad + width * dim);
       }
       if (p.split_grad) return;
       order.pass(index, [&] {
@@ -250,12 +256,10 @@ struct ManyClasses {
           }
           prepare_outer(tile, count);
           const float* residual = job.residual + first * width + c;
-          Ahead wanted;
-          if (first + count < p.rows)
-            wanted = {reinterpret_cast<const char*>(feature_row<T>(p, first + count) + d),
-                      std::min(kRowsMax, p.rows - first - count), columns * int64_t(sizeof(T)),
-                      p.row_stride * int64_t(sizeof(T)),
-                      Products<Op>::outer_steps(count, classes, columns)};
+          const int64_t next = first + kRowsMax;
+          Ahead wanted(Products<Op>::outer_steps(count, classes, columns),
+                       features_of(next, kRowsMax, d, columns),
+                       residuals_of(job.residual, next, kRowsMax, c, classes));
           Products<Op>::add_outer(tile, count, residual, width, classes, columns, s.grad.get(),
                                   columns, s.outer.get(), &wanted);
           if (d == 0)
@@ -279,17 +283,18 @@ struct ManyClasses {
     mean_grad.pack(job.mean_grad, width, dim, p.threads);
     pack_bias(job.mean_bias_grad, mean_grad, &mean_bias);
     const int64_t tiles = (p.rows + tile_rows - 1) / tile_rows;
-    std::vector<Worker> workers = make_workers(tiles, true);
+    std::vector<Worker> workers = make_workers(tiles, !job.residual, true);
     run_tasks(p.threads, tiles, [&](int64_t index, int id) {
       Worker* w = &workers[size_t(id)];
       const int64_t first = index * tile_rows, count = std::min(tile_rows, p.rows - first);
       pack_tile(w, first, count, job.counted);
       const float* residual = job.residual + first * width;
-      Ahead wanted =
-          rows_ahead(first + p.threads.count * tile_rows, Products<Op>::steps(count, mean_grad));
+      Ahead wanted(Products<Op>::steps(count, mean_grad),
+                   features_of(first + p.threads.count * tile_rows, tile_rows, 0, dim),
+                   residuals_of(job.residual, first, count, 0, width));
       if (!job.residual) {
         Ahead nothing;
-        residuals(w, first, count, nullptr, &nothing);
+        residuals(w, first, count, w->residual.get(), nullptr, &nothing);
         residual = w->residual.get();
       }
       Products<Op>::times_panels(tile_of(*w), count, mean_grad, mean_bias.get(), w->product.get(),

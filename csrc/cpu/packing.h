@@ -143,14 +143,10 @@ inline void prepare_outer(const Tile<Pair>& tile, int64_t count) {
 // ---- A (width x dim) matrix packed for products with tiles: for each block of columns, panels of
 // kPanel classes stored word by word (a last panel of at most VL classes is half as wide).
 
-inline float word_of(const Single&, const float* numbers, int64_t) { return numbers[0]; }
+// VL words of neighbouring numbers.
+inline vf load_words(const Single&, const float* numbers) { return load(numbers); }
 #ifdef MOSO_FAST_BF16_UNITS
-inline float word_of(const Pair&, const float* numbers, int64_t left) {
-  const vf x = splat(numbers[0]), y = splat(left > 1 ? numbers[1] : 0.0f);
-  const vi bits = reinterpret_cast<vi>(round_to_bf16(y)) |
-                  ((reinterpret_cast<vi>(round_to_bf16(x)) >> 16) & 0xffff);
-  return reinterpret_cast<vf>(bits)[0];
-}
+inline vf load_words(const Pair&, const float* numbers) { return to_pairs(numbers); }
 #endif
 
 template <class Op>
@@ -174,18 +170,34 @@ struct Panels {
     dim = dim_;
     data.reserve(size_t(padded() * round_up(words_of<Op>(dim), Op::kStep)));
     run_tasks(threads, panels(), [&](int64_t index, int) {
-      const int n = lanes(index), stored = vectors(index) * VL;
+      const int stored = vectors(index) * VL;
       for (int64_t d = 0; d < dim; d += kBlockD) {
         float* to = const_cast<float*>(panel(d / kBlockD, index));
-        for (int64_t k = 0; k < depth(d / kBlockD); ++k, to += stored) {
-          const int64_t column = d + k * Op::kNumbers;
-          const int used = column < dim ? n : 0;
-          for (int c = 0; c < used; ++c)
-            to[c] = word_of(Op{}, source + (index * kPanel + c) * dim + column, dim - column);
-          std::fill(to + used, to + stored, 0.0f);
-        }
+        const int64_t words = depth(d / kBlockD);
+        for (int64_t k = 0; k < words; k += VL)
+          for (int c = 0; c < stored; c += VL) {
+            vf square[VL];
+            for (int i = 0; i < VL; ++i)
+              square[i] = words_at(source, index * kPanel + c + i, d + k * Op::kNumbers);
+            transpose(square);
+            for (int i = 0; i < std::min<int64_t>(VL, words - k); ++i)
+              store(to + (k + i) * stored + c, square[i]);
+          }
       }
     });
+  }
+
+ private:
+  // Words of a class from a column on; zeros behind the last column and the last class.
+  vf words_at(const float* source, int64_t c, int64_t column) const {
+    constexpr int64_t kNumbers = VL * Op::kNumbers;
+    const int64_t left = dim - column;
+    if (c >= width || left <= 0) return vf{};
+    const float* numbers = source + c * dim + column;
+    if (left >= kNumbers) return load_words(Op{}, numbers);
+    float rest[kNumbers] = {};
+    std::memcpy(rest, numbers, size_t(left) * 4);
+    return load_words(Op{}, rest);
   }
 };
 

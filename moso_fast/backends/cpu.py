@@ -25,8 +25,9 @@ SIMD_VARIABLE = "MOSO_FAST_SIMD"
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # From this many numbers on, the mean gradient is made block by block from stored residuals: a
-# partial sum for every slab of rows would cost a sweep over it.
-_SPLIT_GRAD_NUMBERS = 2**19
+# partial sum for every slab of rows would cost a sweep over it, which weighs more where the
+# products are fast.
+_SPLIT_GRAD_NUMBERS = {"float32": 2**19, "bfloat16": 2**17}
 # Multiply-adds under which starting threads costs more than they save.
 _SINGLE_THREAD_WORK = 2**21
 # Rows at a time where a whole-problem pass needs temporaries (strided columns, sequences), and
@@ -185,7 +186,8 @@ def _self_term_scale(problem: Problem, out: RowBuffers) -> float:
 
 
 def _split_grad(problem: Problem) -> bool:
-    return problem.weight.numel() >= _SPLIT_GRAD_NUMBERS and not _few_classes(problem)
+    products = "bfloat16" if _bf16_products(problem) else "float32"
+    return problem.weight.numel() >= _SPLIT_GRAD_NUMBERS[products] and not _few_classes(problem)
 
 
 def _empty_residual(problem: Problem, rows: int) -> Tensor:

@@ -67,6 +67,15 @@ def test_every_instruction_set(monkeypatch, variant, dtype, rows, classes, dim):
     assert_exact(again, args)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dim", [5, 256, 300])
+@pytest.mark.parametrize("rest", range(1, 10))
+def test_classes_behind_the_last_panel(monkeypatch, variant, rest, dim):
+    monkeypatch.setenv(SIMD_VARIABLE, variant)
+    for args in (problem(95, 32 + rest, dim), problem(60, 32 + rest, dim, heads=2)):
+        assert_exact(last_layer_stats(*args, backend="cpu", precision="highest"), args)
+
+
 # Odd sums (pairs of columns and of rows), one and several heads, G in slabs and in blocks.
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -95,6 +95,22 @@ MOSO_INLINE void dots(const T* const (&rows)[R], const float* w, int64_t ldw, in
   }
 }
 
+// lanes[c * R + r] = sum of the lanes of acc[r][c]; with Norm those of norm behind them.
+template <bool Norm, int R, int C>
+MOSO_INLINE void sum_lanes(const vf (&acc)[R][C], const vf (&norm)[R], float* lanes) {
+  constexpr int sums = R * C + (Norm ? R : 0);
+#pragma GCC unroll 8
+  for (int i = 0; i < sums; i += VL) {
+    vf each[VL];
+#pragma GCC unroll 16
+    for (int j = 0; j < VL; ++j) {
+      const int at = i + j;
+      each[j] = at < R * C ? acc[at % R][at / R] : at < sums ? norm[at % R] : vf{};
+    }
+    store(lanes + i, sum_each(each));
+  }
+}
+
 // Rows k * apart of a tile for k < count.
 template <class T>
 struct Block {
@@ -120,16 +136,7 @@ inline void dot_classes(const Block<T>& block, const float* w, int64_t ldw, int6
     vf acc[R][C], norm[R];
     dots<R, C, First>(rows, w, ldw, dim, acc, norm);
     float lanes[(kSums + VL - 1) / VL * VL];
-#pragma GCC unroll 8
-    for (int i = 0; i < kSums; i += VL) {
-      vf sums[VL];
-#pragma GCC unroll 16
-      for (int j = 0; j < VL; ++j) {
-        const int at = i + j;
-        sums[j] = at < R * C ? acc[at % R][at / R] : at < kSums ? norm[at % R] : vf{};
-      }
-      store(lanes + i, sum_each(sums));
-    }
+    sum_lanes<First>(acc, norm, lanes);
     for (int r = 0; r < R; ++r) {
       const int64_t row = (k + r) * block.apart;
       for (int c = 0; c < C; ++c) z[c * kTileRows + row] = lanes[c * R + r];

@@ -45,8 +45,9 @@ struct ManyClasses {
 
   // Bias padded to whole panels, zeros without one.
   static void pack_bias(const float* source, const Panels<Op>& panels, Buffer* to) {
-    to->reserve(size_t(panels.padded()));
-    clear(to->get(), panels.padded());
+    const int64_t padded = panels.padded() + panels.rest();
+    to->reserve(size_t(padded));
+    clear(to->get(), padded);
     if (source) std::memcpy(to->get(), source, size_t(panels.width) * 4);
   }
 

@@ -39,6 +39,12 @@ constexpr int64_t words_of(int64_t numbers) {
   return (numbers + Op::kNumbers - 1) / Op::kNumbers;
 }
 
+// Even groups of at most kTileM classes: no thin remainder.
+inline int64_t class_group(int64_t classes) {
+  const int64_t groups = (classes + kTileM - 1) / kTileM;
+  return (classes + groups - 1) / groups;
+}
+
 // a(m, k) = a[m * StepM + k * StepK]; b(k, v) = b[k * step_b + v * VL].
 template <class Op, int M, int V, int StepM, int StepK>
 MOSO_INLINE void multiply(const float* a, const float* b, int64_t step_b, int64_t depth,

@@ -141,7 +141,12 @@ inline void prepare_outer(const Tile<Pair>& tile, int64_t count) {
 #endif
 
 // ---- A (width x dim) matrix packed for products with tiles: for each block of columns, panels of
-// kPanel classes stored word by word (a last panel of at most VL classes is half as wide).
+// kPanel classes stored word by word (a last panel of at most VL classes is half as wide). A few
+// float32 classes behind the last panel would leave most of its lanes unused: they stay as rows,
+// with lanes along the columns (dot_rest).
+
+template <class Op>
+constexpr int kRestClasses = VL == 16 && Op::kNumbers == 1 ? 8 : 0;
 
 // VL words of neighbouring numbers.
 inline vf load_words(const Single&, const float* numbers) { return load(numbers); }
@@ -152,12 +157,17 @@ inline vf load_words(const Pair&, const float* numbers) { return to_pairs(number
 template <class Op>
 struct Panels {
   int64_t width, dim;
-  Buffer data;
+  Buffer data, rest_rows;
 
-  int64_t panels() const { return (width + kPanel - 1) / kPanel; }
+  int rest() const { return width % kPanel <= kRestClasses<Op> ? int(width % kPanel) : 0; }
+  int64_t row_stride() const { return round_up(dim, VL); }  // of the rest
+  int64_t panels() const { return (width - rest() + kPanel - 1) / kPanel; }
   int lanes(int64_t panel) const { return int(std::min<int64_t>(kPanel, width - panel * kPanel)); }
   int vectors(int64_t panel) const { return lanes(panel) > VL ? kTileV : 1; }
-  int64_t padded() const { return (panels() - 1) * kPanel + vectors(panels() - 1) * VL; }
+  int64_t padded() const {
+    const int64_t last = panels() - 1;
+    return last < 0 ? 0 : last * kPanel + vectors(last) * VL;
+  }
   int64_t depth(int64_t block) const {
     return round_up(words_of<Op>(std::min(kBlockD, dim - block * kBlockD)), Op::kStep);
   }
@@ -169,6 +179,11 @@ struct Panels {
     width = width_;
     dim = dim_;
     data.reserve(size_t(padded() * round_up(words_of<Op>(dim), Op::kStep)));
+    rest_rows.reserve(size_t(rest() * row_stride()));
+    clear(rest_rows.get(), rest() * row_stride());
+    for (int64_t c = 0; c < rest(); ++c)
+      std::memcpy(rest_rows.get() + c * row_stride(), source + (width - rest() + c) * dim,
+                  size_t(dim) * 4);
     run_tasks(threads, panels(), [&](int64_t index, int) {
       const int stored = vectors(index) * VL;
       for (int64_t d = 0; d < dim; d += kBlockD) {

@@ -10,17 +10,32 @@ constexpr int64_t kPanelGroup = (int64_t{1} << 18) / (kPanel * kBlockD * 4);
 // of 14.
 constexpr int kOuterGroups = VL == 16 ? 1 : 36;
 
-// Even groups of at most kTileM classes: no thin remainder.
-inline int64_t class_group(int64_t classes) {
-  const int64_t groups = (classes + kTileM - 1) / kTileM;
-  return (classes + groups - 1) / groups;
+// The classes behind the last panel, for one block of columns: out (rows x C, ldo) = (bias or out)
+// + <row, w>.
+template <int C>
+inline void dot_rest(const Tile<Single>& tile, int64_t block, int64_t rows, const float* w,
+                     int64_t ldw, const float* bias, float* out, int64_t ldo) {
+  constexpr int R = dot_rows(C);
+  for (int64_t row = 0; row < rows; row += R) {
+    const float* from[R];
+    for (int r = 0; r < R; ++r) from[r] = tile.row(block, std::min(row + r, rows - 1));
+    vf acc[R][C], norm[R];
+    dots<R, C, false>(from, w, ldw, round_up(tile.width(block), VL), acc, norm);
+    float lanes[(R * C + VL - 1) / VL * VL];
+    sum_lanes<false>(acc, norm, lanes);
+    for (int r = 0; r < R && row + r < rows; ++r)
+      for (int c = 0; c < C; ++c) {
+        float* to = out + (row + r) * ldo + c;
+        *to = (bias ? bias[c] : *to) + lanes[c * R + r];
+      }
+  }
 }
 
 template <class Op>
 struct Products {
   // Times that an Ahead is asked to take a step by times_panels and by add_outer.
   static int64_t steps(int64_t rows, const Panels<Op>& w) {
-    return (rows + kTileM - 1) / kTileM * w.panels() * words_of<Op>(w.dim);
+    return std::max<int64_t>(1, (rows + kTileM - 1) / kTileM * w.panels() * words_of<Op>(w.dim));
   }
   static int64_t outer_steps(int64_t rows, int64_t classes, int64_t columns) {
     return (classes + kTileM - 1) / kTileM * ((columns + kPanel - 1) / kPanel) * words_of<Op>(rows);
@@ -32,7 +47,8 @@ struct Products {
   // out (rows x width, ldo) = tile * panels^T + bias.
   static void times_panels(const Tile<Op>& tile, int64_t rows, const Panels<Op>& w,
                            const float* bias, float* out, int64_t ldo, Ahead* wanted) {
-    for (int64_t block = 0; block < tile.blocks(); ++block)
+    for (int64_t block = 0; block < tile.blocks(); ++block) {
+      times_rest(tile, block, rows, w, bias, out, ldo);
       for (int64_t first = 0; first < w.panels(); first += kPanelGroup)
         for (int64_t row = 0; row < rows; row += kTileM) {
           const int m = int(std::min<int64_t>(kTileM, rows - row));
@@ -45,6 +61,7 @@ struct Products {
                 w.lanes(index), wanted);
           }
         }
+    }
   }
 
   // grad (classes x columns, ldg) += residual^T * tile, for `classes` columns of the residual (ldr)
@@ -68,5 +85,23 @@ struct Products {
               kStride, depth, nullptr, grad + c * ldg + d, ldg, lanes, wanted);
       }
     }
+  }
+
+ private:
+  static void times_rest(const Tile<Op>& tile, int64_t block, int64_t rows, const Panels<Op>& w,
+                         const float* bias, float* out, int64_t ldo) {
+    if constexpr (kRestClasses<Op> > 0) {
+      if (w.rest() == 0) return;
+      const int64_t first = w.width - w.rest();
+      rest_table(std::make_integer_sequence<int, kRestClasses<Op>>{})[size_t(w.rest() - 1)](
+          tile, block, rows, w.rest_rows.get() + block * kBlockD, w.row_stride(),
+          block == 0 ? bias + first : nullptr, out + first, ldo);
+    }
+  }
+  using Rest = void (*)(const Tile<Single>&, int64_t, int64_t, const float*, int64_t, const float*,
+                        float*, int64_t);
+  template <int... C>
+  static constexpr std::array<Rest, sizeof...(C)> rest_table(std::integer_sequence<int, C...>) {
+    return {&dot_rest<C + 1>...};
   }
 };

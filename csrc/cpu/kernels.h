@@ -93,7 +93,7 @@ Variant variant_amx();
 #endif
 
 // Instruction sets that this processor and its operating system run, best first.
-std::vector<Variant> variants();
+const std::vector<Variant>& variants();
 // Whether this processor has the instructions of the variant's bfloat16 products, and whether they
 // are faster than its float32 ones.
 bool runs_bf16_products(const Variant& variant);

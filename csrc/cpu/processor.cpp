@@ -33,9 +33,7 @@ bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  if ((d & kBf16) == 0 || (d & kTile) == 0 || !__builtin_cpu_supports("avx512bf16")) return false;
-  static const bool granted = asked_for_amx();
-  return granted;
+  return (d & kBf16) && (d & kTile) && __builtin_cpu_supports("avx512bf16") && asked_for_amx();
 }
 #endif
 
@@ -49,7 +47,8 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 }  // namespace
 #endif
 
-std::vector<Variant> variants() {
+namespace {
+std::vector<Variant> find_variants() {
   std::vector<Variant> found;
 #ifdef MOSO_FAST_X86
   __builtin_cpu_init();
@@ -60,6 +59,13 @@ std::vector<Variant> variants() {
   if (has_avx2()) found.push_back(variant_avx2());
 #endif
   found.push_back(variant_baseline());
+  return found;
+}
+}  // namespace
+
+const std::vector<Variant>& variants() {
+  // Once: to ask a processor is a trap of some 20 us on a virtual machine.
+  static const std::vector<Variant> found = find_variants();
   return found;
 }
 

@@ -83,14 +83,13 @@ struct FewClasses {
   // body(block, its first row) for all rows of a tile, where groups of `classes` go over them.
   template <class Body>
   void for_blocks(const Tile& t, int64_t count, int64_t classes, const Body& body) const {
-    const int64_t group = even_group(classes);
-    const int64_t rows = group < classes ? kSharedRows : dot_rows(int(group));
+    const int64_t rows = shared_rows(classes, dot_group(classes, width * dim));
     const int64_t apart = (count + rows - 1) / rows;
     for (int64_t row = 0; row < apart; ++row) body(Block<T>{t.rows + row, rows, apart}, row);
   }
 
   void logits(Tile* t, int64_t count) const {
-    const int64_t group = even_group(width);
+    const int64_t group = dot_group(width, width * dim);
     for_blocks(*t, count, width, [&](const Block<T>& block, int64_t row) {
       for (int64_t c = 0; c < width; c += group) {
         const auto n = size_t(std::min(group, width - c));
@@ -227,7 +226,7 @@ struct FewClasses {
 
   void alignments(const SecondPass& job, Tile* t, const float* mean_grad, int64_t first,
                   int64_t count) const {
-    const int64_t group = even_group(p.classes);
+    const int64_t group = dot_group(p.classes, width * dim);
     float* lanes = t->lanes.get();
     clear(lanes, p.heads * kTileRows * VL);
     for_blocks(*t, count, p.classes, [&](const Block<T>& block, int64_t row) {

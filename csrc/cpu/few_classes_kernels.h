@@ -20,23 +20,34 @@ constexpr int dot_rows(int classes) {
   return rows[classes - 1];
 }
 
-// Rows that go through several groups of classes together: divisible by dot_rows of each of them.
-constexpr int kSharedRows = VL == 16 ? 6 : 2;
+// Classes of a group where W does not stay in the first-level cache: more rows at a time read it
+// less often, as long as the rows that all groups share stay there.
+constexpr int kFarDotClasses = VL == 16 ? 6 : kDotClasses;
+constexpr int64_t kNearBytes = 48 * 1024, kFarRows = 4;
 
-// Classes of the groups that `classes` are cut into: even ones of at most kDotClasses.
-constexpr int64_t even_group(int64_t classes) {
-  const int64_t groups = (classes + kDotClasses - 1) / kDotClasses;
+// Classes of the groups that `classes` are cut into: even ones of at most `limit`.
+constexpr int64_t even_group(int64_t classes, int limit) {
+  const int64_t groups = (classes + limit - 1) / limit;
   return (classes + groups - 1) / groups;
 }
 
+// Rows that go through all groups together.
+constexpr int64_t shared_rows(int64_t classes, int64_t group) {
+  return std::lcm(dot_rows(int(group)), dot_rows(int((classes - 1) % group + 1)));
+}
+
+// Classes that go over a row together; W has `numbers` in all.
+inline int64_t dot_group(int64_t classes, int64_t numbers) {
+  const int64_t far = even_group(classes, kFarDotClasses);
+  const bool use_far = numbers * 4 > kNearBytes && shared_rows(classes, far) <= kFarRows;
+  return use_far ? far : even_group(classes, kDotClasses);
+}
+
 constexpr bool rows_fit_groups() {
-  for (int classes = 1; classes <= kFewClasses; ++classes) {
-    const int group = int(even_group(classes)), last = (classes - 1) % group + 1;
-    if (kRowStep % dot_rows(group)) return false;
-    if (group < classes && (kSharedRows % dot_rows(group) || kSharedRows % dot_rows(last)))
-      return false;
-  }
-  return kTileRows % kRowStep == 0 && kRowStep % kSharedRows == 0 && kTileRows % VL == 0;
+  for (int limit : {kDotClasses, kFarDotClasses})
+    for (int classes = 1; classes <= kFewClasses; ++classes)
+      if (kRowStep % shared_rows(classes, even_group(classes, limit))) return false;
+  return kTileRows % kRowStep == 0 && kTileRows % VL == 0;
 }
 static_assert(rows_fit_groups());
 

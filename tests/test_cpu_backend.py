@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from interpreter import run_python
 
-from moso_fast import backends, last_layer_stats, moso_scores
+from moso_fast import backends, engine, last_layer_stats, moso_scores
 from moso_fast._native import load_native
 from moso_fast.backends.cpu import SIMD_VARIABLE, CpuBackend
 from moso_fast.reference import closed_form_stats
@@ -95,6 +96,28 @@ def test_medium_precision(monkeypatch, variant, dtype, rows, classes, dim, heads
         exact = closed_form_stats(*args).alignment.reshape(stats.alignment.shape)
         error = float((stats.alignment.double() - exact).nan_to_num().norm() / exact.nansum().abs())
         assert (error > 1e-6) == rounds
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [True, False])
+def test_large_heads_and_rows_that_are_left_out(monkeypatch, variant, dtype, kept):
+    """Tiles of some columns at a time find a bad row when its first products are done."""
+    monkeypatch.setenv(SIMD_VARIABLE, variant)
+    if not kept:
+        monkeypatch.setattr(engine, "residual_budget", lambda device: 0)
+    features, weight, labels, bias = problem(300, 1030, 300, dtype=dtype)
+    features[7, 299], features[101, 0], features[299, 256] = math.nan, math.inf, -math.inf
+    args = (features, weight, labels, bias)
+    options = {"backend": "cpu", "precision": "medium"}
+    for chunk_size in (None, 70):
+        stats = last_layer_stats(*args, nonfinite="exclude", chunk_size=chunk_size, **options)
+        good = features.isfinite().all(1)
+        assert torch.equal(stats.loss.isnan(), ~good | (labels < 0))
+        clean = torch.where(good[:, None], features, 0), weight, labels.where(good, -100), bias
+        assert_exact(stats, clean, 1e-2)
+    with pytest.raises(ValueError, match="row 7 "):
+        last_layer_stats(*args, **options)
 
 
 @pytest.mark.skipif(

@@ -74,19 +74,21 @@ struct Products<Pair> {
   static size_t outer_words(int64_t rows) { return size_t(kUnitRows * packed_stride(rows)); }
 
   static void times_panels(const Tile<Pair>& tile, int64_t rows, const Panels<Pair>& w,
-                           const float* bias, float* out, int64_t ldo, Ahead* wanted) {
+                           int64_t block, const float* bias, float* out, int64_t ldo,
+                           Ahead* wanted) {
     const UnitsInUse units;
-    for (int64_t block = 0; block < tile.blocks(); ++block)
-      for (int64_t first = 0; first < w.panels(); first += kPanelGroup)
-        for (int64_t row = 0; row < rows; row += kUnitRows) {
-          const int m = int(std::min<int64_t>(kUnitRows, rows - row));
-          const int64_t end = std::min(first + kPanelGroup, w.panels());
-          for (int64_t index = first; index < end; ++index)
-            add_product(tile.row(block, row), Tile<Pair>::kStride, w.panel(block, index),
-                        w.vectors(index) * VL, w.depth(block), m, w.lanes(index),
-                        block == 0 ? bias + index * kPanel : nullptr,
-                        out + row * ldo + index * kPanel, ldo, wanted);
+    const float* init = block == 0 ? bias : nullptr;
+    for (int64_t first = 0; first < w.panels(); first += kPanelGroup)
+      for (int64_t row = 0; row < rows; row += kUnitRows) {
+        const int m = int(std::min<int64_t>(kUnitRows, rows - row));
+        const int64_t end = std::min(first + kPanelGroup, w.panels());
+        for (int64_t index = first; index < end; ++index) {
+          const int64_t c = index * kPanel;
+          add_product(tile.row(0, row), Tile<Pair>::kStride, w.panel(block, index),
+                      w.vectors(index) * VL, w.depth(block), m, w.lanes(index),
+                      init ? init + c : nullptr, out + row * ldo + c, ldo, wanted);
         }
+      }
   }
 
   static void add_outer(const Tile<Pair>& tile, int64_t rows, const float* residual, int64_t ldr,

@@ -2,6 +2,8 @@
 // the products run as register tiles on packed operands.
 //
 // First pass: pack tile, Z = H W^T, residual rows in place, G += R^T H from the same tile.
+// Matrix units wait for large W: where nothing but Z needs the rows, a tile is of kBlockD columns
+// at a time and of more rows, past which W goes each time it is read.
 // Each slab of rows has a float32 partial of G. Where G is large (split_grad), that would cost a
 // sweep over C x D numbers a slab, so G is made afterwards from the stored residuals, in blocks of
 // classes x columns that are shared out instead of rows.
@@ -24,6 +26,15 @@ inline int64_t rows_of_tile(int64_t dim) {
   return std::clamp<int64_t>(rows / kTileM * kTileM, 4 * kTileM, kRowsMax);
 }
 
+// Rows of a tile that has a block of columns at a time, from so many numbers of W on: few enough to
+// share out, and for their products not to take more than so many bytes a thread.
+constexpr int64_t kStreamedNumbers = int64_t{1} << 18;
+constexpr int64_t kStreamedBytes = int64_t{1} << 24;
+inline int64_t rows_of_streamed_tile(int64_t rows, int64_t width) {
+  const int64_t wanted = std::min({(rows + 15) / 16, kStreamedBytes / (4 * width), kRowsMax});
+  return std::clamp<int64_t>(wanted / kTileM * kTileM, 4 * kTileM, kRowsMax);
+}
+
 // Class ids among so few take their softmax VL rows at a time: no lane sums, no lanes unused.
 constexpr int64_t kLaneClasses = 128;
 
@@ -36,12 +47,20 @@ constexpr int64_t kGradRows = 4096;  // rows that a float32 partial sums
 template <class T, class Op>
 struct ManyClasses {
   const Problem& p;
-  const int64_t width, dim, tile_rows;
+  const int64_t width, dim;
   Panels<Op> weight;
   Buffer bias;
+  // Of a worker's tile; set by cut.
+  bool whole_rows = true;
+  int64_t tile_rows = 0;
 
   explicit ManyClasses(const Problem& problem)
-      : p(problem), width(p.heads * p.classes), dim(p.dim), tile_rows(rows_of_tile(p.dim)) {}
+      : p(problem), width(p.heads * p.classes), dim(p.dim) {}
+
+  void cut(bool keep_rows) {
+    whole_rows = keep_rows || !Op::kMatrixUnits || width * dim < kStreamedNumbers;
+    tile_rows = whole_rows ? rows_of_tile(dim) : rows_of_streamed_tile(p.rows, width);
+  }
 
   // Bias padded to whole panels, zeros without one.
   static void pack_bias(const float* source, const Panels<Op>& panels, Buffer* to) {
@@ -58,12 +77,19 @@ struct ManyClasses {
     StatusWord status;
   };
 
-  Tile<Op> tile_of(const Worker& w) const { return {tile_rows, dim, w.tile.get()}; }
+  Tile<Op> tile_of(const Worker& w) const {
+    return {tile_rows, whole_rows ? dim : std::min(dim, kBlockD), w.tile.get()};
+  }
+  // One block of columns, where the worker has it.
+  Tile<Op> block_of(const Worker& w, int64_t block) const {
+    const int64_t before = whole_rows ? block * Tile<Op>::block_words(tile_rows) : 0;
+    return {tile_rows, std::min(kBlockD, dim - block * kBlockD), w.tile.get() + before};
+  }
 
   std::vector<Worker> make_workers(int64_t tasks, bool residual, bool product) const {
     std::vector<Worker> workers(size_t(std::min<int64_t>(p.threads.count, tasks)));
     for (Worker& w : workers) {
-      w.tile.reserve(Tile<Op>::words(tile_rows, dim));
+      w.tile.reserve(Tile<Op>::words(tile_rows, tile_of(w).dim));
       if (residual) w.residual.reserve(size_t(tile_rows * width));
       w.scratch.reserve(Products<Op>::outer_words(tile_rows));
       if (product) w.product.reserve(size_t(tile_rows * width));
@@ -74,25 +100,69 @@ struct ManyClasses {
     return workers;
   }
 
-  // Copies rows into the tile; those that do not count become zeros.
-  void pack_tile(Worker* w, int64_t first, int64_t count, const uint8_t* counted) const {
-    const Tile<Op> tile = tile_of(*w);
+  void choose_rows(Worker* w, int64_t first, int64_t count, const uint8_t* counted) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = first + i;
-      const T* source = feature_row<T>(p, row);
-      Norms norms{};
-      bool used = counted ? counted[row] : takes_part(p, row, &w->status);
-      if (used) {
-        norms = pack_row(tile, i, source);
-        if (!finite(norms.exact) && has_nonfinite(p, row, source, &w->status)) used = false;
-      }
-      if (!used) {
+      w->counted[size_t(i)] = counted ? counted[row] : takes_part(p, row, &w->status);
+      w->norms[size_t(i)] = w->packed_norms[size_t(i)] = 0.0f;
+    }
+  }
+
+  // Copies the columns from `column` on that the tile has; rows that do not count become zeros.
+  void pack(Worker* w, int64_t first, int64_t count, const Tile<Op>& tile, int64_t column) const {
+    for (int64_t i = 0; i < count; ++i) {
+      if (!w->counted[size_t(i)]) {
         tile.clear_row(i);
-        norms = {};
+        continue;
       }
-      w->norms[size_t(i)] = norms.exact;
-      w->packed_norms[size_t(i)] = norms.packed;
-      w->counted[size_t(i)] = used;
+      const Norms norms = pack_row(tile, i, feature_row<T>(p, first + i) + column);
+      w->norms[size_t(i)] += norms.exact;
+      w->packed_norms[size_t(i)] += norms.packed;
+    }
+  }
+
+  // Once all columns have been seen: logits of left out rows become zeros.
+  void leave_out_nonfinite(Worker* w, int64_t first, int64_t count, float* z) const {
+    for (int64_t i = 0; i < count; ++i) {
+      if (!w->counted[size_t(i)] || finite(w->norms[size_t(i)])) continue;
+      if (!has_nonfinite(p, first + i, feature_row<T>(p, first + i), &w->status)) continue;
+      w->counted[size_t(i)] = false;
+      w->norms[size_t(i)] = w->packed_norms[size_t(i)] = 0.0f;
+      tile_of(*w).clear_row(i);
+      clear(z + i * width, width);
+    }
+  }
+
+  // out (count, width) = H panels^T + bias.
+  struct Factor {
+    const Panels<Op>* panels;
+    const float* bias;
+    float* out;
+  };
+
+  // Products of the chosen rows with N matrices, block by block of columns. A tile of whole rows
+  // takes steps of `wanted`, others ask for their own next block, and then for the first one of the
+  // rows at `next` and for `also`.
+  template <int N>
+  void multiply_rows(Worker* w, int64_t first, int64_t count, const Factor (&factors)[N],
+                     int64_t next, const RowBytes& also, Ahead* wanted) const {
+    const int64_t blocks = (dim + kBlockD - 1) / kBlockD;
+    if (whole_rows) pack(w, first, count, tile_of(*w), 0);
+    for (int64_t block = 0; block < blocks; ++block) {
+      Ahead next_block;
+      if (!whole_rows) {
+        pack(w, first, count, block_of(*w, block), block * kBlockD);
+        const bool last = block + 1 == blocks;
+        const int64_t column = last ? 0 : (block + 1) * kBlockD;
+        next_block = {
+            N * Products<Op>::steps(count, *factors[0].panels) / blocks,
+            features_of(last ? next : first, tile_rows, column, std::min(kBlockD, dim - column)),
+            last ? also : RowBytes{}};
+        wanted = &next_block;
+      }
+      for (const Factor& f : factors)
+        Products<Op>::times_panels(block_of(*w, block), count, *f.panels, block, f.bias, f.out,
+                                   width, wanted);
     }
   }
 
@@ -109,10 +179,8 @@ struct ManyClasses {
     return {residual + first * width + c, std::min(count, p.rows - first), classes * 4, width * 4};
   }
 
-  // Residuals of the packed rows to z (count, width); statistics to out where it is given.
-  void residuals(Worker* w, int64_t first, int64_t count, float* z, const FirstPass* out,
-                 Ahead* wanted) const {
-    Products<Op>::times_panels(tile_of(*w), count, weight, bias.get(), z, width, wanted);
+  // Residuals in place of the logits z (count, width); statistics to out where it is given.
+  void residuals(Worker* w, int64_t first, int64_t count, float* z, const FirstPass* out) const {
     if (p.labels && p.classes <= kLaneClasses) return residuals_by_lanes(w, first, count, z, out);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t head = 0; head < p.heads; ++head) {
@@ -173,6 +241,7 @@ struct ManyClasses {
   }
 
   void first_pass(const FirstPass& job) {
+    cut(!p.split_grad);
     weight.pack(p.weight, width, dim, p.threads);
     pack_bias(p.bias, weight, &bias);
     const int64_t slab = p.split_grad ? tile_rows : slab_rows(p.rows, tile_rows);
@@ -188,8 +257,6 @@ struct ManyClasses {
       const int64_t end = std::min(p.rows, (index + 1) * slab);
       for (int64_t first = index * slab; first < end; first += tile_rows) {
         const int64_t count = std::min(tile_rows, end - first);
-        pack_tile(w, first, count, nullptr);
-        const Tile<Op> tile = tile_of(*w);
         int64_t steps = Products<Op>::steps(count, weight);
         if (!p.split_grad) steps += Products<Op>::outer_steps(count, width, dim);
         // Most likely the worker's next.
@@ -197,10 +264,14 @@ struct ManyClasses {
             first + tile_rows < end ? first + tile_rows : (index + p.threads.count) * slab;
         Ahead wanted(steps, features_of(next, tile_rows, 0, dim));
         float* residual = job.residual ? job.residual + first * width : w->residual.get();
-        residuals(w, first, count, residual, &job, &wanted);
+        choose_rows(w, first, count, nullptr);
+        multiply_rows(w, first, count, {Factor{&weight, bias.get(), residual}}, next, {}, &wanted);
+        leave_out_nonfinite(w, first, count, residual);
+        residuals(w, first, count, residual, &job);
         std::memcpy(job.feature_sqnorm + first, w->norms.data(), size_t(count) * 4);
         std::memcpy(job.counted + first, w->counted.data(), size_t(count));
         if (p.split_grad) continue;
+        const Tile<Op> tile = tile_of(*w);
         prepare_outer(tile, count);
         Products<Op>::add_outer(tile, count, residual, width, width, dim, grad, dim,
                                 w->scratch.get(), &wanted);
@@ -275,6 +346,7 @@ struct ManyClasses {
   }
 
   void second_pass(const SecondPass& job) {
+    cut(false);
     if (!job.residual) {
       weight.pack(p.weight, width, dim, p.threads);
       pack_bias(p.bias, weight, &bias);
@@ -288,18 +360,20 @@ struct ManyClasses {
     run_tasks(p.threads, tiles, [&](int64_t index, int id) {
       Worker* w = &workers[size_t(id)];
       const int64_t first = index * tile_rows, count = std::min(tile_rows, p.rows - first);
-      pack_tile(w, first, count, job.counted);
+      const int64_t next = first + p.threads.count * tile_rows;
+      const Factor alignments{&mean_grad, mean_bias.get(), w->product.get()};
+      Ahead wanted(Products<Op>::steps(count, mean_grad), features_of(next, tile_rows, 0, dim));
+      choose_rows(w, first, count, job.counted);
       const float* residual = job.residual + first * width;
-      Ahead wanted(Products<Op>::steps(count, mean_grad),
-                   features_of(first + p.threads.count * tile_rows, tile_rows, 0, dim),
-                   residuals_of(job.residual, first, count, 0, width));
-      if (!job.residual) {
-        Ahead nothing;
-        residuals(w, first, count, w->residual.get(), nullptr, &nothing);
+      if (job.residual) {
+        multiply_rows(w, first, count, {alignments}, next,
+                      residuals_of(job.residual, first, count, 0, width), &wanted);
+      } else {
+        const Factor logits{&weight, bias.get(), w->residual.get()};
+        multiply_rows(w, first, count, {alignments, logits}, next, {}, &wanted);
+        residuals(w, first, count, w->residual.get(), nullptr);
         residual = w->residual.get();
       }
-      Products<Op>::times_panels(tile_of(*w), count, mean_grad, mean_bias.get(), w->product.get(),
-                                 width, &wanted);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t head = 0; head < p.heads; ++head) {
           const int64_t at = i * width + head * p.classes;

@@ -14,6 +14,7 @@ constexpr int kPanel = kTileV * VL;
 struct Single {  // one float32
   static constexpr int kNumbers = 1;
   static constexpr int kStep = 1;  // sums are of so many words at a time, zeros behind the last
+  static constexpr bool kMatrixUnits = false;
   static vf multiply_add(vf a, vf b, vf acc) { return acc + a * b; }
 };
 #ifdef MOSO_FAST_BF16_UNITS
@@ -21,8 +22,10 @@ struct Pair {  // two bfloat16, neighbours along the sum: twice the products an 
   static constexpr int kNumbers = 2;
 #ifdef __AMX_BF16__
   static constexpr int kStep = 16;  // amx.h
+  static constexpr bool kMatrixUnits = true;
 #else
   static constexpr int kStep = 1;
+  static constexpr bool kMatrixUnits = false;
 #endif
   static MOSO_INLINE vf multiply_add(vf a, vf b, vf acc) {
     return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc),

@@ -10,17 +10,17 @@ constexpr int64_t kPanelGroup = (int64_t{1} << 18) / (kPanel * kBlockD * 4);
 // of 14.
 constexpr int kOuterGroups = VL == 16 ? 1 : 36;
 
-// The classes behind the last panel, for one block of columns: out (rows x C, ldo) = (bias or out)
-// + <row, w>.
+// The classes behind the last panel: out (rows x C, ldo) = (bias or out) + <row, w>, for a tile of
+// one block of columns.
 template <int C>
-inline void dot_rest(const Tile<Single>& tile, int64_t block, int64_t rows, const float* w,
-                     int64_t ldw, const float* bias, float* out, int64_t ldo) {
+inline void dot_rest(const Tile<Single>& tile, int64_t rows, const float* w, int64_t ldw,
+                     const float* bias, float* out, int64_t ldo) {
   constexpr int R = dot_rows(C);
   for (int64_t row = 0; row < rows; row += R) {
     const float* from[R];
-    for (int r = 0; r < R; ++r) from[r] = tile.row(block, std::min(row + r, rows - 1));
+    for (int r = 0; r < R; ++r) from[r] = tile.row(0, std::min(row + r, rows - 1));
     vf acc[R][C], norm[R];
-    dots<R, C, false>(from, w, ldw, round_up(tile.width(block), VL), acc, norm);
+    dots<R, C, false>(from, w, ldw, round_up(tile.width(0), VL), acc, norm);
     float lanes[(R * C + VL - 1) / VL * VL];
     sum_lanes<false>(acc, norm, lanes);
     for (int r = 0; r < R && row + r < rows; ++r)
@@ -44,24 +44,24 @@ struct Products {
   // Words of scratch for add_outer.
   static size_t outer_words(int64_t rows) { return size_t(rows * kOuterGroups * kTileM); }
 
-  // out (rows x width, ldo) = tile * panels^T + bias.
-  static void times_panels(const Tile<Op>& tile, int64_t rows, const Panels<Op>& w,
+  // out (rows x width, ldo) = (bias for the first block, else out) + tile * panels^T, for a tile of
+  // one block of columns.
+  static void times_panels(const Tile<Op>& tile, int64_t rows, const Panels<Op>& w, int64_t block,
                            const float* bias, float* out, int64_t ldo, Ahead* wanted) {
-    for (int64_t block = 0; block < tile.blocks(); ++block) {
-      times_rest(tile, block, rows, w, bias, out, ldo);
-      for (int64_t first = 0; first < w.panels(); first += kPanelGroup)
-        for (int64_t row = 0; row < rows; row += kTileM) {
-          const int m = int(std::min<int64_t>(kTileM, rows - row));
-          const int64_t end = std::min(first + kPanelGroup, w.panels());
-          for (int64_t index = first; index < end; ++index) {
-            const int vectors = w.vectors(index);
-            Multiply<Op, int(Tile<Op>::kStride), 1>::kernel(vectors, m)(
-                tile.row(block, row), w.panel(block, index), vectors * VL, tile.depth(block),
-                block == 0 ? bias + index * kPanel : nullptr, out + row * ldo + index * kPanel, ldo,
-                w.lanes(index), wanted);
-          }
+    const float* init = block == 0 ? bias : nullptr;
+    times_rest(tile, rows, w, block, init, out, ldo);
+    for (int64_t first = 0; first < w.panels(); first += kPanelGroup)
+      for (int64_t row = 0; row < rows; row += kTileM) {
+        const int m = int(std::min<int64_t>(kTileM, rows - row));
+        const int64_t end = std::min(first + kPanelGroup, w.panels());
+        for (int64_t index = first; index < end; ++index) {
+          const int vectors = w.vectors(index);
+          const int64_t c = index * kPanel;
+          Multiply<Op, int(Tile<Op>::kStride), 1>::kernel(vectors, m)(
+              tile.row(0, row), w.panel(block, index), vectors * VL, w.depth(block),
+              init ? init + c : nullptr, out + row * ldo + c, ldo, w.lanes(index), wanted);
         }
-    }
+      }
   }
 
   // grad (classes x columns, ldg) += residual^T * tile, for `classes` columns of the residual (ldr)
@@ -88,18 +88,18 @@ struct Products {
   }
 
  private:
-  static void times_rest(const Tile<Op>& tile, int64_t block, int64_t rows, const Panels<Op>& w,
-                         const float* bias, float* out, int64_t ldo) {
+  static void times_rest(const Tile<Op>& tile, int64_t rows, const Panels<Op>& w, int64_t block,
+                         const float* init, float* out, int64_t ldo) {
     if constexpr (kRestClasses<Op> > 0) {
       if (w.rest() == 0) return;
-      const int64_t first = w.width - w.rest();
+      const int64_t c = w.width - w.rest();
       rest_table(std::make_integer_sequence<int, kRestClasses<Op>>{})[size_t(w.rest() - 1)](
-          tile, block, rows, w.rest_rows.get() + block * kBlockD, w.row_stride(),
-          block == 0 ? bias + first : nullptr, out + first, ldo);
+          tile, rows, w.rest_rows.get() + block * kBlockD, w.row_stride(),
+          init ? init + c : nullptr, out + c, ldo);
     }
   }
-  using Rest = void (*)(const Tile<Single>&, int64_t, int64_t, const float*, int64_t, const float*,
-                        float*, int64_t);
+  using Rest = void (*)(const Tile<Single>&, int64_t, const float*, int64_t, const float*, float*,
+                        int64_t);
   template <int... C>
   static constexpr std::array<Rest, sizeof...(C)> rest_table(std::integer_sequence<int, C...>) {
     return {&dot_rest<C + 1>...};

@@ -86,6 +86,10 @@ inline vf round_to_bf16(vf x) {
   return load(reinterpret_cast<const bf16*>(&narrow));
 }
 
+// Further on in a row, and then in the next, memory is asked for: the copy of narrow numbers for
+// few classes would else wait for it.
+constexpr int64_t kPackAheadBytes = 4096;
+
 template <class T>
 inline Norms pack_row(const Tile<Pair>& tile, int64_t row, const T* source) {
   constexpr bool kExact = std::is_same<T, bf16>::value;
@@ -97,6 +101,7 @@ inline Norms pack_row(const Tile<Pair>& tile, int64_t row, const T* source) {
     for (int64_t d = 0; d < width; d += kPanel) {
       T rest[kPanel] = {};
       const T* at = from + d;
+      __builtin_prefetch(at + kPackAheadBytes / sizeof(T), 0, 2);
       if (width - d < kPanel)
         at = static_cast<const T*>(std::memcpy(rest, at, size_t(width - d) * sizeof(T)));
       const vf words = to_pairs(at);

@@ -43,7 +43,10 @@ def speed(results: dict[str, Any]) -> Any:
     cases = {name: record for name, record in results["cases"].items() if record["speedup"]}
     if not cases:
         return None
-    series = ["best plain PyTorch", *_SHOWN.values(), "best library"]
+    colours = dict(
+        zip(["best plain PyTorch", *_SHOWN.values(), "best library"], COLOURS, strict=False)
+    )
+    series = [s for s in colours if any(_ratio(r, s) is not None for r in cases.values())]
     figure, axes = new_axes(8.5, 0.6 * len(cases) + 1.6)
     height = 0.8 / len(series)
     for position, label in enumerate(series):
@@ -53,7 +56,7 @@ def speed(results: dict[str, Any]) -> Any:
                 continue
             at = index + (position - (len(series) - 1) / 2) * height
             bar = axes.barh(
-                at, value, height, color=COLOURS[position], label=label if index == 0 else None
+                at, value, height, color=colours[label], label=label if index == 0 else None
             )
             axes.bar_label(bar, fmt="%.2g" if value >= 100 else "%.1f", padding=2, fontsize=6)
     axes.set_yticks(
@@ -68,7 +71,7 @@ def speed(results: dict[str, Any]) -> Any:
     axes.set_title(
         f"Loss, alignment and self norm of every sample\n{subtitle(results)}", fontsize=9
     )
-    handles = [axes.barh([0], [0], color=COLOURS[i], label=label) for i, label in enumerate(series)]
+    handles = [axes.barh([0], [0], color=colours[label], label=label) for label in series]
     axes.legend(handles=handles, fontsize=7, loc="best")
     return figure
 

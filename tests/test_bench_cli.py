@@ -124,3 +124,15 @@ def test_growth_chart(tmp_path) -> None:
         "growth": {"N": sweep, "C": sweep},
     }
     assert [p.name for p in draw_all(results, tmp_path)] == ["full_growth.png"]
+
+
+def test_the_speed_chart_names_what_was_measured() -> None:
+    from moso_fast.bench.charts import speed
+
+    naive = {"provider": "naive", "family": "plain", "seconds": 1e-3, "times_ours": 2.0}
+    record = {"speedup": 2.0, "rows_scored": 10, "rows": [naive],
+              "measured": {"torch": "2", "backend": "cpu"}}  # fmt: skip
+    machine = {"processor": "p", "threads": 1}
+    figure = speed({"profile": "full", "machine": machine, "cases": {"c": record}})
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ["best plain PyTorch", "naive closed form"]

@@ -31,7 +31,6 @@ struct Tile {
   }
   int64_t blocks() const { return (dim + kBlockD - 1) / kBlockD; }
   int64_t width(int64_t block) const { return std::min(kBlockD, dim - block * kBlockD); }
-  int64_t depth(int64_t block) const { return words_of<Op>(width(block)); }
   float* row(int64_t block, int64_t index) const {
     return data + block * block_words(rows) + index * kStride;
   }

@@ -328,7 +328,7 @@ struct ManyClasses {
           }
           prepare_outer(tile, count);
           const float* residual = job.residual + first * width + c;
-          const int64_t next = first + kRowsMax;
+          const int64_t next = first + count;
           Ahead wanted(Products<Op>::outer_steps(count, classes, columns),
                        features_of(next, kRowsMax, d, columns),
                        residuals_of(job.residual, next, kRowsMax, c, classes));

@@ -359,42 +359,51 @@ def test_architectures_are_those_that_nvcc_supports(
 
 
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
-NO_BF16 = "-DMOSO_FAST_NO_AVX512BF16=1 -DMOSO_FAST_NO_AMX=1"
+X86 = "-DMOSO_FAST_X86=1"
+NO_AMX = "-DMOSO_FAST_NO_AMX=1"
+NO_BF16 = f"-DMOSO_FAST_NO_AVX512BF16=1 {NO_AMX}"
+GNU = "-Wa,-mbranches-within-32B-boundaries"
+CLANG = "-mbranches-within-32B-boundaries"
+
+
+def x86_compiler(*refused: str) -> str:
+    """Return a shell script for a compiler that refuses options which hold one of these texts."""
+    patterns = "|".join(f"*{text}*" for text in refused) or "nothing"
+    return f"case \"$*\" in {patterns}) exit 1;; *) echo '#define __x86_64__ 1';; esac"
 
 
 @pytest.mark.parametrize(
     ("compiler", "expected"),
     [
         (
-            "echo '#define __x86_64__ 1'",
+            x86_compiler(),
             {
-                "a": "-DMOSO_FAST_X86=1",
-                "a_avx2": "-DMOSO_FAST_X86=1 -mavx2 -mfma -mf16c",
-                "a_avx512": f"-DMOSO_FAST_X86=1 {AVX512} -mavx512bf16 -mavx2 -mfma -mf16c",
-                "a_amx": f"-DMOSO_FAST_X86=1 -mamx-tile -mamx-bf16 {AVX512} -mavx512bf16 -mavx2 "
+                "a": f"{X86} {GNU}",
+                "a_avx2": f"{X86} {GNU} -mavx2 -mfma -mf16c",
+                "a_avx512": f"{X86} {GNU} {AVX512} -mavx512bf16 -mavx2 -mfma -mf16c",
+                "a_amx": f"{X86} {GNU} -mamx-tile -mamx-bf16 {AVX512} -mavx512bf16 -mavx2 "
                 "-mfma -mf16c",
             },
         ),
         (
-            "case \"$*\" in *amx*) exit 1;; *) echo '#define __x86_64__ 1';; esac",
+            x86_compiler("-Wa,", "amx"),
             {
-                "a": "-DMOSO_FAST_X86=1 -DMOSO_FAST_NO_AMX=1",
-                "a_avx2": "-DMOSO_FAST_X86=1 -DMOSO_FAST_NO_AMX=1 -mavx2 -mfma -mf16c",
-                "a_avx512": f"-DMOSO_FAST_X86=1 -DMOSO_FAST_NO_AMX=1 {AVX512} -mavx512bf16 -mavx2 "
-                "-mfma -mf16c",
+                "a": f"{X86} {NO_AMX} {CLANG}",
+                "a_avx2": f"{X86} {NO_AMX} {CLANG} -mavx2 -mfma -mf16c",
+                "a_avx512": f"{X86} {NO_AMX} {CLANG} {AVX512} -mavx512bf16 -mavx2 -mfma -mf16c",
             },
         ),
         (
-            "case \"$*\" in *bf16*) exit 1;; *) echo '#define __x86_64__ 1';; esac",
+            x86_compiler("branches", "bf16"),
             {
-                "a": f"-DMOSO_FAST_X86=1 {NO_BF16}",
-                "a_avx2": f"-DMOSO_FAST_X86=1 {NO_BF16} -mavx2 -mfma -mf16c",
-                "a_avx512": f"-DMOSO_FAST_X86=1 {NO_BF16} {AVX512} -mavx2 -mfma -mf16c",
+                "a": f"{X86} {NO_BF16}",
+                "a_avx2": f"{X86} {NO_BF16} -mavx2 -mfma -mf16c",
+                "a_avx512": f"{X86} {NO_BF16} {AVX512} -mavx2 -mfma -mf16c",
             },
         ),
         ("echo '#define __aarch64__ 1'", {"a": ""}),
     ],
-    ids=["x86-64", "x86-64 without AMX", "x86-64 without bf16", "aarch64"],
+    ids=["g++", "clang without AMX", "old g++ and assembler", "aarch64"],
 )
 def test_instruction_sets_follow_file_name_and_compiler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, expected: dict[str, str]

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +28,13 @@ AVX512_BF16 = "-mavx512bf16"
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AMX_FLAGS = ["-mamx-tile", "-mamx-bf16"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", AVX512_BF16, *AVX2_FLAGS]
+# Intel's processors from Skylake to Cascade Lake decode a loop anew each time round where one of
+# its jumps touches a 32-byte boundary (the "Jump Conditional Code" erratum). Assemblers keep jumps
+# clear of them: GNU's by the first spelling, clang's by the second.
+JUMPS_WITHIN_BOUNDARIES = [
+    "-Wa,-mbranches-within-32B-boundaries",
+    "-mbranches-within-32B-boundaries",
+]
 NVCC_FLAGS = [
     *("-O3", "-std=c++17", "-cudart=static", "-Xptxas=-warn-spills"),
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
@@ -136,6 +144,7 @@ def add_cpu(ninja: Ninja, plan: Plan, folder: Path) -> None:
         if not known(*AMX_FLAGS, AVX512_BF16):  # g++ before 11, clang before 11
             by_name["amx"] = None
             flags.append("-DMOSO_FAST_NO_AMX=1")
+        flags += jump_flags(plan.cxx)
     objects = []
     for source in sorted(folder.glob("*.cpp")):
         own: list[str] | None = []
@@ -147,6 +156,17 @@ def add_cpu(ninja: Ninja, plan: Plan, folder: Path) -> None:
             continue
         objects.append(ninja.compile(source, [*plan.cxx, *flags, *own, *user_flags()]))
     ninja.link("_cpu.so", objects, [*plan.cxx, *shared_flags(), "-pthread"])
+
+
+def jump_flags(cxx: Sequence[str]) -> list[str]:
+    """Return the spelling of JUMPS_WITHIN_BOUNDARIES that the compiler assembles with, if any."""
+    # Not to os.devnull: an assembler may delete its output when it fails.
+    with tempfile.TemporaryDirectory() as folder:
+        for flag in JUMPS_WITHIN_BOUNDARIES:
+            out = str(Path(folder, "empty.o"))
+            if output_of([*cxx, flag, "-c", "-x", "c++", os.devnull, "-o", out]) is not None:
+                return [flag]
+    return []
 
 
 def add_cuda(ninja: Ninja, plan: Plan, folder: Path) -> None:

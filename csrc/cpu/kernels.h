@@ -98,5 +98,7 @@ const std::vector<Variant>& variants();
 // are faster than its float32 ones.
 bool runs_bf16_products(const Variant& variant);
 bool prefers_bf16_products(const Variant& variant);
+// Of one core. Tiles are cut by it, hence float32 sums: the same on every call.
+int64_t second_level_cache_bytes();
 
 }  // namespace moso_fast

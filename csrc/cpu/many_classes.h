@@ -19,10 +19,11 @@ constexpr int64_t kRowsMax = 18 * 14;  // a multiple of kTileM for every vector 
 
 // Rows of a tile. Short vectors have small register tiles, whose sums must be long to be worth
 // loading and storing: their copy stays within a share of the third-level cache. With AVX-512 it
-// stays within the second.
-constexpr int64_t kTileBytes = int64_t{1} << (VL == 16 ? 19 : 22);
+// takes a quarter of the second, and the next tile, asked for ahead, another one: the rest is for
+// W, G and residuals.
+inline int64_t tile_bytes() { return VL == 16 ? second_level_cache_bytes() / 4 : int64_t{1} << 22; }
 inline int64_t rows_of_tile(int64_t dim) {
-  const int64_t rows = kTileBytes / (4 * dim);
+  const int64_t rows = tile_bytes() / (4 * dim);
   return std::clamp<int64_t>(rows / kTileM * kTileM, 4 * kTileM, kRowsMax);
 }
 

@@ -69,6 +69,18 @@ def test_every_instruction_set(monkeypatch, variant, dtype, rows, classes, dim):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [2, 8, 10])
+def test_every_remainder_of_a_read(monkeypatch, variant, dtype, classes):
+    """Reads of few classes give even and odd bfloat16; rows begin anywhere."""
+    monkeypatch.setenv(SIMD_VARIABLE, variant)
+    for dim in [*range(1, 34), 95, 127, 130]:
+        features, *others = problem(50, classes, dim + 1, dtype=dtype)
+        args = features[:, 1:], others[0][:, 1:], *others[1:]
+        assert_exact(last_layer_stats(*args, backend="cpu", precision="highest"), args)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dim", [5, 256, 300])
 @pytest.mark.parametrize("rest", range(1, 10))
 def test_classes_behind_the_last_panel(monkeypatch, variant, rest, dim):

@@ -42,16 +42,26 @@ struct FewClasses {
       : p(problem),
         width(p.heads * p.classes),
         dim(p.dim),
-        ldw((p.dim + VL - 1) / VL * VL),
+        ldw(round_up(p.dim, kParts<T> * VL)),
         tile_rows(rows_of_few_classes<T>(p.dim)),
         zero_row(size_t(p.dim) + VL) {}
 
-  // Rows padded with zeros to whole vectors.
+  // Rows in the order of reads.
   void pack(const float* source, Buffer* to) const {
     to->reserve(size_t(width * ldw));
     clear(to->get(), width * ldw);
     for (int64_t c = 0; c < width; ++c)
-      std::memcpy(to->get() + c * ldw, source + c * dim, size_t(dim) * 4);
+      for_places<T>(dim, [&](int64_t column, int64_t place) {
+        to->get()[c * ldw + place] = source[c * dim + column];
+      });
+  }
+
+  // Adds sums in the order of reads to the total.
+  void add_in_order(const float* sums, double* total) const {
+    for (int64_t c = 0; c < width; ++c)
+      for_places<T>(dim, [&](int64_t column, int64_t place) {
+        total[c * dim + column] += double(sums[c * ldw + place]);
+      });
   }
 
   // One worker's tile.
@@ -139,13 +149,13 @@ struct FewClasses {
     std::vector<Buffer> grads(tiles.size());
     for (size_t i = 0; i < tiles.size(); ++i) {
       tiles[i].residual.reserve(size_t(width * kTileRows));
-      grads[i].reserve(size_t(width * (dim + 1)));
+      grads[i].reserve(size_t(width * (ldw + 1)));
     }
     Turnstile order;
     run_tasks(p.threads, slabs, [&](int64_t index, int worker) {
       Tile* t = &tiles[size_t(worker)];
       float* grad = grads[size_t(worker)].get();
-      clear(grad, width * (dim + 1));
+      clear(grad, width * (ldw + 1));
       const int64_t end = std::min(p.rows, (index + 1) * slab);
       for (int64_t first = index * slab; first < end; first += tile_rows) {
         const int64_t count = std::min(tile_rows, end - first);
@@ -157,8 +167,8 @@ struct FewClasses {
         add_gradients(*t, count, grad);
       }
       order.pass(index, [&] {
-        add_to_total(job.grad_sum, grad, width * dim);
-        add_to_total(job.bias_grad_sum, grad + width * dim, width);
+        add_in_order(grad, job.grad_sum);
+        add_to_total(job.bias_grad_sum, grad + width * ldw, width);
       });
     });
     for (const Tile& t : tiles) t.status.merge_into(job.status);
@@ -177,14 +187,14 @@ struct FewClasses {
     const int64_t group = class_group(width);
     for (int64_t c = 0; c < width; c += group) {
       kOuter[size_t(std::min(group, width - c) - 1)](
-          t.rows, count, dim, t.residual.get() + c * kTileRows, grad + c * dim, dim);
+          t.rows, count, dim, t.residual.get() + c * kTileRows, grad + c * ldw, ldw);
     }
     for (int64_t c = 0; c < width; ++c) {
       vf total{};
       for_lanes(count, [&](int64_t i, int lanes) {
         total += load_n(t.residual.get() + c * kTileRows + i, lanes);
       });
-      grad[width * dim + c] += sum(total);
+      grad[width * ldw + c] += sum(total);
     }
   }
 

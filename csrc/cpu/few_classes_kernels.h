@@ -65,6 +65,17 @@ int64_t rows_of_few_classes(int64_t dim) {
   return std::clamp<int64_t>(rows, kRowStep, kTileRows);
 }
 
+// visit(column, place) for all columns of a row of W, G or its sums: they lie in the order that
+// reads of T give, with zeros up to a whole read.
+template <class T, class Visit>
+MOSO_INLINE void for_places(int64_t dim, const Visit& visit) {
+  constexpr int P = kParts<T>, kRead = P * VL;
+  int64_t d = 0;
+  for (; d + kRead <= dim; d += kRead)
+    for (int i = 0; i < kRead; ++i) visit(d + i, d + i % P * VL + i / P);
+  for (int i = 0; d + i < dim; ++i) visit(d + i, d + i % P * VL + i / P);
+}
+
 // acc[r][c] = lane sums of <rows[r], w[c]>, and with Norm norm[r] those of |rows[r]|^2.
 template <int R, int C, bool Norm, class T>
 MOSO_INLINE void dots(const T* const (&rows)[R], const float* w, int64_t ldw, int64_t dim,
@@ -89,20 +100,27 @@ MOSO_INLINE void dots(const T* const (&rows)[R], const float* w, int64_t ldw, in
       for (int r = 0; r < R; ++r) norm[r] += h[r] * h[r];
     }
   };
+  constexpr int P = kParts<T>;
   vf h[R];
   int64_t d = 0;
-  for (; d + VL <= dim; d += VL) {
+  for (; d + P * VL <= dim; d += P * VL) {
+#pragma GCC unroll 2
+    for (int part = 0; part < P; ++part) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      if (C > 2) __builtin_prefetch(rows[r] + d + kAheadBytes / sizeof(T));
-      h[r] = load(rows[r] + d);
+      for (int r = 0; r < R; ++r) {
+        if (C > 2 && part == 0) __builtin_prefetch(rows[r] + d + kAheadBytes / sizeof(T));
+        h[r] = load_part(rows[r] + d, part);
+      }
+      step(h, d + part * VL);
     }
-    step(h, d);
   }
   if (d < dim) {
+#pragma GCC unroll 2
+    for (int part = 0; part < P; ++part) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) h[r] = load_first(rows[r] + d, int(dim - d));
-    step(h, d);
+      for (int r = 0; r < R; ++r) h[r] = load_first_part(rows[r] + d, int(dim - d), part);
+      step(h, d + part * VL);
+    }
   }
 }
 
@@ -163,23 +181,23 @@ constexpr int outer_vectors(int classes) {
   return classes <= 2 ? 4 : classes == 3 ? 3 : 2;
 }
 
-// g[m * ldg + v * VL] += sum over rows of r[m * kTileRows + row] * rows[row][d + v * VL]; of the
-// last vector only `lanes` numbers exist.
-template <int M, int V, class T>
+// g[m * ldg + v * VL] += sum over rows of r[m * kTileRows + row] * rows[row][d...], where V vectors
+// begin at column d; but for Whole only the first `numbers` columns exist.
+template <int M, int V, bool Whole, class T>
 inline void add_outer_block(const T* const* rows, int64_t count, int64_t d, const float* r,
-                            float* g, int64_t ldg, int lanes) {
+                            float* g, int64_t ldg, int numbers) {
+  constexpr int P = kParts<T>;
   vf acc[M][V];
 #pragma GCC unroll 14
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      acc[m][v] = v + 1 < V ? load(g + m * ldg + v * VL) : load_n(g + m * ldg + v * VL, lanes);
+    for (int v = 0; v < V; ++v) acc[m][v] = load(g + m * ldg + v * VL);
   for (int64_t k = 0; k < count; ++k) {
     vf h[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const T* at = rows[k] + d + v * VL;
-      h[v] = v + 1 < V || lanes == VL ? load(at) : load_first(at, lanes);
+      const T* at = rows[k] + d + v / P * P * VL;
+      h[v] = Whole ? load_part(at, v % P) : load_first_part(at, numbers, v % P);
     }
 #pragma GCC unroll 14
     for (int m = 0; m < M; ++m) {
@@ -191,23 +209,20 @@ inline void add_outer_block(const T* const* rows, int64_t count, int64_t d, cons
 #pragma GCC unroll 14
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      if (v + 1 < V)
-        store(g + m * ldg + v * VL, acc[m][v]);
-      else
-        store_n(g + m * ldg + v * VL, acc[m][v], lanes);
-    }
+    for (int v = 0; v < V; ++v) store(g + m * ldg + v * VL, acc[m][v]);
 }
 
 // The same for all dim columns of g (M, ldg).
 template <int M, class T>
 inline void add_outer_rows(const T* const* rows, int64_t count, int64_t dim, const float* r,
                            float* g, int64_t ldg) {
-  constexpr int V = outer_vectors(M);
+  constexpr int P = kParts<T>, V = outer_vectors(M) / P * P;
   int64_t d = 0;
-  for (; d + V * VL <= dim; d += V * VL) add_outer_block<M, V>(rows, count, d, r, g + d, ldg, VL);
-  for (; d < dim; d += VL)
-    add_outer_block<M, 1>(rows, count, d, r, g + d, ldg, int(std::min<int64_t>(VL, dim - d)));
+  for (; d + V * VL <= dim; d += V * VL)
+    add_outer_block<M, V, true>(rows, count, d, r, g + d, ldg, V * VL);
+  for (; d + P * VL <= dim; d += P * VL)
+    add_outer_block<M, P, true>(rows, count, d, r, g + d, ldg, P * VL);
+  if (d < dim) add_outer_block<M, P, false>(rows, count, d, r, g + d, ldg, int(dim - d));
 }
 
 // Adds a block's share of the sum over C classes of r <h, G>, lane by lane: VL numbers a row of

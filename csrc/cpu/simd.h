@@ -85,6 +85,32 @@ inline vf load_first(const T* p, int n) {
   std::memcpy(lanes, p, size_t(n) * sizeof(T));
   return load(lanes);
 }
+
+// What one read of VL words gives: a vector of float32; of bfloat16 two, first the even numbers and
+// then the odd ones. Each of those takes one instruction, a vector in order two, on the units that
+// multiply-adds need. Half precision is widened in order.
+template <class T>
+constexpr int kParts = 1;
+template <>
+constexpr int kParts<bf16> = 2;
+
+template <class T>
+inline vf load_part(const T* p, int) {
+  return load(p);
+}
+inline vf load_part(const bf16* p, int part) {
+  vi words;
+  std::memcpy(&words, p, sizeof words);
+  return reinterpret_cast<vf>(part == 0 ? words << 16 : words & splat_int(-65536));
+}
+// The same of the first n numbers, zeros behind them.
+template <class T>
+inline vf load_first_part(const T* p, int n, int part) {
+  T numbers[kParts<T> * VL] = {};
+  std::memcpy(numbers, p, size_t(n) * sizeof(T));
+  return load_part(numbers, part);
+}
+
 inline vf load_first(const float* p, int n, float fill) {
 #if VL == 16
   return reinterpret_cast<vf>(

@@ -113,13 +113,14 @@ def test_medium_precision(monkeypatch, variant, dtype, rows, classes, dim, heads
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", [True, False])
-def test_large_heads_and_rows_that_are_left_out(monkeypatch, variant, dtype, kept):
+@pytest.mark.parametrize(("classes", "dim"), [(1030, 300), (130, 2400)])
+def test_large_heads_and_rows_that_are_left_out(monkeypatch, variant, dtype, kept, classes, dim):
     """Tiles of some columns at a time find a bad row when its first products are done."""
     monkeypatch.setenv(SIMD_VARIABLE, variant)
     if not kept:
         monkeypatch.setattr(engine, "residual_budget", lambda device: 0)
-    features, weight, labels, bias = problem(300, 1030, 300, dtype=dtype)
-    features[7, 299], features[101, 0], features[299, 256] = math.nan, math.inf, -math.inf
+    features, weight, labels, bias = problem(300, classes, dim, dtype=dtype)
+    features[7, dim - 1], features[101, 0], features[299, 256] = math.nan, math.inf, -math.inf
     args = (features, weight, labels, bias)
     options = {"backend": "cpu", "precision": "medium"}
     for chunk_size in (None, 70):

@@ -2,8 +2,9 @@
 // the products run as register tiles on packed operands.
 //
 // First pass: pack tile, Z = H W^T, residual rows in place, G += R^T H from the same tile.
-// Matrix units wait for large W: where nothing but Z needs the rows, a tile is of kBlockD columns
-// at a time and of more rows, past which W goes each time it is read.
+// Matrix units wait for large W, and so does every core whose tile has few rows because they are
+// long: where nothing but Z needs the rows, a tile is then of kBlockD columns at a time and of more
+// rows, past which W goes each time it is read.
 // Each slab of rows has a float32 partial of G. Where G is large (split_grad), that would cost a
 // sweep over C x D numbers a slab, so G is made afterwards from the stored residuals, in blocks of
 // classes x columns that are shared out instead of rows.
@@ -16,6 +17,7 @@
 // FLOPs: 4 N C D and 2 N C D; bytes: H once a pass (twice with split_grad).
 
 constexpr int64_t kRowsMax = 18 * 14;  // a multiple of kTileM for every vector length
+constexpr int64_t kLeastRows = 4 * kTileM;
 
 // Rows of a tile. Short vectors have small register tiles, whose sums must be long to be worth
 // loading and storing: their copy stays within a share of the third-level cache. With AVX-512 it
@@ -24,7 +26,7 @@ constexpr int64_t kRowsMax = 18 * 14;  // a multiple of kTileM for every vector 
 inline int64_t tile_bytes() { return VL == 16 ? second_level_cache_bytes() / 4 : int64_t{1} << 22; }
 inline int64_t rows_of_tile(int64_t dim) {
   const int64_t rows = tile_bytes() / (4 * dim);
-  return std::clamp<int64_t>(rows / kTileM * kTileM, 4 * kTileM, kRowsMax);
+  return std::clamp<int64_t>(rows / kTileM * kTileM, kLeastRows, kRowsMax);
 }
 
 // Rows of a tile that has a block of columns at a time, from so many numbers of W on: few enough to
@@ -33,7 +35,7 @@ constexpr int64_t kStreamedNumbers = int64_t{1} << 18;
 constexpr int64_t kStreamedBytes = int64_t{1} << 24;
 inline int64_t rows_of_streamed_tile(int64_t rows, int64_t width) {
   const int64_t wanted = std::min({(rows + 15) / 16, kStreamedBytes / (4 * width), kRowsMax});
-  return std::clamp<int64_t>(wanted / kTileM * kTileM, 4 * kTileM, kRowsMax);
+  return std::clamp<int64_t>(wanted / kTileM * kTileM, kLeastRows, kRowsMax);
 }
 
 // Class ids among so few take their softmax VL rows at a time: no lane sums, no lanes unused.
@@ -44,6 +46,9 @@ constexpr int64_t kLaneClasses = 128;
 constexpr int64_t kGradClasses = (VL == 16 ? 18 : kOuterGroups) * kTileM;
 constexpr int64_t kGradColumns = (VL == 16 ? 1 : 4) * kBlockD;
 constexpr int64_t kGradRows = 4096;  // rows that a float32 partial sums
+// Rows copied at a time. With AVX-512 a panel of columns and the packed residuals that it meets
+// (46 words a row) stay in a first-level cache of 32 KB.
+constexpr int64_t kGradTileRows = VL == 16 ? 12 * kTileM : kRowsMax;
 
 template <class T, class Op>
 struct ManyClasses {
@@ -59,7 +64,8 @@ struct ManyClasses {
       : p(problem), width(p.heads * p.classes), dim(p.dim) {}
 
   void cut(bool keep_rows) {
-    whole_rows = keep_rows || !Op::kMatrixUnits || width * dim < kStreamedNumbers;
+    const bool deep = Op::kMatrixUnits || tile_bytes() / (4 * dim) < kLeastRows;
+    whole_rows = keep_rows || !deep || width * dim < kStreamedNumbers;
     tile_rows = whole_rows ? rows_of_tile(dim) : rows_of_streamed_tile(p.rows, width);
   }
 
@@ -305,8 +311,8 @@ struct ManyClasses {
     };
     std::vector<Scratch> scratch(size_t(std::min<int64_t>(p.threads.count, tasks)));
     for (Scratch& s : scratch) {
-      s.tile.reserve(Tile<Op>::words(kRowsMax, kGradColumns));
-      s.outer.reserve(Products<Op>::outer_words(kRowsMax));
+      s.tile.reserve(Tile<Op>::words(kGradTileRows, kGradColumns));
+      s.outer.reserve(Products<Op>::outer_words(kGradTileRows));
       s.grad.reserve(size_t(per_block * kGradColumns + per_block));
     }
     run_tasks(p.threads, tasks, [&](int64_t index, int id) {
@@ -314,13 +320,13 @@ struct ManyClasses {
       const int64_t c = index % class_blocks * per_block, d = index / class_blocks * kGradColumns;
       const int64_t classes = std::min(per_block, width - c);
       const int64_t columns = std::min(kGradColumns, dim - d);
-      const Tile<Op> tile{kRowsMax, columns, s.tile.get()};
+      const Tile<Op> tile{kGradTileRows, columns, s.tile.get()};
       float* bias_part = s.grad.get() + classes * columns;
       for (int64_t start = 0; start < p.rows; start += kGradRows) {
         const int64_t end = std::min(p.rows, start + kGradRows);
         clear(s.grad.get(), classes * (columns + 1));
-        for (int64_t first = start; first < end; first += kRowsMax) {
-          const int64_t count = std::min(kRowsMax, end - first);
+        for (int64_t first = start; first < end; first += kGradTileRows) {
+          const int64_t count = std::min(kGradTileRows, end - first);
           for (int64_t i = 0; i < count; ++i) {
             if (job.counted[first + i])
               pack_row(tile, i, feature_row<T>(p, first + i) + d);
@@ -331,8 +337,8 @@ struct ManyClasses {
           const float* residual = job.residual + first * width + c;
           const int64_t next = first + count;
           Ahead wanted(Products<Op>::outer_steps(count, classes, columns),
-                       features_of(next, kRowsMax, d, columns),
-                       residuals_of(job.residual, next, kRowsMax, c, classes));
+                       features_of(next, kGradTileRows, d, columns),
+                       residuals_of(job.residual, next, kGradTileRows, c, classes));
           Products<Op>::add_outer(tile, count, residual, width, classes, columns, s.grad.get(),
                                   columns, s.outer.get(), &wanted);
           if (d == 0)

@@ -53,3 +53,20 @@ class Ahead {
   int64_t rows_ = 0, width_ = 1, stride_ = 0, step_ = 0, left_ = 1;
   RowBytes then_;
 };
+
+// Features of `count` rows from `first` on, all columns or some, as far as there are rows.
+template <class T>
+inline RowBytes features_of(const Problem& p, int64_t first, int64_t count, int64_t column,
+                            int64_t columns) {
+  constexpr int64_t kSize = sizeof(T);
+  if (first >= p.rows) return {};
+  return {feature_row<T>(p, first) + column, std::min(count, p.rows - first), columns * kSize,
+          p.row_stride * kSize};
+}
+// The same of residuals that lie row by row, where there are any.
+inline RowBytes residuals_of(const Problem& p, const float* residual, int64_t first, int64_t count,
+                             int64_t c, int64_t classes) {
+  const int64_t width = p.heads * p.classes;
+  if (!residual || first >= p.rows) return {};
+  return {residual + first * width + c, std::min(count, p.rows - first), classes * 4, width * 4};
+}

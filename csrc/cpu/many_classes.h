@@ -16,8 +16,7 @@
 //
 // FLOPs: 4 N C D and 2 N C D; bytes: H once a pass (twice with split_grad).
 
-constexpr int64_t kRowsMax = 18 * 14;  // a multiple of kTileM for every vector length
-constexpr int64_t kLeastRows = 4 * kTileM;
+constexpr int64_t kLeastRows = 4 * kTileM;  // and kRowsMax at most
 
 // Rows of a tile. Short vectors have small register tiles, whose sums must be long to be worth
 // loading and storing: their copy stays within a share of the third-level cache. With AVX-512 it
@@ -40,15 +39,6 @@ inline int64_t rows_of_streamed_tile(int64_t rows, int64_t width) {
 
 // Class ids among so few take their softmax VL rows at a time: no lane sums, no lanes unused.
 constexpr int64_t kLaneClasses = 128;
-
-// Blocks of G made from stored residuals: each reads its columns of H and its classes of R once
-// more, so they are as large as the order of add_outer lets the caches hold.
-constexpr int64_t kGradClasses = (VL == 16 ? 18 : kOuterGroups) * kTileM;
-constexpr int64_t kGradColumns = (VL == 16 ? 1 : 4) * kBlockD;
-constexpr int64_t kGradRows = 4096;  // rows that a float32 partial sums
-// Rows copied at a time. With AVX-512 a panel of columns and the packed residuals that it meets
-// (46 words a row) stay in a first-level cache of 32 KB.
-constexpr int64_t kGradTileRows = VL == 16 ? 12 * kTileM : kRowsMax;
 
 template <class T, class Op>
 struct ManyClasses {
@@ -161,29 +151,16 @@ struct ManyClasses {
         pack(w, first, count, block_of(*w, block), block * kBlockD);
         const bool last = block + 1 == blocks;
         const int64_t column = last ? 0 : (block + 1) * kBlockD;
-        next_block = {
-            N * Products<Op>::steps(count, *factors[0].panels) / blocks,
-            features_of(last ? next : first, tile_rows, column, std::min(kBlockD, dim - column)),
-            last ? also : RowBytes{}};
+        next_block = {N * Products<Op>::steps(count, *factors[0].panels) / blocks,
+                      features_of<T>(p, last ? next : first, tile_rows, column,
+                                     std::min(kBlockD, dim - column)),
+                      last ? also : RowBytes{}};
         wanted = &next_block;
       }
       for (const Factor& f : factors)
         Products<Op>::times_panels(block_of(*w, block), count, *f.panels, block, f.bias, f.out,
                                    width, wanted);
     }
-  }
-
-  // Features of the tile at `first`, all columns or some of them, and residuals in memory.
-  RowBytes features_of(int64_t first, int64_t count, int64_t column, int64_t columns) const {
-    constexpr int64_t kSize = sizeof(T);
-    if (first >= p.rows) return {};
-    return {feature_row<T>(p, first) + column, std::min(count, p.rows - first), columns * kSize,
-            p.row_stride * kSize};
-  }
-  RowBytes residuals_of(const float* residual, int64_t first, int64_t count, int64_t c,
-                        int64_t classes) const {
-    if (!residual || first >= p.rows) return {};
-    return {residual + first * width + c, std::min(count, p.rows - first), classes * 4, width * 4};
   }
 
   // Residuals in place of the logits z (count, width); statistics to out where it is given.
@@ -269,7 +246,7 @@ struct ManyClasses {
         // Most likely the worker's next.
         const int64_t next =
             first + tile_rows < end ? first + tile_rows : (index + p.threads.count) * slab;
-        Ahead wanted(steps, features_of(next, tile_rows, 0, dim));
+        Ahead wanted(steps, features_of<T>(p, next, tile_rows, 0, dim));
         float* residual = job.residual ? job.residual + first * width : w->residual.get();
         choose_rows(w, first, count, nullptr);
         multiply_rows(w, first, count, {Factor{&weight, bias.get(), residual}}, next, {}, &wanted);
@@ -291,65 +268,13 @@ struct ManyClasses {
       });
     });
     for (const Worker& w : workers) w.status.merge_into(job.status);
-    if (p.split_grad) split_gradient(job);
+    if (p.split_grad) GradientBlocks<T, Op>(p).add(job);
   }
 
   // sums[c] += column sums of the residual rows.
   void add_bias(const float* residual, int64_t count, float* sums) const {
     for (int64_t i = 0; i < count; ++i)
       for (int64_t c = 0; c < width; ++c) sums[c] += residual[i * width + c];
-  }
-
-  // G in blocks of classes x columns, each summed over all rows by one worker.
-  void split_gradient(const FirstPass& job) {
-    const int64_t class_blocks = (width + kGradClasses - 1) / kGradClasses;
-    const int64_t per_block = (width + class_blocks - 1) / class_blocks;
-    const int64_t column_blocks = (dim + kGradColumns - 1) / kGradColumns;
-    const int64_t tasks = class_blocks * column_blocks;
-    struct Scratch {
-      Buffer tile, outer, grad;
-    };
-    std::vector<Scratch> scratch(size_t(std::min<int64_t>(p.threads.count, tasks)));
-    for (Scratch& s : scratch) {
-      s.tile.reserve(Tile<Op>::words(kGradTileRows, kGradColumns));
-      s.outer.reserve(Products<Op>::outer_words(kGradTileRows));
-      s.grad.reserve(size_t(per_block * kGradColumns + per_block));
-    }
-    run_tasks(p.threads, tasks, [&](int64_t index, int id) {
-      const Scratch& s = scratch[size_t(id)];
-      const int64_t c = index % class_blocks * per_block, d = index / class_blocks * kGradColumns;
-      const int64_t classes = std::min(per_block, width - c);
-      const int64_t columns = std::min(kGradColumns, dim - d);
-      const Tile<Op> tile{kGradTileRows, columns, s.tile.get()};
-      float* bias_part = s.grad.get() + classes * columns;
-      for (int64_t start = 0; start < p.rows; start += kGradRows) {
-        const int64_t end = std::min(p.rows, start + kGradRows);
-        clear(s.grad.get(), classes * (columns + 1));
-        for (int64_t first = start; first < end; first += kGradTileRows) {
-          const int64_t count = std::min(kGradTileRows, end - first);
-          for (int64_t i = 0; i < count; ++i) {
-            if (job.counted[first + i])
-              pack_row(tile, i, feature_row<T>(p, first + i) + d);
-            else
-              tile.clear_row(i);
-          }
-          prepare_outer(tile, count);
-          const float* residual = job.residual + first * width + c;
-          const int64_t next = first + count;
-          Ahead wanted(Products<Op>::outer_steps(count, classes, columns),
-                       features_of(next, kGradTileRows, d, columns),
-                       residuals_of(job.residual, next, kGradTileRows, c, classes));
-          Products<Op>::add_outer(tile, count, residual, width, classes, columns, s.grad.get(),
-                                  columns, s.outer.get(), &wanted);
-          if (d == 0)
-            for (int64_t i = 0; i < count; ++i)
-              for (int64_t m = 0; m < classes; ++m) bias_part[m] += residual[i * width + m];
-        }
-        for (int64_t m = 0; m < classes; ++m)
-          add_to_total(job.grad_sum + (c + m) * dim + d, s.grad.get() + m * columns, columns);
-        if (d == 0) add_to_total(job.bias_grad_sum + c, bias_part, classes);
-      }
-    });
   }
 
   void second_pass(const SecondPass& job) {
@@ -369,12 +294,13 @@ struct ManyClasses {
       const int64_t first = index * tile_rows, count = std::min(tile_rows, p.rows - first);
       const int64_t next = first + p.threads.count * tile_rows;
       const Factor alignments{&mean_grad, mean_bias.get(), w->product.get()};
-      Ahead wanted(Products<Op>::steps(count, mean_grad), features_of(next, tile_rows, 0, dim));
+      Ahead wanted(Products<Op>::steps(count, mean_grad),
+                   features_of<T>(p, next, tile_rows, 0, dim));
       choose_rows(w, first, count, job.counted);
       const float* residual = job.residual + first * width;
       if (job.residual) {
         multiply_rows(w, first, count, {alignments}, next,
-                      residuals_of(job.residual, first, count, 0, width), &wanted);
+                      residuals_of(p, job.residual, first, count, 0, width), &wanted);
       } else {
         const Factor logits{&weight, bias.get(), w->residual.get()};
         multiply_rows(w, first, count, {alignments, logits}, next, {}, &wanted);

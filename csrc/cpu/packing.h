@@ -5,6 +5,7 @@
 // so that addresses are constants and no two rows share a cache set.
 
 constexpr int64_t kBlockD = 256;
+constexpr int64_t kRowsMax = 18 * 14;  // a multiple of kTileM for every vector length
 
 // Squared norms of a row: as given, and as the tile's numbers have it.
 struct Norms {

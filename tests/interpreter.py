@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -48,6 +49,8 @@ def run_interpreted(file: str, cwd: Path, *, select: str | None = None) -> None:
     path = FOLDER / file if select is None else FOLDER.parent / file
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning:triton"]
     chosen = [] if select is None else ["-k", select]
+    if importlib.util.find_spec("xdist"):  # each test is one thread's work, for seconds
+        options += ["-n", str(min(4, os.cpu_count() or 1)), "-p", "no:benchmark"]
     child = subprocess.run(
         [sys.executable, "-c", command, *options, *chosen, str(path)],
         cwd=cwd,

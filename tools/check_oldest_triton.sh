@@ -24,6 +24,6 @@ unset PYTHONPATH PYTHONHOME TRITON_INTERPRET
 "${PYTHON:-python3}" -m venv "$venv"
 # The interpreter of Triton 3.6 takes no numpy 2.4: it calls range() on arrays of one element.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    "$torch" "triton==$oldest.*" "numpy<2.4" pytest pytest-timeout hypothesis
+    "$torch" "triton==$oldest.*" "numpy<2.4" pytest pytest-timeout pytest-xdist hypothesis
 "$venv/bin/python" -c 'import triton; print("Triton", triton.__version__)'
 "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/test_triton_*.py

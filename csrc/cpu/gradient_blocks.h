@@ -1,5 +1,5 @@
 // The mean gradient of large heads, from stored residuals: in blocks of classes x columns, each
-// summed over all rows by one worker, where slabs of rows would each cost a sweep over C x D
+// summed over all rows by one worker: slabs of rows would each cost a sweep over C x D
 // numbers.
 
 // Each block reads its columns of H and its classes of R once more, so they are as large as the

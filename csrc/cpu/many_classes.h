@@ -5,9 +5,8 @@
 // Matrix units wait for large W, and so does every core whose tile has few rows because they are
 // long: where nothing but Z needs the rows, a tile is then of kBlockD columns at a time and of more
 // rows, past which W goes each time it is read.
-// Each slab of rows has a float32 partial of G. Where G is large (split_grad), that would cost a
-// sweep over C x D numbers a slab, so G is made afterwards from the stored residuals, in blocks of
-// classes x columns that are shared out instead of rows.
+// Each slab of rows has a float32 partial of G; a large G (split_grad) is made afterwards from the
+// stored residuals (gradient_blocks.h).
 // Second pass: pack tile, S = H G^T, a = row sums of R o S.
 //
 // With pairs of bfloat16 as words (Op) features, weights, residuals and G are rounded as operands
@@ -23,9 +22,9 @@ constexpr int64_t kLeastRows = 4 * kTileM;  // and kRowsMax at most
 // takes a quarter of the second, and the next tile, asked for ahead, another one: the rest is for
 // W, G and residuals.
 inline int64_t tile_bytes() { return VL == 16 ? second_level_cache_bytes() / 4 : int64_t{1} << 22; }
+inline int64_t rows_that_fit(int64_t dim) { return tile_bytes() / (4 * dim); }
 inline int64_t rows_of_tile(int64_t dim) {
-  const int64_t rows = tile_bytes() / (4 * dim);
-  return std::clamp<int64_t>(rows / kTileM * kTileM, kLeastRows, kRowsMax);
+  return std::clamp<int64_t>(rows_that_fit(dim) / kTileM * kTileM, kLeastRows, kRowsMax);
 }
 
 // Rows of a tile that has a block of columns at a time, from so many numbers of W on: few enough to
@@ -54,8 +53,8 @@ struct ManyClasses {
       : p(problem), width(p.heads * p.classes), dim(p.dim) {}
 
   void cut(bool keep_rows) {
-    const bool deep = Op::kMatrixUnits || tile_bytes() / (4 * dim) < kLeastRows;
-    whole_rows = keep_rows || !deep || width * dim < kStreamedNumbers;
+    const bool wants_rows = Op::kMatrixUnits || rows_that_fit(dim) < kLeastRows;
+    whole_rows = keep_rows || !wants_rows || width * dim < kStreamedNumbers;
     tile_rows = whole_rows ? rows_of_tile(dim) : rows_of_streamed_tile(p.rows, width);
   }
 

@@ -1,6 +1,5 @@
 // The mean gradient of large heads, from stored residuals: in blocks of classes x columns, each
-// summed over all rows by one worker: slabs of rows would each cost a sweep over C x D
-// numbers.
+// summed over all rows by one worker. Slabs of rows would cost a sweep over C x D numbers each.
 
 // Each block reads its columns of H and its classes of R once more, so they are as large as the
 // order of add_outer lets the caches hold.

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from moso_fast.problem import STATUS_LOGITS, STATUS_TARGET
 
-from .common import INF, NAN, is_finite, log1p, note_first_row
+from .common import INF, is_finite, log1p, note_first_row
 
 _LOGITS = tl.constexpr(STATUS_LOGITS)
 _TARGET = tl.constexpr(STATUS_TARGET)
@@ -98,7 +98,7 @@ def elementwise_residual_kernel(
             r = 2.0 * (z - t)
             term = (z - t) * (z - t)
             unsound |= tl.where(is_finite(t), 0, 1)
-        cost += tl.where(inside, tl.where(is_finite(z), term, NAN), 0.0)
+        cost += tl.where(inside, tl.where(is_finite(z), term, float("nan")), 0.0)
         r = tl.where(inside & is_finite(z), r * scale[:, None], 0.0)
         # A thread overwrites only what it alone has read: the tile has no fewer elements than
         # the program has threads (residual.py), so no element is held twice.
@@ -107,9 +107,9 @@ def elementwise_residual_kernel(
 
     sound = tl.max(unsound, axis=1) == 0
     note_first_row(status, _TARGET, live & (sound == 0), row + first_row)
-    value = tl.where(live, tl.sum(cost, axis=1) * scale, NAN)
+    value = tl.where(live, tl.sum(cost, axis=1) * scale, float("nan"))
     # A NaN loss takes the other statistics of its row with it.
-    spoilt = tl.where(value == value, 0.0, NAN)
+    spoilt = tl.where(value == value, 0.0, float("nan"))
     sqnorm = tl.sum(squares, axis=1) + spoilt
     note_first_row(
         status, _LOGITS, live & sound & (is_finite(value + sqnorm) == 0), row + first_row
@@ -121,6 +121,6 @@ def elementwise_residual_kernel(
         tl.store(margin + out, tl.min(closest, axis=1) + spoilt, mask=exists)
         tl.store(entropy + out, tl.sum(spread, axis=1) + spoilt, mask=exists)
     else:
-        undefined = tl.full([BLOCK_ROWS], NAN, tl.float32)
+        undefined = tl.full([BLOCK_ROWS], float("nan"), tl.float32)
         tl.store(margin + out, undefined, mask=exists)
         tl.store(entropy + out, undefined, mask=exists)

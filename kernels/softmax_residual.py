@@ -36,7 +36,7 @@ import triton.language as tl
 from moso_fast.losses import SOFT_LABEL_TOLERANCE
 from moso_fast.problem import STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
 
-from .common import INF, NAN, is_finite, log1p, note_first_row
+from .common import INF, is_finite, log1p, note_first_row
 
 _LABEL = tl.constexpr(STATUS_LABEL)
 _LOGITS = tl.constexpr(STATUS_LOGITS)
@@ -154,7 +154,7 @@ def softmax_residual_kernel(
         z = tl.load(base[:, None] + lane, mask=(lane < CLASSES) & live[:, None], other=0.0)
         rival = (lane < CLASSES) & (lane != label[:, None])
         top = tl.where(rival, z, -INF)
-        rest = tl.where(is_finite(z), 0.0, NAN)
+        rest = tl.where(is_finite(z), 0.0, float("nan"))
     else:
         top = tl.full([BLOCK_ROWS, BLOCK_CLASSES], -INF, tl.float32)
         rest = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
@@ -170,7 +170,7 @@ def softmax_residual_kernel(
             # e^(lower - higher); NaN while a lane has seen nothing (-inf - -inf), then unused.
             fade = tl.exp(-tl.abs(x - top))
             rest = tl.where(higher, (rest + 1.0) * fade, rest + tl.where(rival, fade, 0.0))
-            rest = tl.where(is_finite(z), rest, NAN)  # stays NaN: the mark of a bad row
+            rest = tl.where(is_finite(z), rest, float("nan"))  # stays NaN: the mark of a bad row
             top = tl.where(higher, x, top)
     top_rival, rest = _merge_lanes(top, rest)
 
@@ -236,19 +236,19 @@ def softmax_residual_kernel(
         if SMOOTH:
             mean_cost = tl.sum(cost, axis=1) / CLASSES
             value = (1.0 - smoothing) * value + smoothing * (log_sum + mean_cost)
-    value = tl.where(sane, value * scale, NAN)
-    sqnorm = tl.where(sane, tl.sum(squares, axis=1), NAN)
+    value = tl.where(sane, value * scale, float("nan"))
+    sqnorm = tl.where(sane, tl.sum(squares, axis=1), float("nan"))
     note_first_row(status, _LOGITS, live & (is_finite(value + sqnorm) == 0), row + first_row)
     out = head * head_stride + row
     tl.store(loss + out, value, mask=exists)
     tl.store(residual_sqnorm + out, sqnorm, mask=exists)
-    tl.store(margin + out, tl.where(sane, z_label - top_rival, NAN), mask=exists)
+    tl.store(margin + out, tl.where(sane, z_label - top_rival, float("nan")), mask=exists)
     spread_mean = tl.sum(spread, axis=1) * inverse
-    tl.store(entropy + out, tl.where(sane, log_sum + spread_mean, NAN), mask=exists)
+    tl.store(entropy + out, tl.where(sane, log_sum + spread_mean, float("nan")), mask=exists)
     if softmax_top is not None:
         r_label = -not_label
         if SMOOTH:
             r_label += smoothing - smoothing / CLASSES
-        tl.store(softmax_top + out, tl.where(sane, top, NAN), mask=exists)
-        tl.store(softmax_log_sum + out, tl.where(sane, log_sum, NAN), mask=exists)
+        tl.store(softmax_top + out, tl.where(sane, top, float("nan")), mask=exists)
+        tl.store(softmax_log_sum + out, tl.where(sane, log_sum, float("nan")), mask=exists)
         tl.store(label_residual + out, tl.where(sane, r_label * scale, 0.0), mask=exists)

@@ -26,7 +26,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import NAN
 from .operands import (
     aligned,
     as_operand,
@@ -294,7 +293,7 @@ def stacked_alignment_kernel(
     row_tile = tl.cdiv(rows, BLOCK_ROWS) - 1 - tl.program_id(0) // (HEADS * SPLITS)
     row = row_tile.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     state = head * state_stride + row
-    mark = tl.load(top + state, mask=row < rows, other=NAN)
+    mark = tl.load(top + state, mask=row < rows, other=float("nan"))
     live = mark == mark  # no NaN
 
     d = tl.arange(0, BLOCK_DIM)

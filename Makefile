@@ -2,7 +2,7 @@
 PYTHON ?= python
 CXX_SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*.inc)
 
-.PHONY: build test bench bench-peers bench-gate gpu-check lint format clean
+.PHONY: build test bench bench-peers bench-gate gpu-check gpu-pack lint format clean
 
 build:  ## native modules into moso_fast/, for `python -m pytest` in the source tree
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -23,8 +23,12 @@ bench-peers: build  ## the same against other libraries, in an environment of th
 bench-gate: build  ## fails where instruction counts or ratios are worse than the committed ones
 	$(PYTHON) -m moso_fast.cli bench --gate benches/results/gate.json
 
-gpu-check:  ## at most nine minutes: tests and timings that need a GPU; without one, says what it skipped
-	$(PYTHON) benches/gpu_check.py
+gpu-check:  ## five minutes: tests and timings that need a GPU; without one, the same on tiny shapes
+	$(PYTHON) benches/gpu check
+
+GPU_PYTHON = python3.12
+gpu-pack:  ## build for an H100 or H200 beforehand, and pack what `make gpu-check` needs there
+	$(PYTHON) benches/gpu pack --python $(GPU_PYTHON)
 
 lint:
 	$(PYTHON) -m ruff check .

@@ -1,321 +1,406 @@
-"""benches/gpu_check.py on this machine's CPU: it ends, says what it skipped, and counts errors."""
+"""benches/gpu/check: no fault of a unit costs another's result, and each run goes on from the last.
+
+Most of it runs with fake_gpu_layer.py in place of the work: units that fail in every way.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from moso_fast.backends import Availability
+TESTS = Path(__file__).resolve().parent
+BENCHES = TESTS.parent / "benches"
+START = (
+    f"import sys; sys.path[:0] = [{str(BENCHES)!r}]\n"
+    "from gpu.check.main import main\n"
+    "sys.exit(main(sys.argv[1:], 'fake_gpu_layer'))"
+)
+KINDS = ("triton", "cuda", "hang", "nan", "signal", "exit", "flood")
+OUTCOMES = {
+    "triton": ("failed", "OutOfResources: out of resource: shared memory, Required: 262144"),
+    "cuda": ("failed", "RuntimeError: CUDA error: an illegal memory access was encountered"),
+    "hang": ("hung", "not done within 0.7 s; last line: working on "),
+    "nan": ("wrong", "relative error nan, at most 0.01 is right"),
+    "signal": ("died", "SIGSEGV; last line: working on "),
+    "exit": ("died", "exit code 3; last line: terminate called without an active exception"),
+    "flood": ("died", "SIGABRT; last line: PTX PTX"),
+}
 
-BENCHES = Path(__file__).resolve().parents[1] / "benches"
+
+@pytest.fixture(autouse=True)
+def benches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHES))
 
 
 @pytest.fixture
-def gpu_timing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCHES))
-    return importlib.import_module("gpu_timing")
+def stages() -> tuple[str, ...]:
+    return tuple(stage.name for stage in importlib.import_module("gpu.check.stages").STAGES)
 
 
-def run_quickly(folder: Path) -> str:
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(BENCHES / "gpu_check.py"), "--quick", "--out", str(folder)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert child.returncode == 0, child.stdout + child.stderr
-    assert child.stdout.rstrip().endswith("nothing is left")
-    return child.stdout
+def command(folder: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", START, "--out", str(folder), *arguments]
 
 
-def test_quick_run_without_a_gpu_and_another_that_goes_on(tmp_path: Path) -> None:
-    output = run_quickly(tmp_path)
-    for name in ("build", "tests/gpu/test_gpu_cuda.py", "memcheck", "timing"):
-        assert f"--- {name}: skipped, " in output
-    assert "nothing above is a GPU measurement" in output
+def environment(folder: Path, faults: dict[str, str], **more: str) -> dict[str, str]:
+    given = {
+        "FAKE_GPU_FAULTS": json.dumps(faults),
+        "FAKE_GPU_NAME": "Fake GPU",
+        "FAKE_GPU_TAG": str(folder),
+        **more,
+    }
+    return {**os.environ, "PYTHONPATH": str(TESTS), **given}
+
+
+def check(
+    folder: Path, faults: dict[str, str] | None = None, *arguments: str, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the check with the fake layer."""
+    return subprocess.run(
+        command(folder, *arguments),
+        env=environment(folder, faults or {}, **more),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    report = json.loads((folder / "gpu_check.json").read_text())
+    return {each["unit"]: each for each in report["results"]}
+
+
+@pytest.mark.parametrize("gpu", ["Fake GPU", ""])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_in_every_stage_costs_no_other_result(kind, gpu, stages, tmp_path) -> None:
+    """Ten faults a run, one a stage; with a process for each unit, and with processes kept."""
+    faults = {f"{stage} two": kind for stage in stages}
+    done = check(tmp_path, faults, FAKE_GPU_NAME=gpu)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = results(tmp_path)
+    assert len(found) == 3 * len(stages) == 30
+    outcome, why = OUTCOMES[kind]
+    for unit, result in found.items():
+        if unit in faults:
+            assert result["outcome"] == outcome and result["why"].startswith(why), result
+            assert result["data"]["before"] and "after" not in result["data"]
+            # Named where the stage stands and once more at the end.
+            assert f"FAILED {unit}: {outcome}: {why}" in done.stdout
+        else:
+            assert result["outcome"] == "done" and result["data"]["after"], result
+            assert result["data"]["milliseconds"] == 1.5
+    table = (tmp_path / "tables.txt").read_text()
+    for stage in stages:
+        part = table.split(f"--- {stage}:")[1].split("---")[0].splitlines()
+        lines = {line.split()[0]: line for line in part[1:] if line[:1].strip()}
+        assert lines["two"].split(maxsplit=1)[1].startswith(f"{outcome}: {why}")
+        assert "0." in lines["one"] and "0." in lines["three"]
+    files = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert files.keys() == {"results.jsonl", "gpu_check.json", "tables.txt", "log.txt"}
+    assert sum(files.values()) < 8 * 2**20
+    assert done.stdout.rstrip().endswith("nothing is left")
+
+
+def test_a_wrong_or_failed_unit_has_no_row_and_no_aim(tmp_path) -> None:
+    check(tmp_path, {"calls one": "nan", "calls two": "cuda"}, "--stage", "calls")
     report = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert report["dry_run"] and report["conditions"]["gpu"] is None
-    assert report["conditions"]["torch"] == torch.__version__
-    rows = report["timing"]["rows"]
-    assert {row["contender"] for row in rows} >= {"torch", "eager"}
-    assert {row["precision"] for row in rows} == {"highest", "high", "medium"}
-    for row in rows:
-        assert row["problem"] is None, row
-        assert row["milliseconds"] > 0 and len(row["all_milliseconds"]) == 2
-        assert 0 <= row["relative_error"] < 0.1
-    ours = [row for row in rows if row["contender"] == "torch"]
-    assert all({"eager fp32", "eager tf32", "eager bf16"} <= row["times"].keys() for row in ours)
-    network = report["timing"]["network"]
-    assert network["problem"] is None and network["times_loop"] > 0
-    assert network["fraction_of_setting"] == pytest.approx(4 / 500_000)
-    assert {aim["met"] for aim in report["timing"]["aims"]} == {None}
-
-    output = run_quickly(tmp_path)
-    again = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert "going on with" in output and "network: timed before" in output
-    assert again["timing"]["rows"] == rows and again["timing"]["network"] == network
-    assert len(again["runs"]) == 2 and not list(tmp_path.glob("*.part"))
+    assert report["rows"].keys() == {"calls three"}
+    assert results(tmp_path)["calls one"]["data"]["milliseconds"] is None  # infinity is no number
 
 
-CONDITIONS = dict.fromkeys(
-    ("source", "gpu", "driver", "torch", "triton", "cuda", "python", "date"), "x"
-)
+def test_a_hung_unit_leaves_no_process(tmp_path) -> None:
+    check(tmp_path, {"smoke two": "hang"}, "--stage", "smoke")
+    assert not left_over(tmp_path)
 
 
-def timed_row(dtype: str = "float32", milliseconds: float | None = 1.0, **more) -> dict:
-    row = {"n": 300, "classes": 10, "dim": 16, "dtype": dtype, "precision": "highest"}
-    return row | {"contender": "triton", "milliseconds": milliseconds, "problem": None} | more
+def left_over(folder: Path) -> list[int]:
+    """Processes that a check with results in ``folder`` has started, and that still run."""
+    tag = f"FAKE_GPU_TAG={folder}\0".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if tag in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
 
 
-def test_what_a_killed_run_had_done_is_there_for_the_next(gpu_timing, tmp_path: Path) -> None:
-    record_of = importlib.import_module("gpu_record").Record
-    path = tmp_path / "deep" / "gpu_check.json"
-    first = record_of(path, CONDITIONS)
-    assert not first.continued
-    first.put_stage("tests", {"outcome": "passed"})
-    first.put_stage("memcheck", {"outcome": "cut short after 3 s: the time was up"})
-    first.put_rows([timed_row(), timed_row(contender="eager")])
-    first.put_rows([timed_row("bfloat16"), timed_row("bfloat16", None, contender="cuda")])
-    path.with_name("gpu_check.json.part").write_text("{ killed while wri")
-
-    second = record_of(path, CONDITIONS | {"date": "later"})
-    assert second.continued and len(second.report["runs"]) == 2
-    assert second.passed("tests") and not second.passed("memcheck") and not second.passed("build")
-    shape = (300, 10, 16)
-    assert second.timed(shape, "float32")
-    assert not second.timed(shape, "bfloat16"), "one contender has no number yet"
-    assert not second.timed((301, 10, 16), "float32")
-    second.put_rows([timed_row("bfloat16"), timed_row("bfloat16", 2.0, contender="cuda")])
-    third = record_of(path, CONDITIONS)
-    assert third.timed(shape, "bfloat16") and len(third.timing["rows"]) == 4
-    assert [row["run"] for row in third.timing["rows"]] == [0, 0, 1, 1]
+def test_the_next_run_does_what_was_not_done_and_nothing_else(stages, tmp_path) -> None:
+    faults = {"kernels two": "signal", "calls three": "triton"}
+    assert check(tmp_path, faults).returncode == 1
+    before = results(tmp_path)
+    again = check(tmp_path)
+    assert again.returncode == 0 and f"going on with {tmp_path}, run 2" in again.stdout
+    found = results(tmp_path)
+    assert {unit for unit, result in found.items() if result["run"] == 1} == faults.keys()
+    assert all(result["outcome"] == "done" for result in found.values())
+    kept = {unit: result for unit, result in before.items() if unit not in faults}
+    assert kept == {unit: result for unit, result in found.items() if unit not in faults}
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    third = check(tmp_path, None, "--fresh")
+    assert third.returncode == 0 and "going on" not in third.stdout
+    assert {result["run"] for result in results(tmp_path).values()} == {2}
+    all_lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert all_lines[: len(lines)] == lines, "what was found once is never thrown away"
 
 
-@pytest.mark.parametrize("name", ["source", "gpu", "driver", "torch", "triton"])
-def test_results_under_other_conditions_are_not_mixed(gpu_timing, tmp_path, name) -> None:
-    record_of = importlib.import_module("gpu_record").Record
-    path = tmp_path / "gpu_check.json"
-    record_of(path, CONDITIONS).put_rows([timed_row()])
-    assert record_of(path, CONDITIONS).continued
-    for other in (record_of(path, CONDITIONS | {name: "y"}), record_of(path, CONDITIONS, True)):
-        assert not other.continued and not other.timing["rows"]
-    path.write_text("{}")
-    assert not record_of(path, CONDITIONS).continued
+@pytest.mark.parametrize("name", ["FAKE_GPU_NAME", "FAKE_GPU_TORCH"])
+def test_results_under_other_conditions_are_not_mixed(name, tmp_path) -> None:
+    check(tmp_path, {"smoke one": "nan"}, "--stage", "smoke")
+    other = check(tmp_path, None, "--stage", "smoke", **{name: "another"})
+    assert other.returncode == 0 and "going on" not in other.stdout
+    assert {result["run"] for result in results(tmp_path).values()} == {1}
 
 
-def test_a_run_whose_time_is_up_leaves_the_rest_to_the_next(gpu_timing, tmp_path) -> None:
-    gpu_check = importlib.import_module("gpu_check")
-    record_of = importlib.import_module("gpu_record").Record
-    path = tmp_path / "gpu_check.json"
-    gpu_check.measure(False, time.monotonic(), record_of(path, CONDITIONS))
-    short = record_of(path, CONDITIONS)
-    left = gpu_check.unfinished(short)
-    assert len(left) == 1 + 2 * len(gpu_timing.DRY_TABLE) and "network" in left
-    gpu_check.measure(False, float("inf"), short)
-    assert not gpu_check.unfinished(short) and not gpu_check.failures(short)
-    assert "network" in short.timing and len(short.timing["rows"]) > 4
-    short.timing["network"]["problem"] = "wrong: pretended"
-    short.timing["rows"][0] |= {"problem": "wrong: pretended", "milliseconds": None}
-    assert len(gpu_check.failures(short)) == 2
+def test_a_killed_run_loses_what_was_under_way_and_no_more(tmp_path) -> None:
+    """Killed outright: its lines are there, its processes are not, the next run goes on."""
+    child = subprocess.Popen(
+        command(tmp_path, "--stage", "kernels"),
+        env=environment(tmp_path, {"kernels two": "hang"}, FAKE_GPU_LIMIT="30"),
+        stdout=subprocess.DEVNULL,
+    )
+    wait_for(tmp_path / "log.txt", "working on kernels two")
+    child.kill()
+    child.wait()
+    deadline = time.monotonic() + 5
+    while left_over(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left_over(tmp_path)
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"run": 0, "stage": "kern')  # as if it had been killed while it wrote
+    assert check(tmp_path, None, "--stage", "kernels").returncode == 0
+    runs = {unit: result["run"] for unit, result in results(tmp_path).items()}
+    assert runs == {"kernels one": 0, "kernels two": 1, "kernels three": 1}
 
 
-def test_a_lost_device_ends_the_timing_and_keeps_what_there_is(
-    gpu_timing, monkeypatch, tmp_path: Path
-) -> None:
-    gpu_check = importlib.import_module("gpu_check")
-    record = importlib.import_module("gpu_record").Record(tmp_path / "gpu_check.json", CONDITIONS)
-    honest, calls = gpu_timing.time_row, []
-
-    def lose(shape, dtype, *arguments, **options):
-        calls.append(shape)
-        if len(calls) > 2:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
-        return honest(shape, dtype, *arguments, **options)
-
-    monkeypatch.setattr(gpu_timing, "time_row", lose)
-    outcome = gpu_check.timed_to_its_end(False, float("inf"), record)
-    assert outcome == {"outcome": "failed: CUDA error: an illegal memory access was encountered"}
-    record.put_stage("timing", outcome)
-    assert gpu_check.failures(record) == ["timing"]
-    saved = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert len({row["dtype"] for row in saved["timing"]["rows"]}) == 2
-    monkeypatch.setattr(gpu_timing, "time_row", honest)
-    record.put_stage("timing", gpu_check.timed_to_its_end(False, float("inf"), record))
-    assert not gpu_check.failures(record) and len(record.timing["rows"]) > 6
+def test_a_run_that_is_told_to_end_takes_its_processes_along(tmp_path) -> None:
+    child = subprocess.Popen(
+        command(tmp_path, "--stage", "kernels"),
+        env=environment(tmp_path, {"kernels two": "hang"}, FAKE_GPU_LIMIT="30"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(tmp_path / "log.txt", "working on kernels two")
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(10) == 128 + signal.SIGTERM
+    assert not left_over(tmp_path)
 
 
-def test_hash_of_the_source_follows_the_source(gpu_timing, tmp_path: Path) -> None:
-    source_hash = importlib.import_module("gpu_record").source_hash
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "a.py").write_text("1")
-    before = source_hash(tmp_path)
-    (tmp_path / "kernels" / "notes.md").write_text("no source")
-    assert source_hash(tmp_path) == before
-    (tmp_path / "kernels" / "a.py").write_text("2")
-    assert source_hash(tmp_path) != before
+def wait_for(path: Path, text: str) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{text!r} never came")
 
 
-def test_aims_are_held_against_the_best_of_ours(gpu_timing) -> None:
-    report = importlib.import_module("gpu_report")
-    shape = {"n": 1_280_000, "classes": 10, "dim": 512}
-    fast = {"dtype": "bfloat16", "precision": "medium"}
-    rows = [
-        timed_row(**shape, **fast, milliseconds=1.0, percent_of_floor=84.0),
-        timed_row(**shape, **fast, milliseconds=0.8, percent_of_floor=90.0, contender="cuda"),
-        timed_row(**shape, **fast, milliseconds=1.0, contender="compile"),
-        timed_row(**shape, milliseconds=2.0, percent_of_floor=70.0),
-        timed_row(**shape, milliseconds=6.0, contender="eager"),
-        timed_row(n=50_000, classes=10, dim=512, **fast, milliseconds=0.09, percent_of_floor=30.0,
-                  contender="triton (graph)"),
+def test_what_the_time_did_not_suffice_for_is_left_and_no_failure(tmp_path) -> None:
+    faults = {"smoke two": "hang", "smoke three": "hang"}
+    first = check(tmp_path, faults, "--seconds", "8.5", FAKE_GPU_LIMIT="30")
+    assert first.returncode == 0, first.stdout
+    found = results(tmp_path)
+    assert found["smoke two"]["outcome"] == "late"
+    assert found["smoke two"]["why"].startswith("cut short after ")
+    assert found["pruning one"] == {**found["pruning one"], "outcome": "late", "run": 0}
+    assert "to be done by another run: 2" in first.stdout
+    second = check(tmp_path)
+    assert second.returncode == 0 and second.stdout.rstrip().endswith("nothing is left")
+
+
+def test_a_stage_that_cannot_be_planned_fails_alone(stages, tmp_path) -> None:
+    done = check(tmp_path, FAKE_GPU_PLAN="profile")
+    assert done.returncode == 1
+    assert "FAILED profile plan: failed: KeyError: 'sm_90'" in done.stdout
+    found = results(tmp_path)
+    assert sum(result["outcome"] == "done" for result in found.values()) == 3 * (len(stages) - 1)
+
+
+def test_a_machine_where_nothing_can_be_imported_is_told_why(tmp_path) -> None:
+    done = check(tmp_path, FAKE_GPU_IMPORT="fails")
+    assert done.returncode == 1
+    assert "FAILED plan: died: exit code 1; last line: ImportError: libcuda.so.1" in done.stdout
+
+
+def test_what_is_for_information_is_no_failure(tmp_path) -> None:
+    done = check(tmp_path, {"sanitizer two": "exit"}, "--stage", "sanitizer", FAKE_GPU_INFORMS="1")
+    assert done.returncode == 0 and "died: exit code 3" in done.stdout
+
+
+def test_out_is_where_the_variable_says(tmp_path) -> None:
+    start = [part for part in command(tmp_path, "--stage", "ceilings") if part != "--out"]
+    start.remove(str(tmp_path))
+    given = environment(tmp_path, {}, OUT=str(tmp_path / "there"))
+    assert subprocess.run(start, env=given, stdout=subprocess.DEVNULL, timeout=60).returncode == 0
+    assert len(results(tmp_path / "there")) == 3
+
+
+def test_bad_arguments_are_one_line(tmp_path) -> None:
+    done = check(tmp_path, None, "--stage", "smokey")
+    assert done.returncode == 2 and "invalid choice: 'smokey'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# --- the pieces
+
+
+def test_the_log_is_bounded(tmp_path) -> None:
+    log = importlib.import_module("gpu.check.log").Log(tmp_path / "log.txt", limit=1000)
+    for number in range(200):
+        log.write(f"line {number}")
+    log.close()
+    text = (tmp_path / "log.txt").read_text()
+    assert text.startswith("line 0\nline 1\n") and len(text) < 1100
+    assert text.endswith("[the log is full: nothing more is kept]\n")
+
+
+def test_files_of_tests_go_into_one_junit_file(tmp_path) -> None:
+    junit = importlib.import_module("gpu.check.main").junit
+    out = tmp_path / "junit.xml"
+    suite = '<testsuites><testsuite name="pytest"><testcase name="{}"/></testsuite></testsuites>'
+    for name, case in (("a", "old"), ("b", "other")):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{name}.xml").write_text(suite.format(case))
+    junit(tmp_path / "in", out)
+    (tmp_path / "in" / "a.xml").write_text(suite.format("new"))
+    junit(tmp_path / "in", out)
+    junit(tmp_path / "in", out)  # nothing new: as it was
+    text = out.read_text()
+    assert 'name="new"' in text and 'name="other"' in text and 'name="old"' not in text
+
+
+def copy_of_the_source(folder: Path) -> Path:
+    for name in ("moso_fast", "kernels", "csrc", "benches/gpu", "tests"):
+        for path in (TESTS.parent / name).rglob("*"):
+            if path.suffix in {".py", ".cu", ".cuh", ".h", ".cpp"}:
+                out = folder / path.relative_to(TESTS.parent)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_bytes(path.read_bytes())
+    return folder
+
+
+TOUCHED = {
+    # Its splits and its self-term serve others too.
+    "kernels/stored_alignment_kernels.py": {
+        "triton/stored",
+        "triton/few_classes",
+        "triton/recompute",
+    },
+    "kernels/stacked_alignment.py": {"triton/recompute"},
+    "kernels/few_classes_tiles.py": {"triton/few_classes"},
+    "kernels/softmax_residual.py": {"triton/stored", "triton/recompute", "triton/blas"},
+    "moso_fast/backends/_triton_blas.py": None,
+    "csrc/cuda/few_classes_first.cuh": {"cuda"},
+    "csrc/cuda/emulator/emulator.cpp": set(),
+    "moso_fast/backends/cuda.py": {"cuda"},
+    "moso_fast/engine.py": {"cuda", "torch", "triton/*"},
+    "moso_fast/bench/providers/plain.py": {"plain"},
+    "moso_fast/table.py": set(),
+    "benches/gpu/check/tables.py": set(),
+}
+
+
+def test_a_fix_leaves_timed_what_it_does_not_touch(tmp_path) -> None:
+    """The hash of a contender follows the files that it runs, and no others."""
+    sources = importlib.import_module("gpu.check.sources")
+    root = copy_of_the_source(tmp_path)
+    regimes = {"triton/few_classes", "triton/stored", "triton/recompute", "triton/blas"}
+    names = {"cuda", "torch", "plain", *regimes}
+
+    def hashes() -> dict[str, str]:
+        sources.fingerprint.cache_clear()
+        return {n: sources.fingerprint(sources.of_contender(n), root) for n in names}
+
+    before = hashes()
+    assert before == {n: sources.of_unit([n]) for n in names}, "a copy is the same source"
+    assert len(set(before.values())) == len(names)
+    for path, expected in TOUCHED.items():
+        original = (root / path).read_bytes()
+        (root / path).write_bytes(original + b"\n")
+        changed = {name for name, value in hashes().items() if value != before[name]}
+        (root / path).write_bytes(original)
+        if expected is None:
+            assert "triton/blas" in changed and not changed & {"cuda", "torch", "plain"}
+            continue
+        wanted = {n for e in expected for n in (regimes if e == "triton/*" else {e})}
+        assert changed == wanted, path
+    assert hashes() == before
+
+
+def test_tests_are_run_again_where_any_backend_has_changed(tmp_path) -> None:
+    sources = importlib.import_module("gpu.check.sources")
+    found = sources.closure(sources.of_contender("tests/gpu/test_gpu_cuda.py"))
+    assert "tests/core_support.py" in found
+
+
+def timed(**more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    unit = {"shape": (1_280_000, 10, 512), "dtype": "bfloat16", "precision": "medium"} | {
+        k: v for k, v in more.items() if k in ("shape", "dtype", "precision", "contender")
+    }
+    data = {k: v for k, v in more.items() if k not in unit}
+    return unit, {"item_bytes": 2 if unit["dtype"] == "bfloat16" else 4, **data}
+
+
+def test_aims_are_held_against_the_best_of_ours() -> None:
+    aims = importlib.import_module("gpu.check.aims")
+    result_of = importlib.import_module("gpu.check.record").Result
+    fp32 = {"dtype": "float32", "precision": "highest"}
+    given = [
+        timed(contender="triton", milliseconds=1.0),
+        timed(contender="cuda", milliseconds=0.8),
+        timed(contender="compile", milliseconds=1.0),
+        timed(contender="triton", milliseconds=2.0, **fp32),
+        timed(contender="eager", milliseconds=6.0, **fp32),
+        timed(contender="triton", shape=(50_000, 10, 512), milliseconds=1.0,
+              graph_milliseconds=0.09),
     ]  # fmt: skip
-    report.ratios(rows)
+    units = {str(number): unit for number, (unit, _) in enumerate(given)}
+    found = [
+        result_of("calls", str(number), "", 0, "done", data=data)
+        for number, (_, data) in enumerate(given)
+    ]
+    found.append(result_of("calls", "0", "", 0, "wrong", data={"milliseconds": 0.1}))
+    roof = {"read": 3.0e12, "copy": 3.6e12, "medium": 8e14, "highest": 6e13}
+    rows = aims.rows(found, units, roof)
+    assert len(rows) == 6, "a wrong result has no row"
     assert rows[1]["times"] == {"compile bf16": 1.25, "eager fp32": 7.5}
     assert "times" not in rows[2]
-    found = {(aim["row"], aim["what"]): aim for aim in report.aims(rows)}
+    floor = 2 * 1_280_000 * 512 * 2 / 3.6e9
+    assert rows[1]["percent_of_floor"] == pytest.approx(100 * floor / 0.8)
+    by_name = {(aim["row"], aim["what"]): aim for aim in aims.aims(rows)}
     row = "1280000,10,512"
-    assert found[f"{row} bfloat16", "% of floor"]["met"] is True
-    assert found[f"{row} bfloat16", "% of floor"]["contender"] == "cuda"
-    assert found[f"{row} bfloat16", "compile bf16"]["met"] is False
-    assert found[f"{row} float32", "eager fp32"]["met"] is True
-    assert found["50000,10,512 bfloat16", "ms in a graph, at most"]["met"] is True
-    assert found["1280000,1000,512 bfloat16", "% of floor"]["met"] is None
+    best = by_name[f"{row} bfloat16", "% of floor"]
+    assert best["met"] is True and best["contender"] == "cuda"
+    assert by_name[f"{row} bfloat16", "compile bf16"]["met"] is False
+    assert by_name[f"{row} float32", "eager fp32"]["met"] is True
+    assert by_name["50000,10,512 bfloat16", "ms in a graph, at most"]["met"] is True
+    assert by_name["1280000,1000,512 bfloat16", "% of floor"]["met"] is None
+    assert aims.rows(found[:1], units, {})[0]["percent_of_floor"] is None
 
 
-def test_rows_name_the_prediction_and_how_far_off_it_was(gpu_timing) -> None:
-    pytest.importorskip("triton", reason="predictions ask the Triton kernels' tables")
-    report = importlib.import_module("gpu_report")
-    gpu = importlib.import_module("gpu_roofline").H200
-    contender = gpu_timing.Contender(
-        "triton/stored", "medium", torch.bfloat16, gpu_timing.naive, True, seconds=[1e-3]
-    )
+def test_floor_is_the_longer_of_reading_and_multiplying() -> None:
+    floor_seconds = importlib.import_module("gpu.table").floor_seconds
     roof = {"read": 4e12, "copy": 3e12, "medium": 8e14}
-    (row,) = report.summary((1_280_000, 10, 512), [contender], roof, gpu)
-    assert row["predicted_milliseconds"] > 1
-    assert row["times_predicted"] == pytest.approx(1 / row["predicted_milliseconds"])
-    (row,) = report.summary((1_280_000, 10, 512), [contender], roof, None)
-    assert row["predicted_milliseconds"] is None and row["times_predicted"] is None
-
-
-def test_a_wrong_network_gets_no_number(gpu_timing, monkeypatch) -> None:
-    network = importlib.import_module("gpu_network")
-    honest = network.authors_loop
-    monkeypatch.setattr(network, "authors_loop", lambda *data: 1.1 * honest(*data))
-    row = network.time_network(torch.device("cpu"), 1)
-    assert row["problem"].startswith("wrong: ours") and "times_loop" not in row
-
-
-def test_resnet_50_has_the_parameters_of_the_published_one(gpu_timing) -> None:
-    network = importlib.import_module("gpu_network")
-    with torch.device("meta"):
-        model = network.ResNet50(classes=1000)
-    count = sum(p.numel() for p in model.parameters())
-    # 25,557,032 with a 7 x 7 stem, which has 64 x 3 x (49 - 9) numbers more.
-    assert count == 25_557_032 - 64 * 3 * 40
-
-
-def test_a_wrong_result_gets_no_number(gpu_timing, monkeypatch) -> None:
-    honest = gpu_timing.naive
-
-    def wrong(*data):
-        loss, alignment, norms = honest(*data)
-        return loss, 1.01 * alignment, norms
-
-    def silent(*data):
-        return tuple(value * float("nan") for value in honest(*data))
-
-    device = torch.device("cpu")
-    roof = dict.fromkeys(("read", "copy", *gpu_timing.OURS), 1e9)
-    for broken in (wrong, silent):
-        monkeypatch.setattr(gpu_timing, "naive", broken)
-        found = gpu_timing.time_row(
-            (300, 10, 16), torch.float32, device, roof, float("inf"), compiled=False, rounds=2
-        )
-        for contender in found:
-            if contender.name == "eager" and contender.precision == "highest":
-                assert contender.problem.startswith("wrong: ") and not contender.seconds
-            elif contender.ours:
-                assert not contender.problem and len(contender.seconds) == 2
-
-
-def test_floor_is_the_longer_of_reading_and_multiplying(gpu_timing) -> None:
-    contender = gpu_timing.Contender("x", "medium", torch.bfloat16, gpu_timing.naive, False)
-    roof = {"read": 4e12, "copy": 3e12, "medium": 8e14}
-    few = gpu_timing.floor_seconds((1_280_000, 10, 512), contender, roof)
+    few = floor_seconds((1_280_000, 10, 512), 2, "medium", roof)
     assert few == pytest.approx(2 * 1_280_000 * 512 * 2 / 4e12)
-    many = gpu_timing.floor_seconds((1_280_000, 1000, 2048), contender, roof)
+    many = floor_seconds((1_280_000, 1000, 2048), 2, "medium", roof)
     assert many == pytest.approx(6 * 1_280_000 * 1000 * 2048 / 8e14)
 
 
-def test_a_stage_that_hangs_is_ended_with_its_children(gpu_timing, tmp_path: Path) -> None:
-    gpu_check = importlib.import_module("gpu_check")
-    mark = tmp_path / "still-alive"
-    script = f"sh -c 'sleep 3; touch {mark}' & echo started; wait"
-    done = gpu_check.stage("hang", ["sh", "-c", script], limit=1.0)
-    assert done["outcome"] == "failed: not done within 1 s" and done["last"] == ["started"]
-    assert gpu_check.stage("bad", ["sh", "-c", "exit 3"], limit=5.0)["outcome"] == "failed"
-    assert gpu_check.stage("good", ["true"], limit=5.0)["outcome"] == "passed"
-    time.sleep(2.5)
-    assert not mark.exists()
-
-
-def test_a_graph_is_captured_once_for_each_set_of_tensors(gpu_timing, monkeypatch) -> None:
-    """Every later call replays, and nothing is captured before it ran once."""
-    events: list[str] = []
-
-    class Graph:
-        def replay(self) -> None:
-            events.append("replay")
-
-    @contextlib.contextmanager
-    def capture(graph: Graph):
-        events.append("capture")
-        yield
-        events.append("captured")
-
-    def work(features):
-        events.append("run")
-        return (features, features, features)
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
-    run, one, two = gpu_timing.Graphed(work), torch.ones(3), torch.zeros(3)
-    first = ["run", "wait", "capture", "run", "captured", "replay"]
-    for data in (one, one, two, one, two):
-        assert run(data)[0] is data
-    assert events == [*first, "replay", *first, "replay", "replay"]
-
-
-def test_checks_cover_the_cuda_kernels_with_three_tools(gpu_timing, monkeypatch) -> None:
-    gpu_check = importlib.import_module("gpu_check")
-    for available in (True, False):
-        found = {"cuda": Availability(available, "pretended")}
-        monkeypatch.setattr(gpu_check, "backends", lambda found=found: found)
-        checks = {name: rest for name, *rest in gpu_check.checks(["pytest"])}
-        names = {"cuda memcheck", "cuda racecheck", "cuda initcheck"} if available else set()
-        assert set(checks) == names | {"memcheck"}
-        for name in names:
-            tool, _, command, environment = checks[name]
-            assert name == f"cuda {tool}" and gpu_check.CUDA_TESTS in command
-            # Filled memory would hide what initcheck looks for.
-            assert ("MOSO_FAST_RAW_MEMORY" in environment) == (tool == "initcheck")
-    assert (BENCHES.parent / gpu_check.CUDA_TESTS).is_file()
-
-
-def test_a_check_that_the_clock_cuts_short_is_no_failure(gpu_timing, monkeypatch) -> None:
-    gpu_check = importlib.import_module("gpu_check")
-    monkeypatch.setattr(gpu_check, "SHORTEST", 0.5)
-    start = time.monotonic()
-    cut = gpu_check.bounded("cut", ["sleep", "9"], 30.0, start + 1.0)
-    assert cut["outcome"].startswith("cut short")
-    hung = gpu_check.bounded("hung", ["sleep", "9"], 0.5, start + 60.0)
-    assert hung["outcome"].startswith("failed")
-    late = gpu_check.bounded("late", ["false"], 30.0, start)
-    assert late["outcome"] == "skipped"
+def test_the_process_that_runs_the_check_loads_nothing_that_a_gpu_takes_along() -> None:
+    script = (
+        f"import sys; sys.path[:0] = [{str(BENCHES)!r}]\n"
+        "import gpu.check.main\n"
+        "print(sorted({'torch', 'triton', 'numpy', 'moso_fast'} & sys.modules.keys()))"
+    )
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert child.stdout.strip() == "[]", child.stderr

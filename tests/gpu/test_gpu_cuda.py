@@ -1,7 +1,7 @@
 """The CUDA C++ kernels on a GPU: every instantiation, CUDA graphs, long jobs.
 
 What every backend must do is in test_gpu_backends.py, which runs this one too. Names that end in
-``_small`` are what benches/gpu_check.py runs under compute-sanitizer.
+``_small`` are what `make gpu-check` runs under compute-sanitizer.
 """
 
 from __future__ import annotations

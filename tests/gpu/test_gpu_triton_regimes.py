@@ -1,6 +1,6 @@
 """Every regime of the Triton backend on the GPU, forced; streaming, graph capture, the search.
 
-Names that end in ``_small`` are what benches/gpu_check.py runs under compute-sanitizer.
+Names that end in ``_small`` are what `make gpu-check` runs under compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ import json
 import pytest
 import torch
 from core_support import FIELDS, Case, assert_close, confident_case, generator, random_case
-from test_gpu_backends import SCORE_ERROR, assert_matches, exact_scores, on_gpu, score
+from test_gpu_backends import (
+    SCORE_ERROR,
+    assert_matches,
+    exact_scores,
+    on_gpu,
+    score,
+    takes_most_of_the_memory,
+)
 
 from moso_fast import engine
 from moso_fast.backends import _triton_autotune, backends
@@ -96,6 +103,7 @@ def test_bad_rows_are_named_small(regime) -> None:
         assert_close(getattr(stats, name)[kept].cpu(), getattr(exact, name)[0], 1e-5, what=name)
 
 
+@takes_most_of_the_memory
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_more_than_2_to_the_31_features(dtype, regime) -> None:
     """The same row again and again; D = 512, which the tiles for few classes hold too."""

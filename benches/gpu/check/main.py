@@ -1,0 +1,278 @@
+"""All that needs a GPU, in runs of five minutes and without network.
+
+    make gpu-check                          (or: python benches/gpu check [--help])
+    python benches/gpu check --stage smoke --stage kernels
+
+Ten stages, what says the most first: smoke, ceilings, kernels, profile, calls, tests, compile,
+sanitizer, network, pruning. Each has a share of the time, what is left goes round again. Every
+unit (a kernel on a job, a file of tests) runs in a process of its own under a limit; whatever is
+found is on disk at once, and the next run goes on from there, unit by unit, while the files that
+a unit runs, GPU, driver and versions stay the same (--fresh begins anew).
+
+Writes to --out, else the folder that the variable OUT names, else benches/results/GPU: five files,
+results.jsonl (every line as it came), gpu_check.json (all of it at the end of a stage), tables.txt,
+log.txt (what the processes printed) and junit.xml. Without a GPU everything runs to its end on tiny
+shapes, whose numbers are no results, and is written to build/gpu-check.
+
+Exit code: 0 when nothing failed (skipping is not failing), 1 otherwise, 2 for bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from xml.etree import ElementTree
+
+from ..build import build_where_missing
+from . import pool
+from .aims import aims, ceilings, rows
+from .log import Log
+from .record import Record
+from .sources import ROOT, of_unit
+from .stages import CLOSING_SECONDS, PLAN, RUN_SECONDS, STAGES, Stage
+from .tables import aim_lines, table
+
+LAYER = "gpu.check.layer"
+
+
+def main(arguments: Sequence[str], layer: str = LAYER) -> int:
+    """Run what no earlier run has done; return the exit code. ``layer``: what the workers load."""
+    options = _parser().parse_args(arguments)
+    chosen = [s for s in STAGES if not options.stage or s.name in options.stage]
+    fault = build_where_missing() if layer == LAYER else None
+    begin = time.monotonic()
+    signal.signal(signal.SIGTERM, _terminate)
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Log(Path(scratch, "plan.txt"))
+        crew = pool.Crew(layer, log, spares=0)
+        facts, planned, faults = plan(crew, chosen)
+        log.close()
+        if facts is None:
+            print("\n".join(["FAILED plan: " + faults["plan"], Path(log.path).read_text()]))
+            return 1
+        folder = options.out or _folder(facts)
+        record = Record(folder, facts, options.fresh)
+        log = Log(folder / "log.txt")
+        gpu = facts["gpu"] is not None
+        crew = pool.Crew(layer, log, spares=2 if gpu else 1)
+        try:
+            if fault is not None:
+                faults["build"] = fault
+            check = Check(record, crew, planned, faults, Path(scratch), gpu)
+            if record.continued:
+                print(f"going on with {folder}, run {len(record.runs)}", flush=True)
+            check.run(chosen, begin + options.seconds - CLOSING_SECONDS)
+            return check.close(chosen)
+        finally:
+            crew.close()
+            log.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python benches/gpu check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--stage", action="append", choices=names, help="only this; repeatable")
+    out = os.environ.get("OUT")
+    parser.add_argument("--out", type=Path, default=out and Path(out), help="folder for results")
+    parser.add_argument("--fresh", action="store_true", help="do not go on with earlier runs")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=RUN_SECONDS,
+        help="end after so long (default: %(default)g)",
+    )
+    return parser
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End as after Ctrl-C, so that no process is left on the GPU."""
+    sys.exit(128 + number)
+
+
+def _folder(facts: Mapping[str, Any]) -> Path:
+    if facts["gpu"] is None:
+        return ROOT / "build" / "gpu-check"
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", facts["gpu"]).strip("-").lower()
+    return ROOT / "benches" / "results" / slug
+
+
+def plan(
+    crew: pool.Crew, chosen: Sequence[Stage]
+) -> tuple[dict[str, Any] | None, dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """Ask a process for the facts, the units of each stage, and why a stage has none."""
+    found: dict[str, Any] = {}
+    faults: dict[str, str] = {}
+
+    def tell(unit: pool.Unit, kind: str, message: dict[str, Any]) -> None:
+        if kind == "data":
+            found.update(message)
+        elif message["outcome"] != "done":
+            faults["plan"] = f"{message['outcome']}: {message['why']}"
+
+    unit = {**PLAN, "stages": [stage.name for stage in chosen]}
+    pool.run([unit], crew, tell, float("inf"))
+    units = {}
+    for stage in chosen:
+        units[stage.name] = found.get(f"units of {stage.name}", [])
+        fault = found.get(f"fault of {stage.name}")
+        if fault is None and f"units of {stage.name}" not in found:
+            fault = faults.get("plan", "the plan does not name it")
+        if fault is not None:
+            faults[stage.name] = fault
+    return found.get("facts"), units, faults
+
+
+class Check:
+    """The stages over one record."""
+
+    def __init__(
+        self,
+        record: Record,
+        crew: pool.Crew,
+        units: Mapping[str, list[dict[str, Any]]],
+        faults: Mapping[str, str],
+        scratch: Path,
+        gpu: bool,
+    ) -> None:
+        self.record, self.crew, self.faults, self.gpu = record, crew, faults, gpu
+        self.scratch = scratch
+        self.units = {
+            unit["key"]: {**unit, "scratch": str(scratch)}
+            for each in units.values()
+            for unit in each
+        }
+        self.sources = {key: of_unit(unit["sources"]) for key, unit in self.units.items()}
+
+    def run(self, chosen: Sequence[Stage], deadline: float) -> None:
+        """Give each stage its share, then go round again with what is left of the time."""
+        if "build" in self.faults:
+            self._fault("build")
+        for stage in chosen:
+            if stage.name in self.faults:
+                self._fault(stage.name)
+            share = deadline if len(chosen) == 1 else time.monotonic() + stage.seconds
+            self._stage(stage, min(deadline, share))
+        for stage in chosen:
+            if time.monotonic() < deadline and self._left(stage):
+                self._stage(stage, deadline)
+
+    def _left(self, stage: Stage) -> list[dict[str, Any]]:
+        """Return the units of a stage that are not done, nor have failed in this run."""
+        tried = {r.unit for r in self.record.of(stage.name) if r.run == self.record.number}
+        late = {r.unit for r in self.record.of(stage.name) if r.outcome == "late"}
+        return [
+            unit
+            for key, unit in self.units.items()
+            if unit["stage"] == stage.name
+            and not self.record.done(key, self.sources[key])
+            and (key not in tried or key in late)
+        ]
+
+    def _stage(self, stage: Stage, deadline: float) -> None:
+        todo = self._left(stage)
+        print(f"--- {stage.name}: {len(todo)} to do", flush=True)
+        for unit in todo:
+            key = unit["key"]
+            self.record.begin(stage.name, key, self.sources[key], bool(unit.get("informs")))
+        workers = stage.workers if self.gpu else 1
+        pool.run(
+            todo,
+            self.crew,
+            self._tell,
+            deadline,
+            workers=workers,
+            reuse=stage.reuse or not self.gpu,
+        )
+        junit(self.scratch, self.record.folder / "junit.xml")
+        self._report(stage)
+
+    def _tell(self, unit: pool.Unit, kind: str, message: dict[str, Any]) -> None:
+        where = unit["stage"], unit["key"], self.sources[unit["key"]]
+        if kind == "data":
+            self.record.data(*where, message)
+            return
+        self.record.outcome(*where, message["outcome"], message["why"], message["seconds"])
+        why = f": {message['why']}" if message["why"] else ""
+        if message["outcome"] != "late":
+            line = f"{message['seconds']:6.1f} s  {unit['key']}  {message['outcome']}{why}"
+            print(line, flush=True)
+
+    def _fault(self, stage: str) -> None:
+        """Keep why the modules were not built, or why a stage has no units."""
+        key = stage if stage == "build" else f"{stage} plan"
+        self.record.begin(stage, key, "")
+        self.record.outcome(stage, key, "", "failed", self.faults[stage], 0.0)
+
+    def _rows(self) -> dict[str, Any]:
+        roof = ceilings(self.record.of("ceilings"))
+        results = [*self.record.of("calls"), *self.record.of("compile")]
+        kept = [r for r in results if r.done and "milliseconds" in r.data and r.unit in self.units]
+        return dict(zip([r.unit for r in kept], rows(kept, self.units, roof), strict=True))
+
+    def _report(self, stage: Stage) -> None:
+        """Print and keep the table of a stage, and save all that there is."""
+        lines = table(stage, self.record.of(stage.name), self._rows())
+        text = "\n".join(lines)
+        print(text, flush=True)
+        with (self.record.folder / "tables.txt").open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        self._save()
+
+    def _save(self) -> Path:
+        found = self._rows()
+        return self.record.save(
+            {"dry_run": not self.gpu, "aims": list(aims(found.values())), "rows": found}
+        )
+
+    def close(self, chosen: Sequence[Stage]) -> int:
+        """Print aims, failures and what another run would do; return the exit code."""
+        path = self._save()
+        names = ["build"] if "build" in self.faults else []
+        results = [r for name in [*names, *(s.name for s in chosen)] for r in self.record.of(name)]
+        if self.gpu:
+            print("\n".join(aim_lines(aims(self._rows().values()))))
+        for result in results:
+            if result.outcome == "skipped":
+                print(f"skipped {result.unit}: {result.why}")
+        bad = [r for r in results if r.bad]
+        for result in bad:
+            print(f"FAILED {result.unit}: {result.outcome}: {result.why}")
+        print(f"written: {path}")
+        if not self.gpu:
+            print("no CUDA device: nothing above is a GPU measurement; run `make gpu-check` on one")
+        left = [r.unit for r in results if r.outcome == "late"]
+        names = f"{', '.join(left[:8])}{', ...' if len(left) > 8 else ''}"
+        print(f"to be done by another run: {len(left)}: {names}" if left else "nothing is left")
+        return 1 if bad else 0
+
+
+def junit(scratch: Path, out: Path) -> None:
+    """Add the results of each file of tests to one file, in place of its earlier ones."""
+    new = sorted(scratch.glob("*.xml"))
+    if not new:
+        return
+    root = ElementTree.Element("testsuites")
+    suites: dict[str, ElementTree.Element] = {}
+    if out.exists():
+        for suite in ElementTree.parse(out).getroot():
+            suites[suite.get("name", "")] = suite
+    for path in new:
+        for suite in ElementTree.parse(path).getroot().iter("testsuite"):
+            suite.set("name", path.stem)
+            suites[path.stem] = suite
+        path.unlink()
+    root.extend(suites.values())
+    ElementTree.ElementTree(root).write(out, encoding="utf-8", xml_declaration=True)

@@ -1,0 +1,207 @@
+"""Runs units in processes of their own: each under a limit, none able to take another along.
+
+Processes that have imported everything but not touched the GPU wait for the next unit, so that
+starting one costs nothing while another is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+from .log import Log, Pump
+
+GPU = Path(__file__).resolve().parents[1]  # the folder that python runs
+STARTUP = 30.0  # seconds that importing torch, Triton and the package may take
+SHORTEST = 2.0  # no unit is begun with less time than this
+_REAPED = 5.0  # seconds that a killed process gets to be gone
+
+Unit = Mapping[str, Any]  # "stage", "key" and "limit" (seconds) at least
+Tell = Callable[[Unit, str, dict[str, Any]], None]  # "data" or "outcome"
+
+
+class Worker:
+    """One process that runs units, one after the other."""
+
+    def __init__(self, layer: str, log: Log) -> None:
+        self.pipe, theirs = Pipe()
+        self.ready = False
+        command = [sys.executable, "-u", str(GPU), "worker", layer, str(theirs.fileno())]
+        self.process = subprocess.Popen(
+            command,
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its children can be killed with it
+        )
+        theirs.close()
+        assert self.process.stdout is not None
+        self.output = Pump(self.process.stdout, log)
+
+    def send(self, unit: Unit) -> None:
+        """Hand over a unit; a process that is gone is found out when its answer is read."""
+        self.output.begin(unit["key"])
+        try:
+            self.pipe.send(dict(unit))
+        except OSError:
+            return
+
+    def end(self) -> int | None:
+        """Kill it with its children; return its exit code, None where it will not go."""
+        # Also where the process itself is gone: a child left on the GPU would share it.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        try:
+            code = self.process.wait(_REAPED)
+        except subprocess.TimeoutExpired:
+            return None
+        self.output.join()
+        return code
+
+    def ended(self) -> str:
+        """Say how a process went that closed its pipe by itself."""
+        try:
+            code = self.process.wait(_REAPED)
+        except subprocess.TimeoutExpired:
+            return "closed its pipe and stayed"
+        return _signal(code) if code < 0 else f"exit code {code}"
+
+
+def _signal(code: int) -> str:
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+class Crew:
+    """Starts processes, and keeps ``spares`` of them waiting with everything imported."""
+
+    def __init__(self, layer: str, log: Log, spares: int) -> None:
+        self._layer, self._log, self._spares = layer, log, spares
+        self._waiting: deque[Worker] = deque()
+
+    def take(self, more: int = 0) -> Worker:
+        """Return the process that has waited longest; ``more``: how many will be asked for soon."""
+        worker = self._waiting.popleft() if self._waiting else Worker(self._layer, self._log)
+        while len(self._waiting) < min(self._spares, more):
+            self._waiting.append(Worker(self._layer, self._log))
+        return worker
+
+    def close(self) -> None:
+        """End those that wait."""
+        while self._waiting:
+            self._waiting.pop().end()
+
+
+@dataclass
+class _Job:
+    unit: Unit
+    worker: Worker
+    begun: float
+    expires: float
+
+
+def run(
+    units: Iterable[Unit],
+    crew: Crew,
+    tell: Tell,
+    deadline: float,
+    *,
+    workers: int = 1,
+    reuse: bool = False,
+) -> None:
+    """Run every unit, ``workers`` at a time, until ``deadline`` (of time.monotonic).
+
+    ``reuse``: a process whose unit was done takes the next; otherwise every unit has a fresh one.
+    ``tell`` gets what a unit finds as it comes, and always one outcome: "done", "wrong" and
+    "failed" from the unit, "died", "hung" and "late" from here.
+    """
+    waiting, idle = deque(units), list[Worker]()
+    busy: dict[Connection, _Job] = {}
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < workers:
+                unit, now = waiting.popleft(), time.monotonic()
+                if deadline - now < SHORTEST:
+                    tell(unit, "outcome", _outcome("late", "the time is up", 0.0))
+                    continue
+                worker = idle.pop() if idle else crew.take(len(waiting))
+                worker.send(unit)
+                limit = unit["limit"] + (0.0 if worker.ready else STARTUP)
+                busy[worker.pipe] = _Job(unit, worker, now, now + limit)
+            if not busy:
+                break
+            nearest = min(min(job.expires for job in busy.values()), deadline)
+            for pipe in wait(list(busy), max(0.0, nearest - time.monotonic())):
+                assert isinstance(pipe, Connection)
+                if _listen(busy[pipe], tell):
+                    job = busy.pop(pipe)
+                    if job.worker.process.poll() is None and reuse and job.unit.get("_done"):
+                        idle.append(job.worker)
+                    else:
+                        job.worker.end()
+            for pipe, job in list(busy.items()):
+                if time.monotonic() >= min(job.expires, deadline):
+                    del busy[pipe]
+                    _expire(job, deadline, tell)
+    finally:
+        for worker in [*idle, *(job.worker for job in busy.values())]:
+            worker.end()
+
+
+def _outcome(outcome: str, why: str, seconds: float, **more: Any) -> dict[str, Any]:
+    return {"outcome": outcome, "why": why, "seconds": seconds, **more}
+
+
+def _listen(job: _Job, tell: Tell) -> bool:
+    """Pass on one message; return whether the unit has ended."""
+    worker = job.worker
+    try:
+        message = worker.pipe.recv()
+    except (EOFError, OSError):
+        how = worker.ended()
+        worker.output.join()
+        last = worker.output.last()
+        why = f"{how}; last line: {last[-1]}" if last else how
+        tell(job.unit, "outcome", _outcome("died", why, time.monotonic() - job.begun))
+        return True
+    if "ready" in message:
+        worker.ready = True
+        job.begun = time.monotonic()
+        job.expires = job.begun + job.unit["limit"]
+        return False
+    if "data" in message:
+        tell(job.unit, "data", message["data"])
+        return False
+    seconds = time.monotonic() - job.begun
+    job.unit = {**job.unit, "_done": message["outcome"] == "done"}
+    tell(job.unit, "outcome", _outcome(message["outcome"], message["why"], seconds))
+    return True
+
+
+def _expire(job: _Job, deadline: float, tell: Tell) -> None:
+    """End a unit that has used up its time, or the run's."""
+    seconds = time.monotonic() - job.begun
+    code = job.worker.end()
+    if time.monotonic() >= deadline and job.expires > deadline:
+        found = _outcome("late", f"cut short after {seconds:.0f} s: the time was up", seconds)
+    else:
+        where = "" if job.worker.ready else " while it imported the package"
+        last = job.worker.output.last()
+        said = f"; last line: {last[-1]}" if last else ""
+        found = _outcome("hung", f"not done within {seconds:.1f} s{where}{said}", seconds)
+    if code is None:
+        found["why"] += "; it cannot be killed"
+    tell(job.unit, "outcome", found)

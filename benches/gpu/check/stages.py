@@ -1,0 +1,36 @@
+"""The stages in the order in which five minutes on a GPU say the most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .pool import Unit
+
+RUN_SECONDS = 300.0
+CLOSING_SECONDS = 5.0  # for the tables and the report
+PLAN: Unit = {"stage": "plan", "key": "plan", "work": "plan", "limit": 60.0}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: the share of a run that it may take before the next one has its turn."""
+
+    name: str
+    title: str
+    seconds: float = RUN_SECONDS
+    workers: int = 1  # units at a time on a GPU
+    reuse: bool = False  # whether a process takes the next unit when the last one was done
+
+
+STAGES = (
+    Stage("smoke", "every backend, regime, dtype and precision against float64", 40, 8, True),
+    Stage("ceilings", "what this GPU reads, copies and multiplies", 20, 1, True),
+    Stage("kernels", "both passes by events, each kernel by name, tiles swept", 60),
+    Stage("profile", "why: counters of both passes by Nsight Compute", 30),
+    Stage("calls", "whole calls beside eager PyTorch, and in graphs", 70),
+    Stage("tests", "tests/gpu, file by file", 50),
+    Stage("compile", "torch.compile of the closed form"),
+    Stage("sanitizer", "compute-sanitizer over the small tests", workers=3),
+    Stage("network", "all parameters of a ResNet-50 beside the authors' loop"),
+    Stage("pruning", "the demo's study, trained and scored here"),
+)

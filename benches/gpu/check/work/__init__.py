@@ -1,0 +1,1 @@
+"""What the units of each stage do, in the process that the GPU may take along."""

@@ -1,0 +1,149 @@
+"""The kernels of a job without the call around them: each pass by events, each kernel by name.
+
+The passes of the backend run on buffers made beforehand, as the engine runs them, so that nothing
+of the host's time is in the figures. Both together also run as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moso_fast import engine
+from moso_fast.backends import get
+from moso_fast.problem import Problem, build_problem
+
+from .timing import (
+    Clock,
+    copy_rate,
+    device,
+    exact,
+    forced,
+    inputs,
+    item_bytes,
+    job_of,
+    judge,
+    ours,
+    relative_error,
+    rotating,
+)
+
+ROUNDS = 11
+
+
+class Passes:
+    """Both passes of one backend over one set of inputs; ``backend`` may be "triton/REGIME"."""
+
+    def __init__(self, contender: str, precision: str, data: list[Tensor]) -> None:
+        name, _, self.regime = contender.partition("/")
+        features, weight, labels, bias = data
+        self.backend = get(name)
+        self.problem: Problem = build_problem(features, weight, labels, bias, precision=precision)
+        self.rows = slice(0, self.problem.rows)
+        self.out = engine._allocate(self.problem)
+        with forced(self.regime):
+            plan = engine.make_plan(self.problem, self.backend, None)
+        self.keep = plan.keep_residual
+        self.chunks = [
+            slice(at, min(at + plan.chunk_rows, self.problem.rows))
+            for at in range(0, self.problem.rows, plan.chunk_rows)
+        ]
+        self.residuals: list[Tensor | None] = []
+        dtype = self.problem.compute_dtype
+        self.grad = torch.zeros(self.problem.weight.shape, dtype=dtype, device=features.device)
+        self.bias_grad = torch.zeros(self.grad.shape[:2], dtype=dtype, device=features.device)
+        self.alignment = torch.empty_like(self.out.loss)
+
+    def first(self) -> None:
+        """Every chunk's first pass; its sums are the mean gradient that the second one takes."""
+        self.residuals = []
+        for chunk in self.chunks:
+            with forced(self.regime):
+                part = self.backend.first_pass(self.problem, chunk, self.out, self.keep)
+            self.residuals.append(part.residual)
+            self.grad.copy_(part.grad_sum)
+            self.bias_grad.copy_(part.bias_grad_sum)
+
+    def second(self) -> None:
+        """Every chunk's second pass."""
+        for chunk, residual in zip(self.chunks, self.residuals, strict=True):
+            with forced(self.regime):
+                self.backend.second_pass(
+                    self.problem,
+                    chunk,
+                    self.out,
+                    self.grad,
+                    self.bias_grad,
+                    residual,
+                    self.alignment[:, chunk],
+                )
+
+
+def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
+    """Time both passes of one contender on one job."""
+    shape, dtype, precision = job_of(unit)
+    where, contender = device(), unit["contender"]
+    data = inputs(shape, dtype, where)
+    error = relative_error(ours(contender, precision)(*data), exact(*data))
+    emit(relative_error=error, item_bytes=item_bytes(dtype))
+    judge(contender, precision, error)
+    if unit.get("predicted"):
+        emit(predicted_milliseconds=[1e3 * seconds for seconds in unit["predicted"]])
+    clock = Clock(where)
+    emit(copy_before=copy_rate(where, clock))
+    jobs = [Passes(contender, precision, copy) for copy in rotating(data)]
+    for job in jobs:
+        job.first()
+        job.second()
+    seconds: dict[str, list[float]] = {"first": [], "second": []}
+    for index in range(ROUNDS if where.type == "cuda" else 2):
+        job = jobs[index % len(jobs)]
+        seconds["first"].append(clock.time(job.first))
+        seconds["second"].append(clock.time(job.second))
+    emit(
+        **{f"{name}_milliseconds": 1e3 * statistics.median(s) for name, s in seconds.items()},
+        all_milliseconds={name: [1e3 * s for s in each] for name, each in seconds.items()},
+    )
+    emit(kernels=by_name(jobs[0]))
+    if where.type == "cuda":
+        emit(graph_milliseconds=1e3 * in_a_graph(jobs, clock))
+        emit(copy_after=copy_rate(where, clock))
+
+
+def in_a_graph(jobs: list[Passes], clock: Clock) -> float:
+    """Median seconds of both passes as one graph: no launch waits for the host."""
+    graphs = []
+    for job in jobs:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            job.first()
+            job.second()
+        graphs.append(graph)
+    times = [clock.time(graphs[index % len(graphs)].replay) for index in range(ROUNDS)]
+    return statistics.median(times)
+
+
+def by_name(job: Passes) -> list[dict[str, Any]]:
+    """Device time of every kernel (operation, on a CPU) of one run, by PyTorch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    gpu = job.problem.device.type == "cuda"
+    activities = [ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]
+    with profile(activities=activities) as found, nullcontext():
+        job.first()
+        job.second()
+        if gpu:
+            torch.cuda.synchronize()
+    field = "self_device_time_total" if gpu else "self_cpu_time_total"
+    events = [(e.key, e.count, float(getattr(e, field))) for e in found.key_averages()]
+    events.sort(key=lambda e: -e[2])
+    return [
+        {"kernel": name[:120], "launches": count, "microseconds": round(us, 1)}
+        for name, count, us in events[:20]
+        if us > 0
+    ]

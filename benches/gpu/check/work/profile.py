@@ -1,0 +1,137 @@
+"""Why a kernel takes what it takes: Nsight Compute's counters of both passes, as numbers.
+
+``ncu`` runs this module in a process of its own (``python benches/gpu profiled``) and writes one
+line a kernel; what is kept of it: time, share of the memory's and of the tensor cores' peak, and
+what warps wait for most. Clocks are left as they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..worker import Skipped, run_child
+
+GPU = Path(__file__).resolve().parents[2]
+SECTIONS = ("SpeedOfLight", "WarpStateStats", "ComputeWorkloadAnalysis", "Occupancy", "LaunchStats")
+_STALL = re.compile(r"issue_stalled_(\w+?)(?:_not_issued)?(?:_per_\w+_active)?\.(?:ratio|pct)$")
+_TENSOR = re.compile(r"^sm__\w*pipe_tensor\w*\..*pct_of_peak_sustained_(?:active|elapsed)$")
+_WANTED = {
+    "dram_percent": re.compile(r"dram_+throughput\..*pct_of_peak_sustained_elapsed$"),
+    "occupancy_percent": re.compile(r"^sm__warps_active\..*pct_of_peak_sustained_active$"),
+    "registers": re.compile(r"^launch__registers_per_thread$"),
+    "nanoseconds": re.compile(r"^gpu__time_duration\.sum$"),
+}
+
+
+def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
+    """Profile both passes of one contender on one job."""
+    program = find_ncu()
+    if program is None:
+        raise Skipped("Nsight Compute (ncu) is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "counters.csv")
+        code = run_child(command(program, unit, path))
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    print(text[:20_000])  # into the log: the names of counters differ between versions
+    if code:
+        raise RuntimeError(f"ncu ended with exit code {code}")
+    rows = kernels(text)
+    if not rows:
+        raise RuntimeError("ncu has written no kernel")
+    emit(kernels=rows)
+
+
+def find_ncu() -> str | None:
+    """Path of ncu, or None."""
+    homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")))
+    for folder in [*(f"{home}/bin" for home in homes), "/usr/local/cuda/bin"]:
+        found = shutil.which("ncu", path=folder)
+        if found:
+            return found
+    return shutil.which("ncu")
+
+
+def command(program: str, unit: Mapping[str, Any], out: Path) -> list[str]:
+    """Return the command that profiles a unit and writes the counters to ``out``."""
+    sections = [word for name in SECTIONS for word in ("--section", name)]
+    return [
+        program,
+        *("--csv", "--page", "raw", "--print-units", "base", "--log-file", str(out)),
+        *("--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all"),
+        *sections,
+        *(sys.executable, str(GPU), "profiled", json.dumps(dict(unit))),
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run both passes once between the marks that ncu waits for."""
+    import torch
+
+    from .kernels import Passes
+    from .timing import device, inputs, job_of
+
+    unit = json.loads(arguments[0])
+    shape, dtype, precision = job_of(unit)
+    job = Passes(unit["contender"], precision, inputs(shape, dtype, device()))
+    job.first()
+    job.second()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    job.first()
+    job.second()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+    return 0
+
+
+def kernels(text: str) -> list[dict[str, Any]]:
+    """Read ncu's lines: names of columns, their units, then one line a kernel."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    table = list(csv.reader(io.StringIO("\n".join(lines))))
+    if len(table) < 3:
+        return []
+    names, _, *rows = table
+    found = []
+    for row in rows:
+        values = {name: _number(text) for name, text in zip(names, row, strict=False)}
+        line: dict[str, Any] = {"kernel": dict(zip(names, row, strict=False))["Kernel Name"][:120]}
+        for key, pattern in _WANTED.items():
+            line[key] = _largest(values, pattern)
+        line["tensor_percent"] = _largest(values, _TENSOR)
+        nanoseconds = line.pop("nanoseconds")
+        line["microseconds"] = None if nanoseconds is None else nanoseconds / 1e3
+        line["stalls"] = stalls(values.items())
+        found.append(line)
+    return found
+
+
+def stalls(values: Iterable[tuple[str, float | None]]) -> list[tuple[str, float]]:
+    """Return what a warp waits for, in cycles an instruction or per cent, the three largest."""
+    found = {}
+    for name, value in values:
+        match = _STALL.search(name)
+        if match and value is not None and match[1] != "selected":
+            found[match[1]] = value
+    return sorted(found.items(), key=lambda item: -item[1])[:3]
+
+
+def _largest(values: Mapping[str, float | None], pattern: re.Pattern[str]) -> float | None:
+    found = [v for name, v in values.items() if v is not None and pattern.search(name)]
+    return max(found, default=None)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None

@@ -6,7 +6,8 @@ On a CPU they have the same bits for any number of threads, and small ones wake 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .engine import Results
     from .problem import Problem
 
-__all__ = ["self_check", "sqnorm", "thread_blocks"]
+__all__ = ["result_sums", "self_check", "sqnorm", "thread_blocks"]
 
 # Relative to |G| * sum_i |g_i|, the scale of the rounding in sum_i a_i = N |G|^2.
 _SELF_CHECK_TOLERANCE = {"float64": 1e-10, "highest": 1e-4, "high": 2e-3, "medium": 2e-2}
@@ -30,27 +31,42 @@ _SQUARES = 64 * _SUM_BLOCK
 _ONE_THREAD = 2**15 - 1
 
 
-def self_check(problem: Problem, results: Results) -> None:
+def result_sums(results: Results, counted: Tensor | None) -> Tensor:
+    """Return what the self-check compares: (3 K,) float64, on the device of the results.
+
+    |G|^2 of every head, then sum_i a_i of every head, then sum_i |g_i|; over the samples that
+    ``counted`` is true for or, where it is None, over all.
+    """
+    found: list[Tensor] = []
+    norms: list[Tensor] = []
+    for block in thread_blocks(results.alignment):
+        parts = results.alignment[:, block], results.grad_sqnorm[:, block].sqrt()
+        for total, part in zip((found, norms), parts, strict=True):
+            if counted is not None:  # what does not count may hold anything, NaN too
+                part = torch.where(counted[block], part, 0)
+            total.append(part.sum(1, dtype=torch.float64))
+    return torch.cat([results.mean_grad_sqnorm, reduce(torch.add, found), reduce(torch.add, norms)])
+
+
+def self_check(
+    problem: Problem,
+    results: Results,
+    counted: Tensor | None,
+    count: int,
+    sums: Sequence[float],
+) -> None:
     """Raise RuntimeError unless sum_i a_i = N |G|^2 to the precision of the job.
 
-    Every sample that counts must have a finite alignment and norm, and no other sample may.
+    ``sums`` is what :func:`result_sums` holds of these results and ``counted``. Each of the
+    ``count`` samples that count must have a finite alignment and norm.
     """
-    count = int(results.count)
-    whole = count == results.alignment.shape[1]
-    add = torch.sum if whole else torch.nansum
-    sums = torch.zeros(
-        3, *results.mean_grad_sqnorm.shape, dtype=torch.float64, device=results.count.device
-    )
-    sums[0] = results.mean_grad_sqnorm
-    for block in thread_blocks(results.alignment):
-        sums[1] += add(results.alignment[:, block], 1, dtype=torch.float64)
-        sums[2] += add(results.grad_sqnorm[:, block].sqrt(), 1, dtype=torch.float64)
-    heads = sums.T.tolist()
-    # Where no sample is left out, finite sums say that every term is.
-    if not whole or not all(math.isfinite(found + norms) for _, found, norms in heads):
-        _check_finite(results)
+    heads = len(sums) // 3
+    by_head = [sums[head::heads] for head in range(heads)]
+    # Finite sums say that every term is.
+    if not all(math.isfinite(found + norms) for _, found, norms in by_head):
+        _check_finite(results, counted, count)
     key = "float64" if problem.compute_dtype == torch.float64 else problem.precision
-    for head, (mean_grad_sqnorm, found, norms) in enumerate(heads):
+    for head, (mean_grad_sqnorm, found, norms) in enumerate(by_head):
         wanted = mean_grad_sqnorm * count
         bound = _SELF_CHECK_TOLERANCE[key] * math.sqrt(mean_grad_sqnorm) * norms + 1e-30
         if not abs(found - wanted) <= bound:
@@ -61,32 +77,28 @@ def self_check(problem: Problem, results: Results) -> None:
             )
 
 
-def _check_finite(results: Results) -> None:
-    """Raise RuntimeError unless just the samples that count have a finite result."""
-    finite = torch.zeros_like(results.mean_grad_sqnorm)
-    for block in thread_blocks(results.alignment):
-        # isfinite takes ten times as long as a comparison, which NaN fails as well.
-        both = results.alignment[:, block] + results.grad_sqnorm[:, block]
-        finite += (both.abs_() < float("inf")).sum(1)
-    missing = (results.count - finite).tolist()
-    for head, samples in enumerate(missing):
+def _check_finite(results: Results, counted: Tensor | None, count: int) -> None:
+    """Raise RuntimeError unless all samples that count have a finite result."""
+    missing = ~torch.isfinite(results.alignment + results.grad_sqnorm)
+    if counted is not None:
+        missing &= counted
+    for head, samples in enumerate(missing.sum(1).tolist()):
         if samples:
             raise RuntimeError(
-                f"self-check failed for head {head}: {int(samples)} of the {int(results.count)} "
-                "samples that count have no finite result; please report this with the output of "
-                "moso-fast doctor"
+                f"self-check failed for head {head}: {samples} of the {count} samples that count "
+                "have no finite result; please report this with the output of moso-fast doctor"
             )
 
 
 def thread_blocks(values: Tensor) -> Iterator[slice]:
-    """Columns of (K, samples) at a time: all on a GPU, on a CPU what one thread does alone.
+    """Columns of (K, samples) at a time, at least once: all on a GPU, on a CPU one thread's share.
 
     PyTorch shares out larger operations, and for one addition a number waking the threads costs
     more than the work, on a busy machine many times more.
     """
     samples = values.shape[1]
     step = samples if values.device.type != "cpu" else max(1, _ONE_THREAD // values.shape[0])
-    for start in range(0, samples, max(1, step)):
+    for start in range(0, max(1, samples), max(1, step)):
         yield slice(start, start + step)
 
 

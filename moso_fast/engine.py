@@ -2,7 +2,8 @@
 
 First pass: row statistics and the sum of the gradients; then the mean gradient G in float64, in
 a fixed order; second pass: the alignment of every row with G. Residuals of the first pass are
-kept where they fit the memory budget, otherwise the second pass computes them again.
+kept where they fit the memory budget, otherwise the second pass computes them again. What is
+checked on the way, and when the host waits for it, is in ``_verdict.py``.
 """
 
 from __future__ import annotations
@@ -17,15 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._sums import self_check, sqnorm, thread_blocks
-from .formulas import check_count
-from .problem import (
-    STATUS_SLOTS,
-    Problem,
-    check_parameters,
-    raise_for_status,
-    sequence_offsets,
-)
+from ._sums import sqnorm, thread_blocks
+from ._verdict import Reading, Verdict
+from .problem import STATUS_SLOTS, Problem, sequence_offsets
 from .sequences import segment_sum, sequence_grad_sqnorm
 from .streaming import CHUNK_BYTES, CudaLane, Feed, StreamedFeed
 
@@ -34,6 +29,14 @@ if TYPE_CHECKING:
 
 _CPU_RESIDUAL_SHARE = 0.25
 _CUDA_RESIDUAL_SHARE = 0.5
+
+# Residuals that a GPU keeps whatever is free, so that short jobs need not wait for the driver to
+# say what is. No more than most backends take to work on one chunk (512 MiB to 2 GiB), and an
+# eighth of the smallest GPUs that the kernels are proven for (4 GiB).
+_CUDA_ALWAYS_KEPT = 2**29
+
+# What residual_budget found last, by device.
+_last_budget: dict[torch.device, int] = {}
 
 # Of the free memory of a GPU, what residuals and features from main memory may take together; and
 # what else a chunk needs.
@@ -68,7 +71,9 @@ class FirstPass:
 class Plan:
     """How a problem is cut: rows a chunk, and whether residuals are kept between the passes.
 
-    ``resident_bytes`` of features that come from main memory may stay on the device.
+    ``budget_bytes`` of residuals may stay, none where the caller fixed the chunk; less than
+    :func:`residual_budget` where that is enough. ``resident_bytes`` of features that come from
+    main memory may stay on the device.
     """
 
     chunk_rows: int
@@ -93,24 +98,49 @@ class Results:
     status: Tensor  # (STATUS_SLOTS,) int64
 
 
+# The fields of Results that have a value for every sample.
+_SAMPLE_FIELDS = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")
+
+
+@dataclass
+class _Swept:
+    """What the first pass leaves of all chunks together."""
+
+    # The first chunk's sums become the total: for large heads a fresh one costs as much as adding.
+    grad_sum: Tensor | None = None
+    bias_grad_sum: Tensor | None = None
+    kept: list[Tensor | None] = field(default_factory=list)  # residuals of every chunk
+    sequence_norms: list[Tensor] = field(default_factory=list)
+
+
 def make_plan(problem: Problem, backend: Backend, chunk_size: int | None) -> Plan:
     """Choose the rows of a chunk and whether residuals are kept.
 
     ``chunk_size`` (rows) fixes the chunk and has the second pass recompute residuals, so that
     memory does not grow with the number of rows.
     """
-    item = torch.finfo(problem.compute_dtype).bits // 8
-    residual_bytes = problem.rows * problem.heads * problem.classes * item
-    budget = residual_budget(problem.device)
+    residual_bytes = _residual_bytes(problem)
     check_chunk_size(chunk_size)
     if chunk_size is not None:
-        return Plan(chunk_size, False, residual_bytes, budget)
+        return Plan(chunk_size, False, residual_bytes, 0)
+    budget = _enough(problem.device, residual_bytes)
     rows, keep = backend.chunk_rows(problem), residual_bytes <= budget
     if not problem.streamed:
         return Plan(rows, keep, residual_bytes, budget)
     rows = max(1, min(rows, CHUNK_BYTES // (problem.dim * problem.features.dtype.itemsize)))
     resident = _resident_budget(problem.device, residual_bytes if keep else 0)
     return Plan(rows, keep, residual_bytes, budget, resident)
+
+
+def residuals_fit(problem: Problem) -> bool:
+    """Whether the residuals of all rows may stay between the passes."""
+    needed = _residual_bytes(problem)
+    return needed <= _enough(problem.device, needed)
+
+
+def _residual_bytes(problem: Problem) -> int:
+    item = torch.finfo(problem.compute_dtype).bits // 8
+    return problem.rows * problem.heads * problem.classes * item
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
@@ -121,14 +151,40 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
 
 
+def _enough(device: torch.device, needed: int) -> int:
+    """:func:`residual_budget`, or what is always kept where ``needed`` bytes are no more."""
+    if device.type == "cuda" and needed <= _CUDA_ALWAYS_KEPT:
+        return _CUDA_ALWAYS_KEPT
+    return residual_budget(device)
+
+
 def residual_budget(device: torch.device) -> int:
     """Bytes of residuals that may stay between the passes on this device."""
     if device.type == "cuda":
-        return int(_CUDA_RESIDUAL_SHARE * _free_bytes(device))
+        if torch.cuda.is_current_stream_capturing():
+            return _captured_budget(device)
+        budget = max(_CUDA_ALWAYS_KEPT, int(_CUDA_RESIDUAL_SHARE * _free_bytes(device)))
+        _last_budget[device] = budget
+        return budget
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return int(_CPU_RESIDUAL_SHARE * physical)
     return 2**30
+
+
+def _captured_budget(device: torch.device) -> int:
+    """Return the budget under CUDA graph capture, where the driver may not be asked what is free.
+
+    A captured call must not be the first to launch a kernel: it would be compiled and loaded
+    within the capture. So it is planned like the call that came before it to warm up, by what that
+    one was told, unless PyTorch has since taken memory that this one would need: a graph has
+    memory of its own and cannot use what others have given back. Without such a call all that
+    PyTorch has not taken is as good as free.
+    """
+    left = torch.cuda.get_device_properties(device).total_memory
+    left -= torch.cuda.memory_reserved(device)  # PyTorch's own books: the driver is not asked
+    budget = int(_CUDA_RESIDUAL_SHARE * left)
+    return max(_CUDA_ALWAYS_KEPT, min(budget, _last_budget.get(device, budget)))
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -174,66 +230,47 @@ def run(
     RuntimeError
         The self-check sum_i a_i = N |G|^2 failed: a wrong result is never returned.
     """
-    plan = make_plan(problem, backend, chunk_size)
-    capturing = _capturing(problem)
-    if not capturing:
-        check_parameters(problem)
-    elif problem.streamed:
+    reading = _reading(problem)
+    if reading is Reading.NEVER and problem.streamed:
         raise ValueError(
             f"features must be on {problem.device} under CUDA graph capture, got "
             f"{problem.features.device}"
         )
+    plan = make_plan(problem, backend, chunk_size)
+    # The host cuts the rows by these: a read of their own, before anything is launched.
     offsets = None if problem.cu_seqlens is None else sequence_offsets(problem)
     chunks = list(_chunks(problem.rows, plan.chunk_rows, offsets))
+    verdict = Verdict(problem, formula, reading)
+    verdict.parameters()
     with closing(make_feed(problem, chunks, plan)) as feed:
-        results = _two_passes(feed, backend, plan, offsets, formula, capturing)
-    if not capturing:
-        self_check(problem, results)
+        results, counted = _two_passes(feed, backend, plan, offsets, verdict)
+    verdict.results(results, counted)
+    # Unknown under capture: the graph may be replayed on rows of which some do not count.
+    if verdict.count != counted.shape[0]:
+        _leave_out(results, ~counted)
     return results
 
 
+def _reading(problem: Problem) -> Reading:
+    """When the host may read what lies on the device; the reasons are in ``_verdict.py``."""
+    if _capturing(problem):
+        return Reading.NEVER
+    if problem.asynchronous and not problem.streamed:
+        return Reading.TOGETHER
+    return Reading.AT_ONCE
+
+
 def _two_passes(
-    feed: Feed,
-    backend: Backend,
-    plan: Plan,
-    offsets: Tensor | None,
-    formula: str | None,
-    capturing: bool,
-) -> Results:
-    problem, chunks = feed.problem, feed.chunks
+    feed: Feed, backend: Backend, plan: Plan, offsets: Tensor | None, verdict: Verdict
+) -> tuple[Results, Tensor]:
+    """Results of all samples, and the mask of those that count; the others hold anything."""
+    problem = feed.problem
     rows = _allocate(problem)
-    # The first chunk's sums become the total: for large heads a fresh one costs as much as adding.
-    grad: Tensor | None = None
-    bias_grad: Tensor | None = None
-    kept: list[Tensor | None] = []
-    sequence_norms: list[Tensor] = []
-    for number in feed.first_pass():
-        chunk = chunks[number]
-        keep = plan.keep_residual or offsets is not None
-        part = backend.first_pass(problem, chunk, rows, keep)
-        grad = _add_up(grad, part.grad_sum)
-        bias_grad = _add_up(bias_grad, part.bias_grad_sum)
-        if offsets is not None:
-            assert part.residual is not None
-            sequence_norms.append(
-                sequence_grad_sqnorm(problem, chunk, rows.counted[chunk], part.residual, offsets)
-            )
-        kept.append(part.residual if plan.keep_residual else None)
-        del part  # its sums are as large as the heads, and the next chunk has its own
-    if grad is None or bias_grad is None:  # not a single row
-        grad = torch.zeros(problem.weight.shape, dtype=torch.float64, device=problem.device)
-        bias_grad = torch.zeros(grad.shape[:2], dtype=torch.float64, device=problem.device)
-    if not capturing:
-        raise_for_status(problem, rows.status)
-    counted = _samples_counted(rows.counted, offsets)
+    swept = _first_passes(feed, backend, plan, rows, offsets)
+    counted = _samples_counted(problem, rows.counted)
     count = counted.sum()
-    # A captured graph may be replayed on rows of which some do not count.
-    whole = not capturing and int(count) == len(counted)
-    if formula is not None and not capturing:
-        check_count(formula, int(count))
-    at_least_one = count.clamp_min(1)
-    grad /= at_least_one
-    bias_grad /= at_least_one
+    verdict.rows(rows.status, count)
+    grad, bias_grad = _mean_gradient(problem, swept, count)
     mean_grad_sqnorm = sqnorm(grad.flatten(1))
     if problem.bias is not None:
         mean_grad_sqnorm = mean_grad_sqnorm + sqnorm(bias_grad)
@@ -241,20 +278,46 @@ def _two_passes(
     mean_grad = grad.to(problem.compute_dtype)
     mean_bias_grad = bias_grad.to(problem.compute_dtype) if problem.bias is not None else None
     for number in feed.second_pass():
-        chunk = chunks[number]
+        chunk, residual = feed.chunks[number], swept.kept[number]
         backend.second_pass(
-            problem, chunk, rows, mean_grad, mean_bias_grad, kept[number], alignment[:, chunk]
+            problem, chunk, rows, mean_grad, mean_bias_grad, residual, alignment[:, chunk]
         )
-    return _finish(
-        problem,
-        rows,
-        None if whole else counted,
-        count,
-        alignment,
-        mean_grad_sqnorm,
-        sequence_norms,
-        offsets,
-    )
+    fields = _fields(problem, rows, alignment, swept.sequence_norms)
+    results = Results(mean_grad_sqnorm=mean_grad_sqnorm, count=count, status=rows.status, **fields)
+    return results, counted
+
+
+def _first_passes(
+    feed: Feed, backend: Backend, plan: Plan, rows: RowBuffers, offsets: Tensor | None
+) -> _Swept:
+    problem = feed.problem
+    swept = _Swept()
+    for number in feed.first_pass():
+        chunk = feed.chunks[number]
+        keep = plan.keep_residual or offsets is not None
+        part = backend.first_pass(problem, chunk, rows, keep)
+        swept.grad_sum = _add_up(swept.grad_sum, part.grad_sum)
+        swept.bias_grad_sum = _add_up(swept.bias_grad_sum, part.bias_grad_sum)
+        if offsets is not None:
+            assert part.residual is not None
+            swept.sequence_norms.append(
+                sequence_grad_sqnorm(problem, chunk, rows.counted[chunk], part.residual, offsets)
+            )
+        swept.kept.append(part.residual if plan.keep_residual else None)
+        del part  # its sums are as large as the heads, and the next chunk has its own
+    return swept
+
+
+def _mean_gradient(problem: Problem, swept: _Swept, count: Tensor) -> tuple[Tensor, Tensor]:
+    """G (K, C, D) and its bias part (K, C), float64, in the memory of the sums."""
+    grad, bias_grad = swept.grad_sum, swept.bias_grad_sum
+    if grad is None or bias_grad is None:  # not a single row
+        grad = torch.zeros(problem.weight.shape, dtype=torch.float64, device=problem.device)
+        bias_grad = torch.zeros(grad.shape[:2], dtype=torch.float64, device=problem.device)
+    at_least_one = count.clamp_min(1)
+    grad /= at_least_one
+    bias_grad /= at_least_one
+    return grad, bias_grad
 
 
 def _add_up(total: Tensor | None, part: Tensor) -> Tensor:
@@ -300,46 +363,35 @@ def _allocate(problem: Problem) -> RowBuffers:
     )
 
 
-def _samples_counted(counted: Tensor, offsets: Tensor | None) -> Tensor:
-    if offsets is None:
+def _samples_counted(problem: Problem, counted: Tensor) -> Tensor:
+    if problem.cu_seqlens is None:
         return counted
-    return segment_sum(counted[None].double(), offsets)[0] > 0
+    return segment_sum(counted[None].double(), problem.cu_seqlens)[0] > 0
 
 
-def _finish(
+def _fields(
     problem: Problem,
     rows: RowBuffers,
-    counted: Tensor | None,
-    count: Tensor,
     alignment: Tensor,
-    mean_grad_sqnorm: Tensor,
     sequence_norms: list[Tensor],
-    offsets: Tensor | None,
-) -> Results:
-    """Make the results of rows those of samples; NaN where ``counted``, if given, is false."""
-    fields: dict[str, Tensor]
-    if offsets is None:
-        grad_sqnorm, el2n = torch.empty_like(alignment), torch.empty_like(alignment)
-        ones = 1.0 if problem.bias is not None else 0.0
-        for block in thread_blocks(alignment):
-            squared = rows.residual_sqnorm[:, block]
-            torch.mul(squared, rows.feature_sqnorm[block] + ones, out=grad_sqnorm[:, block])
-            torch.sqrt(squared, out=el2n[:, block])
-        fields = {
-            "alignment": alignment,
-            "grad_sqnorm": grad_sqnorm,
-            "loss": rows.loss,
-            "el2n": el2n,
-            "margin": rows.margin,
-            "entropy": rows.entropy,
-        }
-    else:
-        fields = _sum_sequences(problem, rows, alignment, sequence_norms, offsets)
-    if counted is not None:
-        ignored = ~counted
-        for values in fields.values():
-            values.masked_fill_(ignored, float("nan"))
-    return Results(mean_grad_sqnorm=mean_grad_sqnorm, count=count, status=rows.status, **fields)
+) -> dict[str, Tensor]:
+    """Make the results of rows those of samples, by name."""
+    if problem.cu_seqlens is not None:
+        return _sum_sequences(problem, rows, alignment, sequence_norms, problem.cu_seqlens)
+    grad_sqnorm, el2n = torch.empty_like(alignment), torch.empty_like(alignment)
+    ones = 1.0 if problem.bias is not None else 0.0
+    for block in thread_blocks(alignment):
+        squared = rows.residual_sqnorm[:, block]
+        torch.mul(squared, rows.feature_sqnorm[block] + ones, out=grad_sqnorm[:, block])
+        torch.sqrt(squared, out=el2n[:, block])
+    return {
+        "alignment": alignment,
+        "grad_sqnorm": grad_sqnorm,
+        "loss": rows.loss,
+        "el2n": el2n,
+        "margin": rows.margin,
+        "entropy": rows.entropy,
+    }
 
 
 def _sum_sequences(
@@ -366,3 +418,9 @@ def _sum_sequences(
     }
     dtype = problem.compute_dtype
     return {name: values.to(dtype).contiguous() for name, values in fields.items()}
+
+
+def _leave_out(results: Results, ignored: Tensor) -> None:
+    """Give samples that do not count NaN everywhere."""
+    for name in _SAMPLE_FIELDS:
+        getattr(results, name).masked_fill_(ignored, float("nan"))

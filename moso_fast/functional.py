@@ -262,7 +262,8 @@ def explain(
             for line, text in enumerate(chosen.explain(problem, plan))
         ),
         f"passes    2 over the features, {chunks} chunk(s) of up to {plan.chunk_rows} rows",
-        f"residuals {residuals}; budget {plan.budget_bytes / 2**20:.0f} MiB",
+        # The plan may have been made without asking what is free.
+        f"residuals {residuals}; budget {engine.residual_budget(problem.device) / 2**20:.0f} MiB",
     ]
     if problem.streamed:
         row = problem.dim * problem.features.dtype.itemsize

@@ -7,7 +7,7 @@ features as a status word; :func:`raise_for_status` turns it into the error a us
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,11 @@ class Problem:
     def device(self) -> torch.device:
         """Where the heads lie and the work is done."""
         return self.weight.device
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether operations return before their results are there, so that reading one waits."""
+        return self.device.type != "cpu"
 
     @property
     def streamed(self) -> bool:
@@ -351,12 +356,25 @@ def sequence_offsets(problem: Problem) -> Tensor:
     return offsets
 
 
-def check_parameters(problem: Problem) -> None:
-    """Raise ValueError at the first non-finite entry of weight, bias or sample_weight."""
-    for name in ("weight", "bias", "sample_weight"):
-        value = getattr(problem, name)
+def parameter_extremes(problem: Problem) -> Tensor:
+    """Least and greatest entry of weight, bias and sample_weight, of those that there are.
+
+    NaN where an entry is NaN; in the compute dtype, on the device of the job.
+    """
+    extremes: list[Tensor] = []
+    for _, value in _parameters(problem):
         # aminmax passes NaN on and reads once; isfinite makes three tensors of that size.
-        if value is None or not value.numel() or all(map(math.isfinite, _extremes(value))):
+        extremes += torch.aminmax(value)
+    return torch.stack(extremes)
+
+
+def check_parameters(problem: Problem, extremes: Sequence[float]) -> None:
+    """Raise ValueError at the first non-finite entry of weight, bias or sample_weight.
+
+    ``extremes``: what :func:`parameter_extremes` holds.
+    """
+    for number, (name, value) in enumerate(_parameters(problem)):
+        if all(map(math.isfinite, extremes[2 * number : 2 * number + 2])):
             continue
         at = (~torch.isfinite(value)).nonzero()[0].tolist()
         if name != "sample_weight" and not problem.stacked:
@@ -367,13 +385,19 @@ def check_parameters(problem: Problem) -> None:
         raise ValueError(f"{name}{at_shown} is {float(entry)}; heads and weights must be finite")
 
 
-def _extremes(value: Tensor) -> list[float]:
-    return torch.stack(torch.aminmax(value)).tolist()
+def _parameters(problem: Problem) -> list[tuple[str, Tensor]]:
+    """Weight, bias and sample weights by name, those that there are and that hold numbers."""
+    given = [("weight", problem.weight)]
+    if problem.bias is not None:
+        given.append(("bias", problem.bias))
+    if problem.sample_weight is not None and problem.rows:
+        given.append(("sample_weight", problem.sample_weight))
+    return given
 
 
-def raise_for_status(problem: Problem, status: Tensor) -> None:
+def raise_for_status(problem: Problem, status: Sequence[float]) -> None:
     """Turn the status word of the first pass into one clear ValueError, or return."""
-    first = status.tolist()
+    first = [int(row) for row in status]
     if first[STATUS_LABEL] < problem.rows:
         row = first[STATUS_LABEL]
         raise ValueError(

@@ -19,7 +19,10 @@ _DIRECT_ROWS = 8192
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sum (K, rows) over the segments between ``offsets`` (B + 1, on the CPU): (K, B)."""
+    """Sum (K, rows) over the segments between ``offsets`` (B + 1): (K, B).
+
+    ``offsets`` should be on the device of the values: to send them there waits for it.
+    """
     if offsets.shape[0] == 1:
         return values[:, :0]
     device_offsets = offsets.to(values.device)

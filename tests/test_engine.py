@@ -21,12 +21,12 @@ from core_support import (
     score_with,
 )
 
-from moso_fast import engine
+from moso_fast import _sums, engine
 from moso_fast._precision import own_precision
 from moso_fast.backends import _REGISTRY, get
 from moso_fast.backends.torch import TorchBackend
 from moso_fast.functional import last_layer_stats, moso_scores
-from moso_fast.problem import build_problem
+from moso_fast.problem import Problem, build_problem
 from moso_fast.reference import closed_form_stats, explicit_stats
 
 each_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -61,6 +61,7 @@ def test_memory_that_earlier_work_left_with_pytorch_counts_as_free(monkeypatch):
     free = 80 * gib
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 80 * gib))
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device=None: held)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     before = engine.residual_budget(device), engine._resident_budget(device, gib)
     # A call has taken 60 GiB from the driver and given them back to PyTorch's pool.
     free = 20 * gib
@@ -158,6 +159,9 @@ class _Wrong(TorchBackend):
             alignment[:, 3] = 0.0
         if self.mistake == "scaled":
             alignment *= 1.01
+        if self.mistake == "garbage where nothing counts":
+            alignment[:, ~out.counted[rows]] = float("inf")
+            out.residual_sqnorm[:, rows][:, ~out.counted[rows]] = float("nan")
 
 
 MISTAKES = (
@@ -173,22 +177,36 @@ MISTAKES = (
 )
 
 
+@pytest.mark.parametrize("ignored", [0, 1])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
     "mistake, chunk_size",
     [(mistake, 16) for mistake in MISTAKES] + [(mistake, None) for mistake in MISTAKES[1:]],
 )
-def test_self_check_stops_a_wrong_backend(monkeypatch, mistake, chunk_size):
+def test_self_check_stops_a_wrong_backend(monkeypatch, mistake, chunk_size, late, ignored):
     case = random_case("ids", n=40, heads=2)
+    case.labels[20 : 20 + ignored] = -100
     monkeypatch.setitem(_REGISTRY, "wrong", _Wrong(mistake))
+    monkeypatch.setattr(Problem, "asynchronous", late)
     with pytest.raises(RuntimeError, match=r"^self-check failed for head \d: "):
         last_layer_stats(*case.args, backend="wrong", chunk_size=chunk_size)
 
 
-def test_the_backend_with_no_mistake_passes_the_self_check(monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("ignored", [0, 1])
+@pytest.mark.parametrize("mistake", ["none", "garbage where nothing counts"])
+def test_a_backend_with_no_mistake_passes_the_self_check(monkeypatch, mistake, ignored, late):
     case = random_case("ids", n=40, heads=2)
-    monkeypatch.setitem(_REGISTRY, "wrong", _Wrong("none"))
+    case.labels[5 : 5 + ignored] = -100
+    monkeypatch.setitem(_REGISTRY, "wrong", _Wrong(mistake))
+    monkeypatch.setattr(Problem, "asynchronous", late)
     got = last_layer_stats(*case.args, backend="wrong", chunk_size=16)
     assert_stats_match(got, closed_form_stats(*case.args), 1e-5)
+
+
+def self_check(problem: Any, results: Any, counted: torch.Tensor | None = None) -> None:
+    sums = _sums.result_sums(results, counted).tolist()
+    _sums.self_check(problem, results, counted, int(results.count), sums)
 
 
 @pytest.mark.parametrize(
@@ -213,28 +231,31 @@ def test_self_check_is_as_strict_as_the_precision(precision, dtype, slip):
             count=torch.tensor(50),
         )
 
-    engine.self_check(problem, results(1 + slip / 1000))
+    self_check(problem, results(1 + slip / 1000))
     with pytest.raises(RuntimeError, match="self-check failed for head 0"):
-        engine.self_check(problem, results(1 + slip))
+        self_check(problem, results(1 + slip))
     with pytest.raises(RuntimeError, match="self-check failed for head 0"):
-        engine.self_check(problem, results(float("inf")))
+        self_check(problem, results(float("inf")))
 
 
-def test_self_check_counts_values_that_are_missing():
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_self_check_counts_values_that_are_missing(left_out):
     """A sample that counts has a value, however little it would add to the sum."""
+    garbage = torch.full((left_out,), float("nan"))
     results = SimpleNamespace(
-        alignment=torch.tensor([[1.0, 1e-20, 1.0, float("nan")]]),
-        grad_sqnorm=torch.tensor([[1.0, 1e-20, 1.0, float("nan")]]),
+        alignment=torch.cat([torch.tensor([1.0, 1e-20, 1.0]), garbage])[None],
+        grad_sqnorm=torch.cat([torch.tensor([1.0, 1e-20, 1.0]), garbage])[None],
         mean_grad_sqnorm=torch.full((1,), 2 / 3, dtype=torch.float64),
         count=torch.tensor(3),
     )
-    problem = problem_of(random_case("ids", n=4))
-    engine.self_check(problem, results)
+    counted = torch.arange(4) < 3 if left_out else None
+    problem = problem_of(random_case("ids", n=3 + left_out))
+    self_check(problem, results, counted)
     for name in ("alignment", "grad_sqnorm"):
         values = getattr(results, name)
         values[0, 1] = float("nan")
         with pytest.raises(RuntimeError, match="self-check failed for head 0: 1 of the 3 samples"):
-            engine.self_check(problem, results)
+            self_check(problem, results, counted)
         values[0, 1] = 1e-20
 
 

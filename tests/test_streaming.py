@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moso_fast import engine
 from moso_fast.backends import choose, get
 from moso_fast.functional import explain, last_layer_stats
-from moso_fast.problem import build_problem
+from moso_fast.problem import Problem, build_problem
 from moso_fast.streaming import CHUNK_BYTES, Feed, Lane, StreamedFeed, resident_chunks
 
 
@@ -293,6 +293,20 @@ def test_bad_rows_are_named_and_empty_input_is_empty(streaming) -> None:
     assert last_layer_stats(*empty.args, backend="torch").loss.shape == (0,)
 
 
+def test_features_with_a_bad_row_are_not_sent_a_second_time(streaming, monkeypatch) -> None:
+    """Although on a GPU everything else is judged at the end: the bus takes longer than a wait."""
+    monkeypatch.setattr(Problem, "asynchronous", True)
+    monkeypatch.setattr(Problem, "streamed", True)
+    monkeypatch.setattr(engine, "_resident_budget", lambda *given: 0)
+    lanes = streaming(0, 8)
+    case = random_case("ids", n=30)
+    last_layer_stats(*case.args, backend="torch")
+    case.features[21, 2] = float("inf")
+    with pytest.raises(ValueError, match=r"^features\[21, 2\] is inf"):
+        last_layer_stats(*case.args, backend="torch")
+    assert [len(lane.sent) for lane in lanes] == [6, 4]
+
+
 # What follows needs a device to be named, not to be there: fake tensors have one without memory.
 
 
@@ -356,6 +370,7 @@ def test_the_operator_says_that_results_are_on_the_device_of_the_head() -> None:
 
 def test_who_gets_it_and_how_it_is_explained(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (5 * 2**30, 2**33))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with FakeTensorMode():
         rows, dim = 3_000_000, 256
         case = host_case(

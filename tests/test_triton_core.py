@@ -29,6 +29,9 @@ LEFT_OUT = (
 )
 
 
-@pytest.mark.parametrize("file", ["test_engine.py", "test_functional.py"])
+@pytest.mark.parametrize(
+    "file",
+    ["test_engine.py", "test_engine_verdict.py", "test_engine_waits.py", "test_functional.py"],
+)
 def test_in_interpreter(file: str, tmp_path: Path) -> None:
     run_interpreted(file, tmp_path, select=f"triton and not ({' or '.join(LEFT_OUT)})")

@@ -82,4 +82,7 @@ class Backend(ABC):
 
         ``mean_grad`` is G (K, C, D) and ``mean_bias_grad`` its bias part (K, C) or None.
         ``residual`` is what the first pass returned for these rows, or None: compute it again.
+        On a GPU this runs before anyone knows whether the first pass found an offending row: with
+        one, or with parameters that are not finite, the results are free here too, but no access
+        may leave the arrays.
         """

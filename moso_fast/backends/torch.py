@@ -18,9 +18,10 @@ from .base import Availability, Backend
 from .common import alignments, gradient_sum, logits_of, note, safe_features, safe_labels
 
 _MAX_CHUNK_ROWS = 8192
-# A float32 partial of the mean gradient sums at most this many rows: BLAS adds them one by one,
-# and with rows all alike (duplicates) the rounding errors do not average out.
-_SLAB_ROWS = 2048
+# A float32 partial of the mean gradient sums at most this many rows: with rows all alike
+# (duplicates) the rounding errors do not average out. cuBLAS adds them one by one, a CPU's BLAS in
+# blocks of some hundred.
+_SLAB_ROWS = {"cpu": 2048, "cuda": 512}
 # Bytes of one chunk's logits and its elementwise temporaries: what the last-level cache holds.
 _CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 
@@ -54,7 +55,7 @@ class TorchBackend(Backend):
         """See :class:`moso_fast.backends.base.Backend`."""
         labels, counted, bad_label = safe_labels(problem, rows)
         features, finite, sqnorm = safe_features(
-            problem, rows, problem.compute_dtype, look_first=problem.device.type == "cpu"
+            problem, rows, problem.compute_dtype, look_first=not problem.asynchronous
         )
         bad_feature = counted & ~finite
         if problem.nonfinite == "exclude":
@@ -78,7 +79,8 @@ class TorchBackend(Backend):
         if problem.soft_labels:
             note(out.status, STATUS_TARGET, _bad_target(problem, labels), rows)
         flat = residual.reshape(residual.shape[0], -1)
-        grad_sum = gradient_sum(flat, features, _SLAB_ROWS)
+        slab_rows = _SLAB_ROWS.get(problem.device.type, _SLAB_ROWS["cpu"])
+        grad_sum = gradient_sum(flat, features, slab_rows)
         return FirstPass(
             grad_sum.reshape(problem.weight.shape),
             residual.sum(0),

@@ -129,7 +129,7 @@ class TritonBackend(Backend):
         """See :class:`moso_fast.backends.base.Backend`."""
         if _REGIME not in out.scratch:
             # With sequences the engine wants the residuals of a chunk whether or not it keeps them.
-            kept = keep_residual if problem.cu_seqlens is None else _residuals_fit(problem)
+            kept = keep_residual if problem.cu_seqlens is None else engine.residuals_fit(problem)
             out.scratch[_REGIME] = self._choose(problem, kept).regime
         regime: Regime = out.scratch[_REGIME]
         return regime.first_pass(problem, rows, out, keep_residual)
@@ -150,7 +150,7 @@ class TritonBackend(Backend):
 
     def _regime(self, problem: Problem) -> Regime:
         """Return the regime of a job whose chunks nobody has fixed."""
-        return self._choose(problem, _residuals_fit(problem)).regime
+        return self._choose(problem, engine.residuals_fit(problem)).regime
 
     def _choose(self, problem: Problem, residuals_kept: bool) -> Choice:
         return choose_regime(problem, residuals_kept, forced_regime(self._named))
@@ -158,11 +158,6 @@ class TritonBackend(Backend):
 
 def _headline(regime: Regime, problem: Problem) -> str:
     return f"triton: regime {regime.name}, {regime.describe(problem)}"
-
-
-def _residuals_fit(problem: Problem) -> bool:
-    size = 4 * problem.rows * problem.heads * problem.classes
-    return size <= engine.residual_budget(problem.device)
 
 
 @cache

@@ -5,6 +5,8 @@ Names that end in ``_small`` are what `make gpu-check` runs under compute-saniti
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from core_support import (
@@ -179,6 +181,25 @@ def test_follows_the_current_stream(backend) -> None:
     torch.cuda.current_stream().wait_stream(stream)
     for name in FIELDS:
         assert_close(getattr(stats, name), getattr(expected, name), 1e-6, what=name)
+
+
+@pytest.mark.raw_memory
+@each_backend
+def test_a_call_waits_once(backend) -> None:
+    """The host reads everything that a call is judged by in one transfer, at the end."""
+    case = on_gpu(random_case("ids", n=5000, c=10, d=256))
+    score(backend, case)  # compiles, and grows pools
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            last_layer_stats(*case.args, backend=backend, **case.options)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    assert len(waits) == 1, waits
 
 
 @each_backend

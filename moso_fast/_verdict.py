@@ -1,0 +1,106 @@
+"""When the host reads what a job's data and results are judged by, and what follows from it.
+
+These are a few numbers on the device of the job: the extremes of the parameters, the status word
+of the first pass, the count of samples, the sums of the self-check.
+
+On a CPU each is read as soon as it is there: that costs nothing, and data that are wrong cost no
+second pass. The same where features are streamed: one wait costs less than to send them again.
+
+A GPU runs behind the host. To read a number stops the host until the GPU has come that far, and
+then the GPU until the host has launched something new. So everything is launched first, and all
+numbers come over in one transfer at the end. The second pass has then run whatever the first one
+found. No backend leaves its arrays for that, whatever the data: under graph capture nobody can
+stop the second pass either.
+
+Under graph capture nothing can be read, and nothing is judged.
+
+Whenever they are read, the order is the same: parameters, status, count, self-check. The first
+error is the one that is raised; to say which entry it is, more may be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum, auto
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ._sums import result_sums, self_check
+from .formulas import check_count
+from .problem import Problem, check_parameters, parameter_extremes, raise_for_status
+
+if TYPE_CHECKING:
+    from .engine import Results
+
+__all__ = ["Reading", "Verdict"]
+
+_Judge = Callable[[list[float]], None]
+
+
+class Reading(Enum):
+    """When the host reads numbers of a job."""
+
+    AT_ONCE = auto()
+    TOGETHER = auto()  # at the end, in one transfer
+    NEVER = auto()
+
+
+class Verdict:
+    """Judges a job in the order of its methods.
+
+    ``formula`` names what the samples must suffice for. Every method may raise what
+    :func:`moso_fast.engine.run` documents, or leave that to the last.
+    """
+
+    def __init__(self, problem: Problem, formula: str | None, reading: Reading) -> None:
+        #: Samples that count, once it is read.
+        self.count: int | None = None
+        self._problem, self._formula, self._reading = problem, formula, reading
+        self._open: list[tuple[Tensor, _Judge]] = []
+
+    def parameters(self) -> None:
+        """Refuse weights, biases and sample weights that are not finite."""
+        if self._reading is not Reading.NEVER:
+            extremes = parameter_extremes(self._problem)
+            self._ask(extremes, partial(check_parameters, self._problem))
+
+    def rows(self, status: Tensor, count: Tensor) -> None:
+        """Refuse what the first pass found wrong, and samples that are too few."""
+        if self._reading is not Reading.NEVER:
+            self._ask(status, partial(raise_for_status, self._problem))
+            self._ask(count[None], self._take_count)
+
+    def results(self, results: Results, counted: Tensor) -> None:
+        """Refuse results that fail the self-check; ``counted``: which samples count. Judge all."""
+        if self._reading is not Reading.NEVER:
+            # Unless it is known already that none is to be left out of the sums.
+            among = None if self.count == counted.shape[0] else counted
+            self._ask(result_sums(results, among), partial(self._check_results, results, among))
+            if self._open:
+                self._read()
+
+    def _ask(self, facts: Tensor, judge: _Judge) -> None:
+        """Have ``judge`` see the numbers ``facts`` (n,), now or with all others."""
+        if self._reading is Reading.AT_ONCE:
+            judge(facts.tolist())
+        else:
+            self._open.append((facts, judge))
+
+    def _read(self) -> None:
+        # Row numbers and counts are exact in float64, below 2**53.
+        numbers = torch.cat([facts.double() for facts, _ in self._open]).tolist()
+        for facts, judge in self._open:
+            judge(numbers[: len(facts)])
+            del numbers[: len(facts)]
+
+    def _take_count(self, found: list[float]) -> None:
+        self.count = int(found[0])
+        if self._formula is not None:
+            check_count(self._formula, self.count)
+
+    def _check_results(self, results: Results, among: Tensor | None, sums: list[float]) -> None:
+        assert self.count is not None, "the count is asked for first"
+        self_check(self._problem, results, among, self.count, sums)

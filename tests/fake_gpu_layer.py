@@ -1,11 +1,15 @@
 """Stands in for the work of benches/gpu/check: units that go wrong in every way, and no torch.
 
-FAKE_GPU_FAULTS names what goes wrong, as JSON: {"STAGE UNIT": kind}. Kinds: "triton" (an error that
-is no RuntimeError), "cuda" (an error that stays with the process), "hang", "nan" (a wrong result),
-"signal", "exit", "flood" (prints without end, then dies). Without FAKE_GPU_NAME it is a machine
-that has no GPU. FAKE_GPU_PLAN names a stage whose units cannot be listed, FAKE_GPU_LIMIT gives
-the units other seconds, FAKE_GPU_INFORMS makes them for information, FAKE_GPU_IMPORT=fails breaks
-the import.
+FAKE_GPU_FAULTS names what goes wrong, as JSON: {"STAGE UNIT": kind}. The kinds:
+
+triton  an error that is no RuntimeError          nan     a wrong result
+cuda    an error that stays with the process      signal  dies by a signal
+hang    never ends, and has a child               exit    ends in the middle
+stray   the same, the child ends with nobody      flood   prints without end, then dies
+
+Without FAKE_GPU_NAME it is a machine that has no GPU. FAKE_GPU_PLAN names a stage whose units
+cannot be listed; FAKE_GPU_LIMIT gives the units other seconds, FAKE_GPU_SECONDS has them take so
+long, FAKE_GPU_INFORMS makes them for information; FAKE_GPU_IMPORT=fails breaks the import.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,6 +51,7 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
         raise RuntimeError("CUDA error: the context of this process is gone")
     print(f"working on {unit['key']}")
     emit(milliseconds=1.5, item_bytes=2, relative_error=1e-7, before=True)
+    time.sleep(float(os.environ.get("FAKE_GPU_SECONDS", "0")))
     _go_wrong(FAULTS.get(unit["key"]), emit)
     emit(after=True)
 
@@ -83,6 +90,8 @@ def _go_wrong(kind: str | None, emit: Callable[..., None]) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
     if kind == "hang":
         run_child([sys.executable, "-c", "import time; time.sleep(60)"])
+    if kind == "stray":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).wait()
     if kind == "nan":
         emit(relative_error=float("nan"), milliseconds=float("inf"))
         raise Wrong("relative error nan, at most 0.01 is right")

@@ -103,6 +103,8 @@ def test_a_fault_in_every_stage_costs_no_other_result(kind, gpu, stages, tmp_pat
         lines = {line.split()[0]: line for line in part[1:] if line[:1].strip()}
         assert lines["two"].split(maxsplit=1)[1].startswith(f"{outcome}: {why}")
         assert "0." in lines["one"] and "0." in lines["three"]
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert sum("begun" in line for line in lines) == len(found), "what fails is not tried again"
     files = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert files.keys() == {"results.jsonl", "gpu_check.json", "tables.txt", "log.txt"}
     assert sum(files.values()) < 8 * 2**20
@@ -117,7 +119,8 @@ def test_a_wrong_or_failed_unit_has_no_row_and_no_aim(tmp_path) -> None:
 
 
 def test_a_hung_unit_leaves_no_process(tmp_path) -> None:
-    check(tmp_path, {"smoke two": "hang"}, "--stage", "smoke")
+    check(tmp_path, {"smoke two": "stray"}, "--stage", "smoke")
+    assert results(tmp_path)["smoke two"]["outcome"] == "hung"
     assert not left_over(tmp_path)
 
 
@@ -185,7 +188,7 @@ def test_a_killed_run_loses_what_was_under_way_and_no_more(tmp_path) -> None:
 def test_a_run_that_is_told_to_end_takes_its_processes_along(tmp_path) -> None:
     child = subprocess.Popen(
         command(tmp_path, "--stage", "kernels"),
-        env=environment(tmp_path, {"kernels two": "hang"}, FAKE_GPU_LIMIT="30"),
+        env=environment(tmp_path, {"kernels two": "stray"}, FAKE_GPU_LIMIT="30"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -211,10 +214,31 @@ def test_what_the_time_did_not_suffice_for_is_left_and_no_failure(tmp_path) -> N
     found = results(tmp_path)
     assert found["smoke two"]["outcome"] == "late"
     assert found["smoke two"]["why"].startswith("cut short after ")
-    assert found["pruning one"] == {**found["pruning one"], "outcome": "late", "run": 0}
+    # Not even begun.
+    assert (found["pruning one"]["outcome"], found["pruning one"]["why"]) == (
+        "late",
+        "the time is up",
+    )
     assert "to be done by another run: 2" in first.stdout
     second = check(tmp_path)
     assert second.returncode == 0 and second.stdout.rstrip().endswith("nothing is left")
+
+
+def test_a_stage_has_its_share_and_goes_on_when_the_others_had_theirs(tmp_path) -> None:
+    script = START.replace(
+        "sys.exit(",
+        "from gpu.check import main as module, stages\n"
+        "module.STAGES = (stages.Stage('kernels', '', 2.7), stages.Stage('calls', '', 60))\n"
+        "sys.exit(",
+    )
+    command = [sys.executable, "-c", script, "--out", str(tmp_path)]
+    given = environment(tmp_path, {}, FAKE_GPU_SECONDS="0.5", FAKE_GPU_LIMIT="30")
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    order = [line.split()[2:4] for line in done.stdout.splitlines() if line.endswith("  done")]
+    assert order[0] == ["kernels", "one"] and order[-1] == ["kernels", "three"]
+    assert [stage for stage, _ in order].count("calls") == 3 and len(order) == 6
+    assert done.stdout.rstrip().endswith("nothing is left")
 
 
 def test_a_stage_that_cannot_be_planned_fails_alone(stages, tmp_path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-
 ROOT = Path(__file__).resolve().parents[1]
 BENCHES = ROOT / "benches"
 # tests/gpu in a pytest of its own, and the demo's study, have tests of their own.
@@ -84,6 +83,70 @@ def test_a_dry_run_ends_and_the_next_goes_on(tmp_path: Path) -> None:
     assert found["rows"] == report["rows"] and len(found["runs"]) == 2
 
 
+def planned(stages: list[str]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, Any] = {}
+    work("plan").run({"stages": stages}, lambda **data: found.update(data))
+    assert not [name for name in found if name.startswith("fault")], found
+    return {stage: found[f"units of {stage}"] for stage in stages}
+
+
+def test_every_unit_has_a_limit_a_name_and_sources() -> None:
+    names = [stage.name for stage in importlib.import_module("gpu.check.stages").STAGES]
+    sources = importlib.import_module("gpu.check.sources")
+    units = planned(names)
+    most = {"smoke": 40, "kernels": 30, "calls": 30, "profile": 30, "tests": 90}
+    for stage, each in units.items():
+        assert each, stage
+        for unit in each:
+            assert unit["key"].startswith(f"{stage} ") and 0 < unit["limit"] <= most.get(stage, 200)
+            assert sources.closure(p for s in unit["sources"] for p in sources.of_contender(s))
+    keys = [unit["key"] for each in units.values() for unit in each]
+    assert len(keys) == len(set(keys))
+    json.dumps(units)  # they go through a pipe, and what is found of them into a file
+
+
+def test_a_stage_without_a_plan_costs_no_other(monkeypatch) -> None:
+    plan = work("plan")
+
+    def broken(gpu: bool) -> Any:
+        yield {"key": "first"}
+        raise KeyError("sm_90")
+
+    monkeypatch.setitem(plan.UNITS, "smoke", broken)
+    found: dict[str, Any] = {}
+    plan.run({"stages": ["smoke", "ceilings"]}, lambda **data: found.update(data))
+    assert found["fault of smoke"] == "KeyError: 'sm_90'" and "units of smoke" not in found
+    assert len(found["units of ceilings"]) == 4
+
+
+def test_a_prediction_that_fails_costs_no_timing(monkeypatch) -> None:
+    plan = work("plan")
+    job = ((300, 10, 16), "float32", "highest", "triton")
+    assert plan._prediction("predicted_seconds", *job) == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA of tomorrow")
+    found = plan._prediction("predicted_seconds", *job)
+    assert found.keys() == {"no_prediction"} and found["no_prediction"]
+    pytest.importorskip("triton", reason="predictions ask the Triton kernels' tables")
+    for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        found = plan._prediction("predicted_seconds", *job)
+        assert 0 < found["predicted"] < 1, found
+        first, second = plan._prediction("pass_seconds", *job)["predicted"]
+        assert second > 0 and first > 0
+
+
+def test_the_smoke_stage_fits_its_time() -> None:
+    """By compile times of one core, with the Triton that torch 2.11 brings along."""
+    found = json.loads((BENCHES / "results" / "gpu_smoke_compile.json").read_text())
+    assert found["triton"].startswith("3.6") and found["workers"] == 8
+    tool = importlib.import_module("gpu.compile_times")
+    others = [0.0] * (2 * 3 * len(tool.OURS))
+    seconds = [case["seconds"] for case in found["cases"]]
+    wall = tool.estimate([*seconds, *others], found["workers"])
+    assert wall == pytest.approx(found["estimated_seconds"], abs=0.1) and wall < 35
+
+
 def serve(layer: Any, *units: dict[str, Any]) -> list[dict[str, Any]]:
     """Run units as the worker process does; return its messages."""
     worker = importlib.import_module("gpu.check.worker")
@@ -115,17 +178,21 @@ def outcome(*units: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["naive", "last_layer_stats"])
+@pytest.mark.parametrize("field", ["alignment", "grad_sqnorm"])
 @pytest.mark.parametrize("value", [1.01, float("nan"), float("inf")])
-def test_a_wrong_result_gets_no_number(value, name, monkeypatch) -> None:
+def test_a_wrong_result_gets_no_number(value, field, name, monkeypatch) -> None:
     timing = work("timing")
     honest = getattr(timing, name)
 
     def wrong(*data: Any, **options: Any) -> Any:
         found = honest(*data, **options)
-        if name == "naive":
-            return found[0], value * found[1], found[2]
-        return SimpleNamespace(
-            loss=found.loss, alignment=value * found.alignment, grad_sqnorm=found.grad_sqnorm
+        names = ("loss", "alignment", "grad_sqnorm")
+        if name != "naive":
+            found = [getattr(found, each) for each in names]
+        factors = [value if each == field else 1.0 for each in names]
+        fields = [a * b for a, b in zip(factors, found, strict=True)]
+        return (
+            fields if name == "naive" else SimpleNamespace(**dict(zip(names, fields, strict=True)))
         )
 
     monkeypatch.setattr(timing, name, wrong)

@@ -33,7 +33,7 @@ STARTUP_SECONDS, CASE_SECONDS = 7.0, 0.5
 
 @contextmanager
 def compile_only(capability: int) -> Iterator[list[tuple[str, float]]]:
-    """Have Triton compile for a GPU that is not there and launch nothing; yield name and seconds."""
+    """Have Triton compile for an absent GPU and launch nothing; yield names and seconds."""
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -125,6 +125,8 @@ def main(arguments: Sequence[str]) -> int:
         found = measure(options.capability)
     import triton
 
+    from moso_fast.bench.facts import machine
+
     workers = next(stage.workers for stage in STAGES if stage.name == "smoke")
     # The other backends' cases, torch and cuda, compile nothing: a case each of every kind.
     others = [0.0] * 2 * 3 * len(OURS)
@@ -142,7 +144,11 @@ def main(arguments: Sequence[str]) -> int:
             "seconds_on_one_core": round(total, 1),
             "estimated_seconds": round(wall, 1),
             "workers": workers,
-            "cases": found,
+            "processor": machine()["processor"],
         }
-        options.save.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        head = json.dumps(report, indent=1).removesuffix("\n}")
+        # One line a case.
+        lines = (json.dumps({**case, "kernels": len(case["kernels"])}) for case in found)
+        text = ",\n  ".join(lines)
+        options.save.write_text(f'{head},\n "cases": [\n  {text}\n ]\n}}\n', encoding="utf-8")
     return 0

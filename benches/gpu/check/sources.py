@@ -27,12 +27,13 @@ SHARED = (
     *REGISTRIES,
 )
 CUDA = "csrc/cuda"
+NATIVE = {"cuda": (CUDA,), "cpu": ("csrc/cpu",)}
 NATIVE_SUFFIXES = {".cu", ".cuh", ".h", ".cpp"}
 PLAIN = ("moso_fast/bench/providers/plain.py",)
 
 
 def of_contender(name: str) -> tuple[str, ...]:
-    """Return where to begin for "cuda", "torch", "triton/REGIME", "plain" or a path of a module.
+    """Return where to begin for a backend, "triton/REGIME", "plain" or a path of a module.
 
     An optional word behind a blank, as in "cuda (graph)", makes no difference.
     """
@@ -40,13 +41,10 @@ def of_contender(name: str) -> tuple[str, ...]:
     backend, _, regime = name.partition("/")
     if name == "plain":
         return PLAIN
-    if name == "cuda":
-        return (*SHARED, "moso_fast/backends/cuda.py", CUDA)
-    if backend == "triton" and regime and not regime.endswith(".py"):
-        return (*SHARED, "moso_fast/backends/triton.py", f"{_REGIMES}{regime}.py")
-    if name == "torch":
-        return (*SHARED, "moso_fast/backends/torch.py")
-    return (name,)
+    if name.endswith(".py"):
+        return (name,)
+    regimes = (f"{_REGIMES}{regime}.py",) if regime else ()
+    return (*SHARED, f"moso_fast/backends/{backend}.py", *regimes, *NATIVE.get(backend, ()))
 
 
 def of_unit(names: Iterable[str]) -> str:

@@ -67,7 +67,7 @@ def few_classes_first(
     statistics; they may hold anything.
 
     Allocates the result and S float32 partials, S (K C) (D + 1) numbers, where S is 264 times the
-    least number that keeps a slab within 2048 rows (``"highest"``) or 8192. Never synchronises.
+    least number that keeps a slab within ``operands.MOST_ROWS``. Never synchronises.
 
     Parameters
     ----------

@@ -7,11 +7,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .operands import input_precision
+from .operands import MOST_ROWS, input_precision
 from .tiles import Tile
 
-# Rows of one float32 partial: rounding of equal rows does not average out.
-_MOST_ROWS = {"highest": 2048, "high": 8192, "medium": 8192}
 # Slabs come in multiples of two for every multiprocessor of an H100 or H200. A constant: the
 # result does not depend on the GPU.
 _SLABS = 264
@@ -131,7 +129,7 @@ def choose_second_tile(
 
 def slab_rows(rows: int, step: int, precision: str) -> int:
     """Rows of a slab: a multiple of ``step``, so many that rounding and balance allow it."""
-    slabs = _SLABS * max(1, triton.cdiv(rows, _SLABS * _MOST_ROWS[precision]))
+    slabs = _SLABS * max(1, triton.cdiv(rows, _SLABS * MOST_ROWS[precision]))
     return step * max(1, triton.cdiv(rows, slabs * step))
 
 

@@ -14,8 +14,8 @@ result has the same bits on every run::
 One program owns one BLOCK_CLASSES x BLOCK_DIM tile of one partial and walks its slab in steps of
 BLOCK_ROWS. Programs of one slab have neighbouring numbers: R and H come from memory once, and
 from L2 for the other tiles. Work: 2 n M D flops. Traffic: R and H once, and 8 M D bytes a slab
-(written here, read by the sum), so slabs are as long as rounding allows, 2048 rows at precision
-"highest" and 8192 otherwise, unless that leaves too few programs to fill a GPU.
+(written here, read by the sum), so slabs are as long as rounding allows
+(``operands.MOST_ROWS``), unless that leaves too few programs to fill a GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .operands import (
     FLOAT_DTYPES,
+    MOST_ROWS,
     aligned,
     as_operand,
     check_matrix,
@@ -38,8 +39,6 @@ from .operands import (
 )
 from .tiles import Tile
 
-# Rows of one float32 partial: rounding of equal rows does not average out.
-_MOST_ROWS = {"highest": 2048, "high": 8192, "medium": 8192}
 # Shorter slabs cost more traffic for partials than they gain in programs.
 _FEWEST_ROWS = 512
 # Programs of a launch below which slabs are cut shorter: about four for every multiprocessor of
@@ -211,7 +210,7 @@ def slab_rows(rows: int, tiles: int, step: int, precision: str) -> int:
 
     ``tiles``: programs a slab; ``step``: rows that a program takes at a time.
     """
-    length = _MOST_ROWS[precision]
+    length = MOST_ROWS[precision]
     while length > _FEWEST_ROWS and triton.cdiv(rows, length) * tiles < _ENOUGH_PROGRAMS:
         length //= 2
     return max(length, step)

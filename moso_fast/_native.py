@@ -61,7 +61,7 @@ def load_native(name: str) -> NativeModule:
 
 
 def build_info() -> dict[str, Any]:
-    """Return what setup.py recorded: mode, built, missing, cxx, nvcc, cuda_architectures.
+    """Return setup.py's record: mode, built, missing, cxx, nvcc, cuda_architectures, cuda_debug.
 
     Empty in a source tree where nothing has been built.
     """

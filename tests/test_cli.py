@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -258,6 +259,17 @@ def test_doctor_knows_every_backend(capsys):
     assert facts["packages"]["torch"] and facts["moso_fast"]["version"] == moso_fast.__version__
     text = run(capsys, "doctor").out
     assert all(name in text for name in facts["backends"]) and torch.__version__ in text
+
+
+def test_doctor_finds_nvcc_where_the_build_does(monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho release 13.0\n")
+    nvcc.chmod(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH", "PATH"):
+        monkeypatch.setenv(name, str(tmp_path / "nothing"))
+    doctor = importlib.import_module("moso_fast.cli.doctor")
+    monkeypatch.setattr(doctor, "_USUAL_NVCC", str(nvcc))
+    assert doctor._nvcc() == f"{nvcc} (release 13.0)"
 
 
 def test_doctor_fails_where_the_installation_is_broken(capsys, monkeypatch):

@@ -172,6 +172,37 @@ def test_matrix_products_and_wide_loads_are_there(instructions) -> None:
             assert (transposed > 0) == (FEATURES[kernel.feature] == 2), kernel
 
 
+def test_waits_are_bounded_in_debug_builds_alone(instructions) -> None:
+    debug = bool(build_info().get("cuda_debug")) and inspected() != "80"  # which has no bulk copies
+    for kernel, opcodes in instructions.items():
+        assert (count(opcodes, r"BPT\.TRAP") > 0) == (debug and kernel.name == "first"), kernel
+
+
+def test_debug_builds_end_a_wait_without_end(monkeypatch, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "csrc" / "cuda").is_dir() or tools() is None:
+        pytest.skip("needs the source tree, cuobjdump and nvdisasm")
+    monkeypatch.syspath_prepend(root / "tools")
+    from native_ninja import NVCC_DEBUG_FLAGS, NVCC_FLAGS
+    from native_plan import find_nvcc
+
+    nvcc, architectures, reason = find_nvcc(os.environ)
+    if "90a" not in architectures:
+        pytest.skip(reason or f"{nvcc} compiles no bulk copies")
+    source = tmp_path / "wait.cu"
+    source.write_text(
+        '#include "device.cuh"\n'
+        "__global__ void wait(int parity) { moso_fast::device::wait_bulk(0, parity); }\n"
+    )
+    for flags in ([], NVCC_DEBUG_FLAGS):
+        command = [nvcc, *NVCC_FLAGS, *flags, f"-I{root / 'csrc' / 'cuda'}", "-arch=sm_90a"]
+        subprocess.run([*command, "-cubin", source, "-o", tmp_path / "wait"], check=True)
+        tool = [tools() / "nvdisasm", "-c", tmp_path / "wait"]
+        code = subprocess.run(tool, check=True, capture_output=True, text=True).stdout
+        assert "SYNCS.PHASECHK" in code
+        assert ("BPT.TRAP" in code) == bool(flags)
+
+
 def test_no_atomic_adds(instructions) -> None:
     for kernel, opcodes in instructions.items():
         # The status word's minimum is the only atomic: it does not depend on the order.

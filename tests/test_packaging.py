@@ -31,8 +31,12 @@ pytestmark = [
 ]
 needs_cxx = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 
+# Of the compilers of this machine, a build finds those on its PATH.
 HOOK = """
 import json, sys
+sys.path.insert(0, "tools")
+import native_plan
+native_plan.NVCC_FOLDER = "/nowhere"
 from setuptools import build_meta
 hook, folder, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 name = getattr(build_meta, hook)(folder, *([settings] if settings else []))
@@ -427,3 +431,50 @@ def test_instruction_sets_follow_file_name_and_compiler(
     assert commands == {
         name: " ".join(filter(None, [start, flags, "-DUSER"])) for name, flags in expected.items()
     }
+
+
+def test_nvcc_is_looked_for_where_it_usually_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import native_plan
+
+    places = {
+        name: script(tmp_path / name / "bin" / "nvcc", "echo sm_90")
+        for name in ("CUDA_HOME", "CUDA_PATH", "PATH", "fixed")
+    }
+    monkeypatch.setattr(native_plan, "NVCC_FOLDER", str(places["fixed"].parent))
+    env = {name: str(tmp_path / name) for name in ("CUDA_HOME", "CUDA_PATH")}
+    env |= {"PATH": str(places["PATH"].parent), "MOSO_FAST_BUILD": "cuda"}
+    for nvcc in places.values():
+        assert native_plan.find_nvcc(env) == (str(nvcc), ["90a"], "")
+        nvcc.unlink()
+    script(tmp_path / "PATH" / "bin" / "c++", "")
+    error = native_plan.make_plan(env).error
+    assert error.startswith("MOSO_FAST_BUILD=cuda cannot be met: nvcc was not found")
+    for place in ("$CUDA_HOME/bin", "$CUDA_PATH/bin", "PATH", native_plan.NVCC_FOLDER):
+        assert place in error
+
+
+@pytest.mark.parametrize(("value", "debug"), [("", False), ("0", False), ("1", True)])
+def test_nvcc_bounds_waits_in_debug_builds_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str, debug: bool
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from native_ninja import Ninja, add_cuda
+    from native_plan import make_plan, write_info
+
+    for name, text in (("c++", ""), ("nvcc", "echo sm_90")):
+        script(tmp_path / "bin" / name, text)
+    plan = make_plan({"PATH": str(tmp_path / "bin"), "MOSO_FAST_CUDA_DEBUG": value})
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "a.cu").touch()
+    ninja = Ninja(tmp_path / "build")
+    add_cuda(ninja, plan, tmp_path / "cuda")
+    ninja.write()
+    text = (tmp_path / "build" / "build.ninja").read_text()
+    (command,) = re.findall(r"^build cuda/a\.cu\.o: .*\n  cmd = (.*)$", text, re.MULTILINE)
+    for flag in ("-DMOSO_FAST_BOUNDED_WAITS", "-lineinfo"):
+        assert (flag in command.split()) == debug
+    write_info(plan, tmp_path)
+    assert json.loads((tmp_path / "_build_info.json").read_text())["cuda_debug"] == debug

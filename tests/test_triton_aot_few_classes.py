@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from aot import ARCHITECTURES
 from aot_few_classes import cases
-from aot_products import ProductCase, instructions
+from aot_products import ProductCase, instructions, sums_leave_tensor_cores
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 CASES = [
@@ -41,3 +41,5 @@ def test_keeps_to_its_budget_and_uses_tensor_cores(case: ProductCase, arch: int)
     assert used.shared <= case.tile.shared_bytes
     if arch == 90:
         assert case.tile.instruction in instructions(used.cubin)
+    if case.constants["PRECISION"] == "tf32x3" and not case.constants["ROUND"]:
+        assert sums_leave_tensor_cores(used.ttgir)

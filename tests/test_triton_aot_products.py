@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from aot_products import ProductCase, instructions, product_cases
+from aot_products import ProductCase, instructions, product_cases, sums_leave_tensor_cores
 
 CASES = [
     pytest.param(case, arch, id=f"{case.name}-sm_{arch}")
@@ -30,3 +30,5 @@ def test_keeps_to_its_budget_and_uses_tensor_cores(case: ProductCase, arch: int)
     assert used.shared <= case.tile.shared_bytes
     if arch == 90:
         assert case.tile.instruction in instructions(used.cubin)
+    if case.constants["PRECISION"] == "tf32x3" and not case.constants["ROUND"]:
+        assert sums_leave_tensor_cores(used.ttgir)

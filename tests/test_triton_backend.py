@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from core_support import Case, random_case
@@ -13,6 +14,7 @@ from interpreter import run_interpreted, run_python
 import moso_fast
 from moso_fast import engine
 from moso_fast.backends import (
+    _triton_blas,
     _triton_choice,
     _triton_few_classes,
     _triton_products,
@@ -21,9 +23,10 @@ from moso_fast.backends import (
     get,
 )
 from moso_fast.backends import cuda as cuda_backend
+from moso_fast.backends import torch as torch_backend
 from moso_fast.backends import triton as triton_backend
 from moso_fast.backends._triton_choice import REGIMES, RULES, Rule, choose_regime
-from moso_fast.backends._triton_regime import PROVEN_MAJORS, Limits
+from moso_fast.backends._triton_regime import PROVEN_MAJORS, SLAB_ROWS, Limits
 from moso_fast.backends.triton import TritonBackend, operand_dtype
 from moso_fast.functional import explain, moso_scores
 from moso_fast.problem import build_problem
@@ -293,13 +296,17 @@ def test_explain_says_regime_tiles_reads_memory_and_reasons(machine, monkeypatch
 
 
 @needs_triton
-def test_peak_memory_is_what_a_chunk_and_the_residuals_take() -> None:
+def test_peak_memory_is_what_a_chunk_and_the_residuals_take(monkeypatch) -> None:
     backend, problem = TritonBackend("blas"), shape(10, 512, rows=1000)
     plan = engine.Plan(100, True, 40_000, 0)
     regime, numbers = REGIMES["blas"], problem.weight.numel()
     assert regime.fixed_bytes(problem) == 20 * numbers  # two float64 sums, one float32
     expected = 40_000 + 100 * regime.row_bytes(problem) + (20 + 12) * numbers
     assert f"at most about {expected / 2**20:.1f} MiB" in backend.explain(problem, plan)[-1]
+    two_slabs = shape(10, 512, rows=2 * SLAB_ROWS["highest"] + 1)
+    assert regime.fixed_bytes(two_slabs) == (16 + 2 * 4) * numbers
+    monkeypatch.setattr(_triton_blas, "_BATCH_BYTES", 8 * numbers - 1)  # one slab after the other
+    assert regime.fixed_bytes(two_slabs) == (16 + 4) * numbers
 
 
 @pytest.mark.parametrize(
@@ -376,3 +383,13 @@ def test_rows_are_aligned_by_address_stride_and_length() -> None:
         assert not aligned(matrix[:, 1 : 1 + line])  # begins elsewhere
         assert not aligned(matrix[:, : line + 1])  # ends elsewhere
         assert not aligned(torch.zeros(8, line + 1, dtype=dtype)[:, :line])  # the next row does
+
+
+@pytest.mark.parametrize("rows", [SLAB_ROWS["highest"], torch_backend._SLAB_ROWS["cuda"]])
+def test_slabs_of_cublas_are_short_enough_for_float32_sums(rows: int) -> None:
+    """Equal rows, added one after the other: every sum is rounded the same way."""
+    terms = 2.0 ** np.random.default_rng(0).uniform(0, 1, 10_000)
+    sums = np.zeros_like(terms, dtype=np.float32)
+    for _ in range(rows):
+        sums = (sums + terms).astype(np.float32)
+    assert np.abs(sums / (rows * terms) - 1).max() < 1e-5

@@ -1,4 +1,7 @@
-"""The product kernels (gradient sum, alignments) in Triton's interpreter."""
+"""The product kernels (gradient sum, alignments) in Triton's interpreter.
+
+test_truncation.py has every kernel with a matrix product do its sums as tensor cores do.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,13 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 
 @pytest.mark.parametrize(
-    "file", ["test_gradient_sum.py", "test_stored_alignment.py", "test_stacked_alignment.py"]
+    "file",
+    [
+        "test_gradient_sum.py",
+        "test_stored_alignment.py",
+        "test_stacked_alignment.py",
+        "test_truncation.py",
+    ],
 )
 def test_in_interpreter(file: str, tmp_path: Path) -> None:
     run_interpreted(file, tmp_path)

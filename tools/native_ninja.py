@@ -39,6 +39,7 @@ NVCC_FLAGS = [
     *("-O3", "-std=c++17", "-cudart=static", "-Xptxas=-warn-spills"),
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
 ]
+NVCC_DEBUG_FLAGS = ["-DMOSO_FAST_BOUNDED_WAITS", "-lineinfo"]
 
 
 class Ninja:
@@ -177,7 +178,8 @@ def add_cuda(ninja: Ninja, plan: Plan, folder: Path) -> None:
     # nvcc refuses host compilers newer than itself: its usual variables name another one.
     host = os.environ.get("NVCC_CCBIN") or os.environ.get("CUDAHOSTCXX")
     nvcc = [plan.nvcc, "-ccbin", host or host_compiler(plan.cxx)]
-    cuda = [*nvcc, *NVCC_FLAGS, f"-I{folder}", *gencode_flags(plan.cuda_architectures)]
+    flags = [*NVCC_FLAGS, *(NVCC_DEBUG_FLAGS if plan.cuda_debug else [])]
+    cuda = [*nvcc, *flags, f"-I{folder}", *gencode_flags(plan.cuda_architectures)]
     cxx = [*plan.cxx, *CXX_FLAGS, f"-I{folder}", *binding_includes(), define, *user_flags()]
     objects = [ninja.compile(source, cuda) for source in sorted(folder.glob("*.cu"))]
     objects += [ninja.compile(source, cxx) for source in sorted(folder.glob("*.cpp"))]

@@ -9,6 +9,8 @@ cpu    moso_fast._cpu, or an error
 cuda   moso_fast._cpu and moso_fast._cuda, or an error
 
 MOSO_FAST_CUDA_ARCHITECTURES ("80 90a") restricts the GPUs compiled for, which saves build time.
+MOSO_FAST_CUDA_DEBUG=1 has kernels that wait for bytes which never come end with an error after
+seconds instead of hanging, and keeps line numbers for profilers.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ INFO_NAME = "_build_info.json"
 # Binary code for A100, H100/H200 and B200, and PTX of the newest. The backend offers its kernels
 # only where there is binary code; with the PTX the module's probe runs on later devices too.
 CUDA_ARCHITECTURES = ("80", "90a", "100")
+# Where NVIDIA's installers put nvcc: not every image has it on PATH.
+NVCC_FOLDER = "/usr/local/cuda/bin"
 
 
 class BuildError(SystemExit):
@@ -51,6 +55,7 @@ class Plan:
     cxx: list[str] = field(default_factory=list)
     nvcc: str = ""
     cuda_architectures: list[str] = field(default_factory=list)
+    cuda_debug: bool = False
     missing: dict[str, str] = field(default_factory=dict)  # module name -> why
     error: str = ""  # why an explicit choice cannot be met; raised once something is to be built
 
@@ -80,6 +85,7 @@ def make_plan(env: Mapping[str, str]) -> Plan:
         plan.missing["_cuda"] = "it was installed with MOSO_FAST_BUILD=cpu"
     else:
         plan.nvcc, plan.cuda_architectures, reason = find_nvcc(env)
+        plan.cuda_debug = env.get("MOSO_FAST_CUDA_DEBUG", "").strip() not in ("", "0")
         if reason:
             plan.missing["_cuda"] = reason
         elif env.get("MOSO_FAST_CUDA_ARCHITECTURES", "").strip():  # an explicit choice
@@ -113,12 +119,12 @@ def find_cxx(env: Mapping[str, str]) -> tuple[list[str], str]:
 
 
 def find_nvcc(env: Mapping[str, str]) -> tuple[str, list[str], str]:
-    """Return nvcc of CUDA_HOME, CUDA_PATH or PATH and its architectures, or why there is none."""
+    """Return the first nvcc of the usual places and its architectures, or why there is none."""
     folders = [str(Path(env[key], "bin")) for key in ("CUDA_HOME", "CUDA_PATH") if env.get(key)]
-    search = os.pathsep.join([*folders, env.get("PATH", os.defpath)])
+    search = os.pathsep.join([*folders, env.get("PATH", os.defpath), NVCC_FOLDER])
     nvcc = shutil.which("nvcc", path=search)
     if nvcc is None:
-        looked = "$CUDA_HOME/bin, $CUDA_PATH/bin, PATH"
+        looked = f"$CUDA_HOME/bin, $CUDA_PATH/bin, PATH, {NVCC_FOLDER}"
         return "", [], f"nvcc was not found at installation (looked in {looked})"
     codes = output_of([nvcc, "--list-gpu-code"])
     if codes is None:
@@ -181,6 +187,7 @@ def write_info(plan: Plan, folder: Path) -> None:
         "cxx": cxx.partition("\n")[0],
         "nvcc": plan.nvcc,
         "cuda_architectures": plan.cuda_architectures if "_cuda" in plan.modules else [],
+        "cuda_debug": plan.cuda_debug and "_cuda" in plan.modules,
     }
     temporary = folder / f"{INFO_NAME}.tmp"
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -121,6 +121,29 @@ MOSO_DEVICE void copy_bulk(uint32_t offset, const void* from, int bytes, uint32_
 }
 // Waits for the end of phase 0, 2, .. (parity 0) or 1, 3, .. (parity 1); the caller is at most one
 // phase behind. This thread sees the bytes then.
+#ifdef MOSO_FAST_BOUNDED_WAITS
+// Debug builds: a wait that never ends becomes a launch failure. The limit is far above what a
+// copy takes under a profiler.
+MOSO_DEVICE uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+MOSO_DEVICE void wait_bulk(uint32_t barrier, int parity) {
+  constexpr uint64_t kLongest = 5'000'000'000;
+  const uint64_t start = nanoseconds();
+  for (uint32_t done = 0; done == 0;) {
+    asm volatile(
+        "{.reg .pred done;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, done;}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    if (done == 0 && nanoseconds() - start > kLongest) asm volatile("trap;");
+  }
+}
+#else
 MOSO_DEVICE void wait_bulk(uint32_t barrier, int parity) {
   asm volatile(
       "{.reg .pred done;\n"
@@ -129,6 +152,7 @@ MOSO_DEVICE void wait_bulk(uint32_t barrier, int parity) {
       "r"(parity)
       : "memory");
 }
+#endif
 #else
 constexpr bool kBulkCopies = false;
 MOSO_DEVICE void init_barrier(uint32_t) {}

@@ -34,6 +34,9 @@ from .common import alignments, gradient_sum, logits_of, note, safe_features
 # the sum takes for each.
 BLOCK_NUMBERS = 2**24
 _BLOCK_BYTES = 16
+# Bytes of partial gradient sums that share a launch. Larger ones take one slab at a time: then a
+# slab is work enough for a launch of its own.
+_BATCH_BYTES = 2**28
 
 
 class BlasRegime(Regime):
@@ -61,11 +64,14 @@ class BlasRegime(Regime):
     def fixed_bytes(self, problem: Problem) -> int:
         """Gradient sums and what is added to them, in float64; float32 sums of slabs; a block."""
         rows = min(problem.rows, self.chunk_rows(problem))
-        slabs = max(1, rows // SLAB_ROWS[problem.precision])
+        numbers = problem.weight.numel()
+        partial = 4 * max(1, rows // SLAB_ROWS[problem.precision]) * numbers
+        if partial > _BATCH_BYTES:
+            partial = 4 * numbers
         block = 0
         if operand_dtype(problem).itemsize == 2:
             block = _BLOCK_BYTES * min(rows * problem.heads * problem.classes, BLOCK_NUMBERS)
-        return (16 + 4 * slabs) * problem.weight.numel() + block
+        return 16 * numbers + partial + block
 
     def describe(self, problem: Problem) -> str:
         """Operands of the products and the tile of the kernel."""
@@ -78,8 +84,9 @@ class BlasRegime(Regime):
         features = features_and_norms(problem, rows, out)
         residual = residuals(problem, rows, out, features)
         note_norms(problem, rows, out)
+        slab_rows = SLAB_ROWS[problem.precision]
         grad_sum = gradient_sum(
-            residual.to(features.dtype), features, SLAB_ROWS[problem.precision], batched=True
+            residual.to(features.dtype), features, slab_rows, batch_bytes=_BATCH_BYTES
         )
         shape = (-1, problem.heads, problem.classes)
         return FirstPass(

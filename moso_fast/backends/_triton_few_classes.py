@@ -17,7 +17,6 @@ from ..problem import Problem
 from ._triton_autotune import kind, tile_for
 from ._triton_products import kernel_features, self_term
 from ._triton_regime import (
-    SLAB_ROWS,
     Regime,
     interpreted,
     kernel_targets,
@@ -47,7 +46,9 @@ class FewClassesRegime(Regime):
 
     def row_bytes(self, problem: Problem) -> int:
         """Its share of a partial sum, labels, and the features where they must be copied."""
-        a_row = 16 + 4 * problem.weight.numel() // SLAB_ROWS[problem.precision]
+        from moso_fast.kernels.operands import MOST_ROWS
+
+        a_row = 16 + 4 * problem.weight.numel() // MOST_ROWS[problem.precision]
         if problem.features.stride(1) != 1:
             a_row += problem.dim * problem.features.dtype.itemsize
         return a_row

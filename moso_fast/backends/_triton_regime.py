@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 # launches; small in the interpreter, whose only purpose is to test.
 CHUNK_BYTES = {"cuda": 2**31, "cpu": 2**17}
 
-# Rows of one float32 partial of the mean gradient: rounding of equal rows does not average out,
-# and matters only where the operands themselves are not rounded.
-SLAB_ROWS = {"highest": 2048, "high": 8192, "medium": 8192}
+# Rows of one float32 partial of the mean gradient by cuBLAS; the kernels here have their own
+# (``kernels.operands.MOST_ROWS``). float32 products are added one after the other, and where rows
+# are equal each sum is rounded the same way: 512 lose 8e-6 at most, 2048 would lose 3e-5. With
+# rounded operands that matters less than their rounding does.
+SLAB_ROWS = {"highest": 512, "high": 8192, "medium": 8192}
 
 # Shared memory of a block that a kernel may ask for (CUDA C++ Programming Guide, table of
 # technical specifications): what the interpreter stands in for, compute capability 9.0.

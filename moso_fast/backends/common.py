@@ -64,11 +64,11 @@ def logits_of(problem: Problem, features: Tensor) -> Tensor:
 
 
 def gradient_sum(
-    residual: Tensor, features: Tensor, slab_rows: int, *, batched: bool = False
+    residual: Tensor, features: Tensor, slab_rows: int, *, batch_bytes: int = 0
 ) -> Tensor:
     """Sum r_i (outer) h_i over the rows, (K C, D): slabs of rows, added up in float64.
 
-    ``batched``: all slabs in one launch, for one partial sum a slab in memory.
+    All slabs go in one launch where their partial sums take no more than ``batch_bytes``.
     """
     rows = residual.shape[0]
     if rows <= slab_rows:
@@ -76,7 +76,7 @@ def gradient_sum(
     shape = (residual.shape[1], features.shape[1])
     total = torch.zeros(shape, dtype=torch.float64, device=features.device)
     start = 0
-    if batched:
+    if 4 * (rows // slab_rows) * total.numel() <= batch_bytes:
         start = rows - rows % slab_rows
         slabs = [t[:start].unflatten(0, (-1, slab_rows)) for t in (residual, features)]
         total += product(slabs[0].transpose(1, 2), slabs[1]).sum(0, dtype=torch.float64)

@@ -30,6 +30,7 @@ PACKAGES = {
 }
 _MODULES = ("functional", "scorer", "table", "select", "surrogate", "report", "checkpoints")
 _SECONDS_FOR_A_TOOL = 10
+_USUAL_NVCC = "/usr/local/cuda/bin/nvcc"  # where the build looks last
 
 
 def doctor(
@@ -161,7 +162,7 @@ def _first_line(command: list[str], containing: str = "") -> str | None:
 
 def _nvcc() -> str | None:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    places = [str(Path(home) / "bin" / "nvcc") for home in homes] + ["nvcc"]
+    places = [*(str(Path(home) / "bin" / "nvcc") for home in homes), "nvcc", _USUAL_NVCC]
     path = next((found for found in map(shutil.which, places) if found), None)
     if path is None:
         return None

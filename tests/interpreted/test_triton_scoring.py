@@ -163,17 +163,27 @@ def test_many_equal_rows(regime, monkeypatch) -> None:
     assert_stats_match(score_with(TRITON, case), closed_form_stats(*case.args), 1e-5)
 
 
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("batch_bytes", [0, 2**20])
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17, 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_sum(dtype: torch.dtype, rows: int, batched: bool) -> None:
+def test_gradient_sum(dtype: torch.dtype, rows: int, batch_bytes: int) -> None:
     g = generator(rows)
     residual, features = (torch.randn(rows, m, generator=g).to(dtype) for m in (5, 3))
-    total = common.gradient_sum(residual, features, 8, batched=batched)
+    total = common.gradient_sum(residual, features, 8, batch_bytes=batch_bytes)
     assert_close(total, residual.double().T @ features.double(), 1e-6)
     strided = torch.randn(rows, 6, generator=g).to(dtype)[:, ::2]
-    total = common.gradient_sum(residual, strided, 8, batched=batched)
+    total = common.gradient_sum(residual, strided, 8, batch_bytes=batch_bytes)
     assert_close(total, residual.double().T @ strided.double(), 1e-6)
+
+
+@pytest.mark.parametrize(("batch_bytes", "launches"), [(3 * 60, 2), (3 * 60 - 1, 4)])
+def test_slabs_share_a_launch_where_their_sums_fit(batch_bytes, launches, monkeypatch) -> None:
+    given, shapes = common.product, []
+    monkeypatch.setattr(
+        common, "product", lambda left, right: shapes.append(left.shape) or given(left, right)
+    )
+    common.gradient_sum(torch.ones(30, 5), torch.ones(30, 3), 8, batch_bytes=batch_bytes)
+    assert len(shapes) == launches
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

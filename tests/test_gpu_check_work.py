@@ -380,7 +380,7 @@ def test_ncu_leaves_the_clocks_alone_and_its_failure_is_one(monkeypatch, tmp_pat
         f"cat > \"$2\" <<'END'\n{COUNTERS}END\nexit ${{FAKE_NCU:-0}}\n"
     )
     fake.chmod(0o755)
-    monkeypatch.setattr(profile, "find_ncu", lambda: str(fake))
+    monkeypatch.setattr(profile, "cuda_program", lambda name: str(fake))
     told: dict[str, Any] = {}
     profile.run(unit, lambda **data: told.update(data))
     assert [kernel["microseconds"] for kernel in told["kernels"]] == [1234.5, 400.0]
@@ -442,7 +442,7 @@ def test_what_the_sanitizer_finds_is_a_failure(tmp_path, monkeypatch) -> None:
     fake = tmp_path / "compute-sanitizer"
     fake.write_text("#!/bin/sh\nexit 9\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(suites, "sanitizer", lambda: str(fake))
+    monkeypatch.setattr(suites, "cuda_program", lambda name: str(fake))
     unit = {**suite(tmp_path, ""), "tool": "memcheck"}
     with pytest.raises(RuntimeError, match="memcheck has found something"):
         suites.run(unit, lambda **data: None)

@@ -99,6 +99,19 @@ def test_nothing_is_built_without_a_gpu_or_where_it_is_there(build, monkeypatch,
     assert build.build_where_missing() is None
 
 
+def test_programs_of_the_toolkit_are_found_off_the_path(build, monkeypatch, tmp_path) -> None:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.cuda_program("ncu-of-a-test") is None
+    program = tmp_path / "cuda" / "bin" / "ncu-of-a-test"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert build.cuda_program("ncu-of-a-test") == str(program)
+
+
 @pytest.mark.parametrize("version", ["76.1.0", "none"])
 def test_old_setuptools_are_named(version, build, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(build, "module_path", lambda name: tmp_path / name)

@@ -28,6 +28,14 @@ def module_path(name: str, suffix: str | None = None, root: Path = ROOT) -> Path
     return root / "moso_fast" / f"{name}{suffix or sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
+def cuda_program(name: str) -> str | None:
+    """Path of a program of the CUDA toolkit, which need not be on PATH; None: not installed."""
+    homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")))
+    folders = [*(f"{home}/bin" for home in homes), "/usr/local/cuda/bin"]
+    path = os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)])
+    return shutil.which(name, path=path)
+
+
 def capability() -> str | None:
     """Compute capability of the first GPU ("9.0"), or None where there is none."""
     if shutil.which("nvidia-smi") is None:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...build import cuda_program
 from ..worker import Skipped, run_child
 
 GPU = Path(__file__).resolve().parents[2]
@@ -35,7 +34,7 @@ _WANTED = {
 
 def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
     """Profile both passes of one contender on one job."""
-    program = find_ncu()
+    program = cuda_program("ncu")
     if program is None:
         raise Skipped("Nsight Compute (ncu) is not installed")
     with tempfile.TemporaryDirectory() as folder:
@@ -49,16 +48,6 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
     if not rows:
         raise RuntimeError("ncu has written no kernel")
     emit(kernels=rows)
-
-
-def find_ncu() -> str | None:
-    """Path of ncu, or None."""
-    homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")))
-    for folder in [*(f"{home}/bin" for home in homes), "/usr/local/cuda/bin"]:
-        found = shutil.which("ncu", path=folder)
-        if found:
-            return found
-    return shutil.which("ncu")
 
 
 def command(program: str, unit: Mapping[str, Any], out: Path) -> list[str]:

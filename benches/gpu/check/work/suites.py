@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from ...build import cuda_program
 from ..worker import Skipped, run_child
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -26,16 +26,6 @@ def files() -> list[str]:
     """Return the files of tests/gpu, that of the CUDA kernels first."""
     found = sorted(f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
     return sorted(found, key=lambda name: name != CUDA_TESTS)
-
-
-def sanitizer() -> str | None:
-    """Path of compute-sanitizer, or None."""
-    homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")))
-    for folder in [*(f"{home}/bin" for home in homes), "/usr/local/cuda/bin"]:
-        found = shutil.which("compute-sanitizer", path=folder)
-        if found:
-            return found
-    return shutil.which("compute-sanitizer")
 
 
 def checks(cuda: bool) -> list[dict[str, Any]]:
@@ -66,7 +56,7 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
     """Run pytest, under compute-sanitizer where the unit names a tool; failures raise."""
     prefix: list[str] = []
     if "tool" in unit:
-        program = sanitizer()
+        program = cuda_program("compute-sanitizer")
         if program is None:
             raise Skipped("compute-sanitizer is not installed")
         prefix = [program, "--tool", unit["tool"], "--error-exitcode", "9"]

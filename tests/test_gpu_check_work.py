@@ -413,7 +413,8 @@ def test_failing_tests_are_named_and_counted(tmp_path) -> None:
 def test_tests_run_where_a_plugin_of_this_project_is_missing(tmp_path, monkeypatch) -> None:
     """pyproject.toml has a setting of pytest-timeout, and asks to be strict about settings."""
     suites = work("suites")
-    monkeypatch.setattr(suites, "PYTEST", (*suites.PYTEST, "-p", "no:timeout"))
+    monkeypatch.setattr(suites, "installed", lambda name: False)
+    monkeypatch.setattr(suites, "PYTEST", (*suites.PYTEST, "-p", "no:timeout", "-p", "no:xdist"))
     unit = suite(tmp_path, "def test_a(): pass\n")
     unit["tests"].append(f"--rootdir={ROOT}")
     suites.run(unit, lambda **data: None)

@@ -28,6 +28,11 @@ def files() -> list[str]:
     return sorted(found, key=lambda name: name != CUDA_TESTS)
 
 
+def installed(name: str) -> bool:
+    """Whether a plugin of pytest is there."""
+    return importlib.util.find_spec(name) is not None
+
+
 def checks(cuda: bool) -> list[dict[str, Any]]:
     """Describe the checks of compute-sanitizer; ``cuda``: whether the CUDA kernels are there.
 
@@ -61,10 +66,10 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
             raise Skipped("compute-sanitizer is not installed")
         prefix = [program, "--tool", unit["tool"], "--error-exitcode", "9"]
     together: list[str] = []
-    if not prefix and unit["gpu"] and importlib.util.find_spec("xdist") is not None:
+    if not prefix and unit["gpu"] and installed("xdist"):
         # Tests of one group, those that take most of the memory, run one after the other.
         together = ["-n", str(PROCESSES), "--dist", "loadgroup"]
-    if importlib.util.find_spec("pytest_timeout") is not None:
+    if installed("pytest_timeout"):
         together += ["--timeout", str(TEST_SECONDS)]
     junit = Path(unit["scratch"], f"{unit['name'].replace('/', '-').replace(' ', '-')}.xml")
     command = [*prefix, *PYTEST, "-v", "-rfE", *together, f"--junitxml={junit}", *unit["tests"]]

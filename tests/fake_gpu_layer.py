@@ -9,7 +9,8 @@ stray   the same, the child ends with nobody      flood   prints without end, th
 
 Without FAKE_GPU_NAME it is a machine that has no GPU. FAKE_GPU_PLAN names a stage whose units
 cannot be listed; FAKE_GPU_LIMIT gives the units other seconds, FAKE_GPU_SECONDS has them take so
-long, FAKE_GPU_INFORMS makes them for information; FAKE_GPU_IMPORT=fails breaks the import.
+long, FAKE_GPU_INFORMS makes them for information, FAKE_GPU_CONTENDER has
+them all run the same; FAKE_GPU_IMPORT=fails breaks the import.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _plan(stages: list[str], emit: Callable[..., None]) -> None:
                 "shape": [1_280_000, 10, 512],
                 "dtype": "bfloat16",
                 "precision": "medium",
-                "contender": "cuda",
+                "contender": os.environ.get("FAKE_GPU_CONTENDER", f"cuda of {stage}"),
                 "informs": "FAKE_GPU_INFORMS" in os.environ,
             }
             for name in UNITS

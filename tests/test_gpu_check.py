@@ -228,7 +228,7 @@ def test_a_stage_has_its_share_and_goes_on_when_the_others_had_theirs(tmp_path) 
     script = START.replace(
         "sys.exit(",
         "from gpu.check import main as module, stages\n"
-        "module.STAGES = (stages.Stage('kernels', '', 2.7), stages.Stage('calls', '', 60))\n"
+        "module.STAGES = (stages.Stage('kernels', '', 0.8), stages.Stage('calls', '', 60))\n"
         "sys.exit(",
     )
     command = [sys.executable, "-c", script, "--out", str(tmp_path)]
@@ -236,9 +236,106 @@ def test_a_stage_has_its_share_and_goes_on_when_the_others_had_theirs(tmp_path) 
     done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
     order = [line.split()[2:4] for line in done.stdout.splitlines() if line.endswith("  done")]
-    assert order[0] == ["kernels", "one"] and order[-1] == ["kernels", "three"]
-    assert [stage for stage, _ in order].count("calls") == 3 and len(order) == 6
+    # What runs when the share is over has its time; nothing more is begun.
+    assert order[:2] == [["kernels", "one"], ["kernels", "two"]]
+    assert [stage for stage, _ in order[2:5]] == ["calls"] * 3
+    assert order[5:] == [["kernels", "three"]]
     assert done.stdout.rstrip().endswith("nothing is left")
+
+
+def test_what_hangs_or_dies_twice_is_not_run_again(tmp_path) -> None:
+    faults = {"kernels one": "hang", "kernels two": "signal"}
+    done = check(tmp_path, faults, FAKE_GPU_CONTENDER="cuda")
+    found = results(tmp_path)
+    assert done.returncode == 1
+    assert all(result["outcome"] == "done" for unit, result in found.items() if "smoke" in unit)
+    for unit in ("kernels three", "calls one", "pruning three"):
+        assert found[unit]["outcome"] == "skipped"
+        assert found[unit]["why"] == "2 units of cuda have hung or died in this run"
+    again = check(tmp_path, FAKE_GPU_CONTENDER="cuda")
+    assert again.returncode == 0, "a fix gets another chance"
+    assert {result["outcome"] for result in results(tmp_path).values()} == {"done"}
+
+
+def test_results_of_another_folder_are_gone_on_with(tmp_path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    check(first, {"kernels two": "exit"}, "--stage", "kernels")
+    done = check(second, None, "--stage", "kernels", "--continue", str(first))
+    assert done.returncode == 0 and "run 2" in done.stdout
+    runs = {unit: result["run"] for unit, result in results(second).items()}
+    assert runs == {"kernels one": 0, "kernels two": 1, "kernels three": 0}
+    absent = check(second, None, "--continue", str(tmp_path / "nowhere"))
+    assert absent.returncode == 1 and "there is no results.jsonl in it" in absent.stderr
+
+
+def test_a_table_that_cannot_be_made_ends_no_run(stages, tmp_path) -> None:
+    """What is printed must never cost what is measured."""
+    script = START.replace(
+        "sys.exit(",
+        "from gpu.check import main as module\n"
+        "made = module.table\n"
+        "def table(stage, *rest):\n"
+        "    return 1 / 0 if stage.name == 'kernels' else made(stage, *rest)\n"
+        "module.table = table\n"
+        "sys.exit(",
+    )
+    command = [sys.executable, "-c", script, "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, env=environment(tmp_path, {}), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "FAILED table of kernels: failed: ZeroDivisionError: division by zero" in done.stdout
+    found = results(tmp_path)
+    assert found.pop("table of kernels")["outcome"] == "failed"
+    assert {result["outcome"] for result in found.values()} == {"done"}
+    assert len(found) == 3 * len(stages)
+
+
+KERNEL = {"kernel": "first_pass", "launches": 1, "microseconds": 812.5}
+FOUND_ON_A_GPU: dict[str, dict[str, Any]] = {
+    "smoke": {"errors at 608": {"loss": 1e-7}, "errors at 20000": {"loss": 2e-7, "el2n": None}},
+    "ceilings": {"read": 3.1e12, "copy": 3.0e12},
+    "kernels": {
+        "predicted_milliseconds": [0.5, 0.4],
+        "first_milliseconds": 0.6,
+        "all_milliseconds": {"first": [0.6], "second": [0.5]},
+        "kernels": [KERNEL],
+        "plans": [{"plan": "64 rows x 3 stages", "first_milliseconds": 0.7}],
+        "few_classes_first,16,512": [
+            {"tile": "Tile(16)", "milliseconds": 0.9, "default": True},
+            {"tile": "Tile(32)", "why": "OutOfResources", "default": False},
+        ],
+    },
+    "profile": {
+        "kernels": [{**KERNEL, "dram_percent": 71.0, "tensor_percent": None, "stalls": []}],
+        "counters 0": {"Kernel Name": "first_pass"},
+    },
+    "calls": {"milliseconds": 1.0, "predicted_milliseconds": 0.9, "item_bytes": 2, "joules": 0.1},
+    "tests": {"tests": 60, "skipped": 1, "failed": [], "passed_so_far": 40},
+    "compile": {"milliseconds": 2.0, "item_bytes": 2, "peak_bytes": 2**20},
+    "sanitizer": {"tests": 30},
+    "network": {"milliseconds_a_sample": {"ours": 0.2}, "times_loop": 40.0},
+    "pruning": {"spearman_with_cpu": 1.0, "random": {"0.2": 0.8}},
+}
+
+
+def test_tables_are_made_of_what_a_gpu_gives(stages) -> None:
+    """Predictions, graphs, tiles and counters are never there without one."""
+    tables = importlib.import_module("gpu.check.tables")
+    record = importlib.import_module("gpu.check.record")
+    assert FOUND_ON_A_GPU.keys() == set(stages)
+    text = {}
+    for stage in importlib.import_module("gpu.check.stages").STAGES:
+        given = FOUND_ON_A_GPU[stage.name]
+        found = [
+            record.Result(stage.name, f"{stage.name} one", "", 0, "done", data=given),
+            record.Result(stage.name, f"{stage.name} two", "", 0, "done", data={}),
+            record.Result(stage.name, f"{stage.name} three", "", 0, "died", "SIGSEGV"),
+        ]
+        text[stage.name] = "\n".join(tables.table(stage, found, {}))
+        assert "died: SIGSEGV" in text[stage.name]
+    assert "few_classes_first: Tile(16) 0.9 ms; 64 rows x 3 stages: 0.7 ms" in text["kernels"]
+    assert "dram 71%, tensor %, ?" in text["profile"] and "1.111" in text["calls"]
 
 
 def test_a_stage_that_cannot_be_planned_fails_alone(stages, tmp_path) -> None:

@@ -53,7 +53,7 @@ def test_a_dry_run_ends_and_the_next_goes_on(tmp_path: Path) -> None:
         assert result["outcome"] == ("skipped" if skipped else "done"), result
     assert by_stage.keys() == set(STAGES)
     for result in by_stage["smoke"]:
-        assert result["data"].keys() == {"errors at 60", "errors at 300"}
+        assert result["data"].keys() == {"errors at 64", "errors at 304"}
         assert all(0 <= e < 1e-2 for each in result["data"].values() for e in each.values())
     for result in by_stage["kernels"]:
         data = result["data"]
@@ -94,11 +94,11 @@ def test_every_unit_has_a_limit_a_name_and_sources() -> None:
     names = [stage.name for stage in importlib.import_module("gpu.check.stages").STAGES]
     sources = importlib.import_module("gpu.check.sources")
     units = planned(names)
-    most = {"smoke": 40, "kernels": 30, "calls": 30, "profile": 30, "tests": 90}
+    most = {"smoke": 20, "kernels": 30, "calls": 30, "profile": 60, "tests": 90}
     for stage, each in units.items():
         assert each, stage
         for unit in each:
-            assert unit["key"].startswith(f"{stage} ") and 0 < unit["limit"] <= most.get(stage, 200)
+            assert unit["key"].startswith(f"{stage} ") and 0 < unit["limit"] <= most.get(stage, 280)
             assert sources.closure(p for s in unit["sources"] for p in sources.of_contender(s))
     keys = [unit["key"] for each in units.values() for unit in each]
     assert len(keys) == len(set(keys))
@@ -117,6 +117,31 @@ def test_a_stage_without_a_plan_costs_no_other(monkeypatch) -> None:
     plan.run({"stages": ["smoke", "ceilings"]}, lambda **data: found.update(data))
     assert found["fault of smoke"] == "KeyError: 'sm_90'" and "units of smoke" not in found
     assert len(found["units of ceilings"]) == 4
+
+
+def test_what_says_the_most_is_planned_first(monkeypatch) -> None:
+    """As with a GPU: five minutes never reach the end of a stage."""
+    plan = work("plan")
+    there = ("cuda", "triton", "triton/stored", "torch")
+    monkeypatch.setattr(plan.timing, "contenders", lambda *job: iter(there))
+    monkeypatch.setattr(plan.timing, "sources", lambda name, *job: name)
+    rows = [",".join(map(str, shape)) for shape in plan.KERNEL_ROWS]
+    kernels = [unit["key"] for unit in plan._kernels(True)]
+    assert len(kernels) == len(set(kernels))
+    first = [f"{row} bfloat16 medium {name}" for row in rows for name in there[:2]]
+    assert kernels[:10] == first
+    assert kernels[10:20] == [name.replace("bfloat16 medium", "float32 highest") for name in first]
+    sweeps = [key for key in kernels if key.endswith(", tiles")]
+    assert len(sweeps) == 8 and kernels.index(sweeps[-1]) < kernels.index(
+        f"{first[0]}".replace("cuda", "triton/stored")
+    )
+    assert all(key.endswith(" torch") for key in kernels[-15:])
+    calls = [unit["key"] for unit in plan._calls(True)]
+    assert all(key.endswith(("cuda", "triton")) for key in calls[:22])
+    assert all(key.endswith("bfloat16 medium eager") for key in calls[22:33])
+    (profile,) = plan._profile(True)
+    wanted = [(job["shape"][1], job["contender"]) for job in profile["jobs"]]
+    assert wanted == [(10, "cuda"), (10, "triton"), (100, "cuda"), (100, "triton")]
 
 
 def test_a_prediction_that_fails_costs_no_timing(monkeypatch) -> None:
@@ -139,7 +164,8 @@ def test_a_prediction_that_fails_costs_no_timing(monkeypatch) -> None:
 def test_the_smoke_stage_fits_its_time() -> None:
     """By compile times of one core, with the Triton that torch 2.11 brings along."""
     found = json.loads((BENCHES / "results" / "gpu_smoke_compile.json").read_text())
-    assert found["triton"].startswith("3.6") and found["workers"] == 8
+    stages = importlib.import_module("gpu.check.stages").STAGES
+    assert found["triton"].startswith("3.6") and found["workers"] == stages[0].workers
     tool = importlib.import_module("gpu.compile_times")
     others = [0.0] * (2 * 3 * len(tool.OURS))
     seconds = [case["seconds"] for case in found["cases"]]
@@ -231,7 +257,7 @@ def test_the_smoke_test_finds_every_wrong_field(monkeypatch) -> None:
             return SimpleNamespace(**{**fields, name: fields[name] * (1 + 5e-5)})
 
         monkeypatch.setattr(smoke, "last_layer_stats", wrong)
-        with pytest.raises(Exception, match=f"60 rows, {name}: relative error 5e-05"):
+        with pytest.raises(Exception, match=f"64 rows, {name}: relative error 5e-05"):
             smoke.run(unit, lambda **data: None)
 
 
@@ -362,6 +388,7 @@ def test_counters_are_read_as_numbers() -> None:
         "tensor_percent": 12.5,
         "occupancy_percent": 48.1,
         "registers": 255.0,
+        "grid": None,
         "stalls": [("barrier", 4.25), ("long_scoreboard", 3.5)],
     }
     assert second["dram_percent"] == 88.0 and second["tensor_percent"] is None
@@ -371,9 +398,10 @@ def test_counters_are_read_as_numbers() -> None:
 def test_ncu_leaves_the_clocks_alone_and_its_failure_is_one(monkeypatch, tmp_path) -> None:
     profile = work("profile")
     unit = {**JOB, "contender": "cuda"}
+    unit = {"jobs": [unit]}
     command = profile.command("/usr/local/cuda/bin/ncu", unit, tmp_path / "c.csv")
     assert command[command.index("--clock-control") + 1] == "none"
-    assert json.loads(command[-1])["contender"] == "cuda"
+    assert json.loads(command[-1])["jobs"][0]["contender"] == "cuda"
     fake = tmp_path / "ncu"
     fake.write_text(
         '#!/bin/sh\nwhile [ "$1" != --log-file ]; do shift; done\n'
@@ -384,6 +412,7 @@ def test_ncu_leaves_the_clocks_alone_and_its_failure_is_one(monkeypatch, tmp_pat
     told: dict[str, Any] = {}
     profile.run(unit, lambda **data: told.update(data))
     assert [kernel["microseconds"] for kernel in told["kernels"]] == [1234.5, 400.0]
+    assert told["counters 0"]["gpu__time_duration.sum"] == "1,234,500", "all, whatever its name"
     monkeypatch.setenv("FAKE_NCU", "9")
     with pytest.raises(RuntimeError, match="exit code 9"):
         profile.run(unit, lambda **data: None)
@@ -395,7 +424,25 @@ def test_ncu_leaves_the_clocks_alone_and_its_failure_is_one(monkeypatch, tmp_pat
 def suite(tmp_path: Path, text: str) -> dict[str, Any]:
     path = tmp_path / "test_made_up.py"
     path.write_text(text)
-    return {"name": "made/up", "tests": [str(path)], "gpu": False, "scratch": str(tmp_path)}
+    return {"name": "made/up", "tests": [str(path)], "scratch": str(tmp_path)}
+
+
+def test_a_lost_context_costs_the_tests_of_one_process_no_more(tmp_path, monkeypatch) -> None:
+    """An error that stays with the process would fail every test behind it."""
+    suites = work("suites")
+    text = (ROOT / "tests" / "gpu" / "conftest.py").read_text()
+    (tmp_path / "conftest.py").write_text(text)
+    body = "import pytest\nLOST = []\n"
+    body += "@pytest.mark.parametrize('n', range(6))\ndef test_a(n):\n"
+    body += "    if n == 1: LOST.append(n)\n"
+    body += "    if LOST: raise RuntimeError('CUDA error: an illegal memory access')\n"
+    unit = suite(tmp_path, body) | {"together": True}
+    monkeypatch.setattr(suites, "PROCESSES", 1)
+    told: dict[str, Any] = {}
+    with pytest.raises(RuntimeError, match="failed"):
+        suites.run(unit, lambda **data: told.update(data))
+    passed = told["tests"] - told["skipped"] - len(told["failed"])
+    assert passed >= 4, told
 
 
 def test_failing_tests_are_named_and_counted(tmp_path) -> None:
@@ -408,6 +455,20 @@ def test_failing_tests_are_named_and_counted(tmp_path) -> None:
     assert told["failed"] == [("test_b", "AssertionError: not alike")]
     work("suites").run(suite(tmp_path, "def test_a(): pass\n"), lambda **data: told.update(data))
     assert told["tests"] == 1 and told["failed"] == []
+
+
+def test_what_fails_is_said_before_the_end() -> None:
+    """As pytest -v prints it, alone and in several processes; its summary says it again."""
+    told: dict[str, Any] = {}
+    seen = work("suites").Seen(lambda **data: told.update(data))
+    for _ in range(20):
+        seen.line("[gw3] [ 12%] PASSED tests/gpu/test_gpu_cuda.py::test_a[x y-1] ")
+    seen.line("[gw1] [ 13%] FAILED tests/gpu/test_gpu_cuda.py::test_b[torch.float32]")
+    seen.line("tests/gpu/test_gpu_cuda.py::test_c ERROR                    [ 14%]")
+    seen.line("FAILED tests/gpu/test_gpu_cuda.py::test_b[torch.float32] - AssertionError")
+    seen.line("E   RuntimeError: FAILED to launch")
+    failed = ["test_gpu_cuda.py::test_b[torch.float32]", "test_gpu_cuda.py::test_c"]
+    assert told == {"passed_so_far": 20, "failed_so_far": failed}
 
 
 def test_tests_run_where_a_plugin_of_this_project_is_missing(tmp_path, monkeypatch) -> None:
@@ -425,7 +486,8 @@ def test_checks_cover_the_cuda_kernels_with_three_tools() -> None:
     for available in (True, False):
         checks = {each["name"]: each for each in suites.checks(available)}
         names = {"cuda memcheck", "cuda racecheck", "cuda initcheck"} if available else set()
-        assert set(checks) == names | {"memcheck"}
+        others = {"memcheck test_gpu_backends", "memcheck test_gpu_triton_regimes"}
+        assert set(checks) == names | others
         for name in names:
             assert name == f"cuda {checks[name]['tool']}"
             assert suites.CUDA_TESTS in checks[name]["tests"]
@@ -433,7 +495,7 @@ def test_checks_cover_the_cuda_kernels_with_three_tools() -> None:
             raw = "MOSO_FAST_RAW_MEMORY" in checks[name]["environment"]
             assert raw == (checks[name]["tool"] == "initcheck")
             assert checks[name]["informs"] == (checks[name]["tool"] != "memcheck")
-        assert not checks["memcheck"]["informs"]
+        assert not any(checks[name]["informs"] for name in others)
     assert suites.files()[0] == suites.CUDA_TESTS and len(suites.files()) >= 3
     assert all((ROOT / name).is_file() for name in suites.files())
 

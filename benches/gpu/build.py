@@ -36,13 +36,18 @@ def cuda_program(name: str) -> str | None:
     return shutil.which(name, path=path)
 
 
-def capability() -> str | None:
-    """Compute capability of the first GPU ("9.0"), or None where there is none."""
+def ask_gpu(what: str) -> str | None:
+    """Answer of nvidia-smi about the first GPU ("name", "compute_cap"), None without one."""
     if shutil.which("nvidia-smi") is None:
         return None
-    command = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "-i", "0")
+    command = ("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", "-i", "0")
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def capability() -> str | None:
+    """Compute capability of the first GPU ("9.0"), or None where there is none."""
+    return ask_gpu("compute_cap")
 
 
 def environment(capability: str, given: Mapping[str, str]) -> dict[str, str]:

@@ -29,8 +29,6 @@ from moso_fast.problem import build_problem
 from moso_fast.reference import closed_form_stats, explicit_stats
 
 pytestmark = pytest.mark.gpu
-# Where tests share a GPU, these run one after the other.
-takes_most_of_the_memory = pytest.mark.xdist_group("memory")
 
 each_backend = pytest.mark.parametrize("backend", _PREFERENCE["cuda"])
 SCORE_ERROR = {"highest": 1e-5, "high": 5e-3, "medium": 1e-2}
@@ -224,7 +222,7 @@ def test_a_device_that_is_not_the_current_one(backend) -> None:
     assert_matches(stats, closed_form_stats(*case.args), 1e-5)
 
 
-@takes_most_of_the_memory
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @each_backend
 def test_more_than_2_to_the_31_features(backend, dtype) -> None:
@@ -247,7 +245,7 @@ def test_more_than_2_to_the_31_features(backend, dtype) -> None:
     assert stats.count == rows
 
 
-@takes_most_of_the_memory
+@pytest.mark.whole_gpu
 @each_backend
 def test_more_than_2_to_the_31_logits(backend) -> None:
     rows, dim, classes = 1_100_000, 8, 2048

@@ -16,7 +16,6 @@ from test_gpu_backends import (
     exact_scores,
     on_gpu,
     score,
-    takes_most_of_the_memory,
 )
 
 from moso_fast import engine
@@ -103,7 +102,7 @@ def test_bad_rows_are_named_small(regime) -> None:
         assert_close(getattr(stats, name)[kept].cpu(), getattr(exact, name)[0], 1e-5, what=name)
 
 
-@takes_most_of_the_memory
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_more_than_2_to_the_31_features(dtype, regime) -> None:
     """The same row again and again; D = 512, which the tiles for few classes hold too."""

@@ -7,7 +7,8 @@ Ten stages, what says the most first: smoke, ceilings, kernels, profile, calls, 
 sanitizer, network, pruning. Each has a share of the time, what is left goes round again. Every
 unit (a kernel on a job, a file of tests) runs in a process of its own under a limit; whatever is
 found is on disk at once, and the next run goes on from there, unit by unit, while the files that
-a unit runs, GPU, driver and versions stay the same (--fresh begins anew).
+a unit runs, GPU, driver and versions stay the same (--fresh begins anew; --continue FOLDER where
+the results of the last run lie elsewhere). A contender that hung or died twice is not run again.
 
 Writes to --out, else the folder that the variable OUT names, else benches/results/GPU: five files,
 results.jsonl (every line as it came), gpu_check.json (all of it at the end of a stage), tables.txt,
@@ -22,26 +23,31 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 from xml.etree import ElementTree
 
-from ..build import build_where_missing
+from ..build import ask_gpu, build_where_missing
 from . import pool
 from .aims import aims, ceilings, rows
 from .log import Log
-from .record import Record
+from .record import LINES, Record
 from .sources import ROOT, of_unit
 from .stages import CLOSING_SECONDS, PLAN, RUN_SECONDS, STAGES, Stage
 from .tables import aim_lines, table
 
 LAYER = "gpu.check.layer"
+WHOLE = ("build", "device")  # faults of the machine, not of a stage
+LOST_TWICE = 2
 
 
 def main(arguments: Sequence[str], layer: str = LAYER) -> int:
@@ -51,30 +57,33 @@ def main(arguments: Sequence[str], layer: str = LAYER) -> int:
     fault = build_where_missing() if layer == LAYER else None
     begin = time.monotonic()
     signal.signal(signal.SIGTERM, _terminate)
-    with tempfile.TemporaryDirectory() as scratch:
-        log = Log(Path(scratch, "plan.txt"))
-        crew = pool.Crew(layer, log, spares=0)
+    named = ask_gpu("name")
+    folder = options.out or _folder(named)
+    if options.earlier is not None:
+        take_over(options.earlier, folder)
+    log = Log(folder / "log.txt")
+    crew = pool.Crew(layer, log, spares=1 if named is None else 2)
+    try:
+        crew.prepare(1 if named is None else 1 + chosen[0].workers)  # while it is planned
         facts, planned, faults = plan(crew, chosen)
-        log.close()
         if facts is None:
-            print("\n".join(["FAILED plan: " + faults["plan"], Path(log.path).read_text()]))
+            print(f"FAILED plan: {faults['plan']}; {folder / 'log.txt'} has the rest")
             return 1
-        folder = options.out or _folder(facts)
-        record = Record(folder, facts, options.fresh)
-        log = Log(folder / "log.txt")
         gpu = facts["gpu"] is not None
-        crew = pool.Crew(layer, log, spares=2 if gpu else 1)
-        try:
-            if fault is not None:
-                faults["build"] = fault
+        record = Record(folder, facts, options.fresh)
+        if fault is not None:
+            faults["build"] = fault
+        if named is not None and not gpu and layer == LAYER:
+            faults["device"] = f"nvidia-smi names {named}, and PyTorch {facts['torch']} finds none"
+        with tempfile.TemporaryDirectory() as scratch:
             check = Check(record, crew, planned, faults, Path(scratch), gpu)
             if record.continued:
                 print(f"going on with {folder}, run {len(record.runs)}", flush=True)
             check.run(chosen, begin + options.seconds - CLOSING_SECONDS)
             return check.close(chosen)
-        finally:
-            crew.close()
-            log.close()
+    finally:
+        crew.close()
+        log.close()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", action="append", choices=names, help="only this; repeatable")
     out = os.environ.get("OUT")
     parser.add_argument("--out", type=Path, default=out and Path(out), help="folder for results")
+    parser.add_argument(
+        "--continue",
+        dest="earlier",
+        type=Path,
+        metavar="FOLDER",
+        help="go on with the results of FOLDER, where --out is another",
+    )
     parser.add_argument("--fresh", action="store_true", help="do not go on with earlier runs")
     parser.add_argument(
         "--seconds",
@@ -102,11 +118,21 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _folder(facts: Mapping[str, Any]) -> Path:
-    if facts["gpu"] is None:
+def _folder(gpu: str | None) -> Path:
+    if gpu is None:
         return ROOT / "build" / "gpu-check"
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", facts["gpu"]).strip("-").lower()
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-").lower()
     return ROOT / "benches" / "results" / slug
+
+
+def take_over(earlier: Path, folder: Path) -> None:
+    """Put what an earlier run has written into a folder that has no results yet."""
+    if not (earlier / LINES).is_file():
+        raise SystemExit(f"--continue {earlier}: there is no {LINES} in it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (LINES, "junit.xml"):
+        if (earlier / name).is_file() and not (folder / name).exists():
+            shutil.copy(earlier / name, folder / name)
 
 
 def plan(
@@ -147,7 +173,8 @@ class Check:
         scratch: Path,
         gpu: bool,
     ) -> None:
-        self.record, self.crew, self.faults, self.gpu = record, crew, faults, gpu
+        self.record, self.crew, self.gpu = record, crew, gpu
+        self.faults = dict(faults)
         self.scratch = scratch
         self.units = {
             unit["key"]: {**unit, "scratch": str(scratch)}
@@ -155,19 +182,21 @@ class Check:
             for unit in each
         }
         self.sources = {key: of_unit(unit["sources"]) for key, unit in self.units.items()}
+        self._lost: Counter[str] = Counter()  # units by contender that hung or died in this run
 
     def run(self, chosen: Sequence[Stage], deadline: float) -> None:
         """Give each stage its share, then go round again with what is left of the time."""
-        if "build" in self.faults:
-            self._fault("build")
+        for name in WHOLE:
+            if name in self.faults:
+                self._fault(name)
         for stage in chosen:
             if stage.name in self.faults:
                 self._fault(stage.name)
             share = deadline if len(chosen) == 1 else time.monotonic() + stage.seconds
-            self._stage(stage, min(deadline, share))
+            self._stage(stage, deadline, share)
         for stage in chosen:
             if time.monotonic() < deadline and self._left(stage):
-                self._stage(stage, deadline)
+                self._stage(stage, deadline, deadline)
 
     def _left(self, stage: Stage) -> list[dict[str, Any]]:
         """Return the units of a stage that are not done, nor have failed in this run."""
@@ -181,7 +210,7 @@ class Check:
             and (key not in tried or key in late)
         ]
 
-    def _stage(self, stage: Stage, deadline: float) -> None:
+    def _stage(self, stage: Stage, deadline: float, share: float) -> None:
         todo = self._left(stage)
         print(f"--- {stage.name}: {len(todo)} to do", flush=True)
         for unit in todo:
@@ -195,9 +224,24 @@ class Check:
             deadline,
             workers=workers,
             reuse=stage.reuse or not self.gpu,
+            begin_until=share,
+            refuse=self._refuse,
         )
-        junit(self.scratch, self.record.folder / "junit.xml")
-        self._report(stage)
+        try:
+            junit(self.scratch, self.record.folder / "junit.xml")
+            self._report(stage)
+        except Exception as error:  # what is found is on disk, and the next stage must find more
+            traceback.print_exc()
+            name = f"table of {stage.name}"
+            self.faults[name] = f"{type(error).__name__}: {error}"
+            self._fault(name)
+
+    def _refuse(self, unit: pool.Unit) -> str | None:
+        """Say why a unit is not run: what hung twice would hang again and again."""
+        contender = unit.get("contender", "")
+        if self._lost[contender] < LOST_TWICE:
+            return None
+        return f"{LOST_TWICE} units of {contender} have hung or died in this run"
 
     def _tell(self, unit: pool.Unit, kind: str, message: dict[str, Any]) -> None:
         where = unit["stage"], unit["key"], self.sources[unit["key"]]
@@ -205,6 +249,8 @@ class Check:
             self.record.data(*where, message)
             return
         self.record.outcome(*where, message["outcome"], message["why"], message["seconds"])
+        if message["outcome"] in ("hung", "died") and unit.get("contender"):
+            self._lost[unit["contender"]] += 1
         why = f": {message['why']}" if message["why"] else ""
         if message["outcome"] != "late":
             line = f"{message['seconds']:6.1f} s  {unit['key']}  {message['outcome']}{why}"
@@ -212,7 +258,8 @@ class Check:
 
     def _fault(self, stage: str) -> None:
         """Keep why the modules were not built, or why a stage has no units."""
-        key = stage if stage == "build" else f"{stage} plan"
+        whole = stage in WHOLE or stage.startswith("table of ")
+        key = stage if whole else f"{stage} plan"
         self.record.begin(stage, key, "")
         self.record.outcome(stage, key, "", "failed", self.faults[stage], 0.0)
 
@@ -239,11 +286,15 @@ class Check:
 
     def close(self, chosen: Sequence[Stage]) -> int:
         """Print aims, failures and what another run would do; return the exit code."""
-        path = self._save()
-        names = ["build"] if "build" in self.faults else []
-        results = [r for name in [*names, *(s.name for s in chosen)] for r in self.record.of(name)]
-        if self.gpu:
-            print("\n".join(aim_lines(aims(self._rows().values()))))
+        path = self.record.folder / LINES
+        try:
+            path = self._save()
+            if self.gpu:
+                print("\n".join(aim_lines(aims(self._rows().values()))))
+        except Exception:  # the lines are there
+            traceback.print_exc()
+        names = dict.fromkeys([*self.faults, *(stage.name for stage in chosen)])
+        results = [r for name in names for r in self.record.of(name)]
         for result in results:
             if result.outcome == "skipped":
                 print(f"skipped {result.unit}: {result.why}")

@@ -24,6 +24,7 @@ from .log import Log, Pump
 GPU = Path(__file__).resolve().parents[1]  # the folder that python runs
 STARTUP = 30.0  # seconds that importing torch, Triton and the package may take
 SHORTEST = 2.0  # no unit is begun with less time than this
+SOUND = ("done", "wrong", "skipped")  # outcomes that leave the process as it was
 _REAPED = 5.0  # seconds that a killed process gets to be gone
 
 Unit = Mapping[str, Any]  # "stage", "key" and "limit" (seconds) at least
@@ -57,11 +58,15 @@ class Worker:
         except OSError:
             return
 
-    def end(self) -> int | None:
-        """Kill it with its children; return its exit code, None where it will not go."""
+    def kill(self) -> None:
+        """Kill it with its children, without waiting for that."""
         # Also where the process itself is gone: a child left on the GPU would share it.
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end(self) -> int | None:
+        """Kill it with its children; return its exit code, None where it will not go."""
+        self.kill()
         try:
             code = self.process.wait(_REAPED)
         except subprocess.TimeoutExpired:
@@ -85,6 +90,15 @@ def _signal(code: int) -> str:
         return f"signal {-code}"
 
 
+def end_all(workers: Iterable[Worker]) -> None:
+    """End all at once: to free a GPU's memory takes a process a part of a second."""
+    ending = list(workers)
+    for worker in ending:
+        worker.kill()
+    for worker in ending:
+        worker.end()
+
+
 class Crew:
     """Starts processes, and keeps ``spares`` of them waiting with everything imported."""
 
@@ -99,10 +113,14 @@ class Crew:
             self._waiting.append(Worker(self._layer, self._log))
         return worker
 
+    def prepare(self, count: int) -> None:
+        """Start ``count`` processes now, for a stage that will take them all."""
+        self._waiting += [Worker(self._layer, self._log) for _ in range(count)]
+
     def close(self) -> None:
         """End those that wait."""
-        while self._waiting:
-            self._waiting.pop().end()
+        end_all(self._waiting)
+        self._waiting.clear()
 
 
 @dataclass
@@ -121,12 +139,16 @@ def run(
     *,
     workers: int = 1,
     reuse: bool = False,
+    begin_until: float = float("inf"),
+    refuse: Callable[[Unit], str | None] = lambda unit: None,
 ) -> None:
     """Run every unit, ``workers`` at a time, until ``deadline`` (of time.monotonic).
 
-    ``reuse``: a process whose unit was done takes the next; otherwise every unit has a fresh one.
-    ``tell`` gets what a unit finds as it comes, and always one outcome: "done", "wrong" and
-    "failed" from the unit, "died", "hung" and "late" from here.
+    ``reuse``: a process takes the next unit, unless an error may have stayed with it; otherwise
+    every unit has a fresh one. Nothing is begun after ``begin_until``; what runs then has its time
+    all the same. ``refuse`` says why a unit is not to be run. ``tell`` gets what a unit finds as
+    it comes, and always one outcome: "done", "wrong", "failed" and "skipped" from the unit,
+    "died", "hung", "late" and what is refused, as "skipped", from here.
     """
     waiting, idle = deque(units), list[Worker]()
     busy: dict[Connection, _Job] = {}
@@ -134,7 +156,11 @@ def run(
         while waiting or busy:
             while waiting and len(busy) < workers:
                 unit, now = waiting.popleft(), time.monotonic()
-                if deadline - now < SHORTEST:
+                reason = refuse(unit)
+                if reason is not None:
+                    tell(unit, "outcome", _outcome("skipped", reason, 0.0))
+                    continue
+                if deadline - now < SHORTEST or now >= begin_until:
                     tell(unit, "outcome", _outcome("late", "the time is up", 0.0))
                     continue
                 worker = idle.pop() if idle else crew.take(len(waiting))
@@ -148,7 +174,7 @@ def run(
                 assert isinstance(pipe, Connection)
                 if _listen(busy[pipe], tell):
                     job = busy.pop(pipe)
-                    if job.worker.process.poll() is None and reuse and job.unit.get("_done"):
+                    if job.worker.process.poll() is None and reuse and job.unit.get("_sound"):
                         idle.append(job.worker)
                     else:
                         job.worker.end()
@@ -157,8 +183,7 @@ def run(
                     del busy[pipe]
                     _expire(job, deadline, tell)
     finally:
-        for worker in [*idle, *(job.worker for job in busy.values())]:
-            worker.end()
+        end_all([*idle, *(job.worker for job in busy.values())])
 
 
 def _outcome(outcome: str, why: str, seconds: float, **more: Any) -> dict[str, Any]:
@@ -186,7 +211,7 @@ def _listen(job: _Job, tell: Tell) -> bool:
         tell(job.unit, "data", message["data"])
         return False
     seconds = time.monotonic() - job.begun
-    job.unit = {**job.unit, "_done": message["outcome"] == "done"}
+    job.unit = {**job.unit, "_sound": message["outcome"] in SOUND}
     tell(job.unit, "outcome", _outcome(message["outcome"], message["why"], seconds))
     return True
 

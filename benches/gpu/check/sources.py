@@ -84,8 +84,13 @@ def _files(path: str, root: Path) -> list[str]:
     return [path] if place.is_file() else []
 
 
-def _imported(path: str, root: Path) -> Iterator[str]:
+@cache
+def _imported(path: str, root: Path) -> tuple[str, ...]:
     """Files of this repository that a module names in its imports, wherever they stand in it."""
+    return tuple(_found_imports(path, root))
+
+
+def _found_imports(path: str, root: Path) -> Iterator[str]:
     tree = ast.parse((root / path).read_text(encoding="utf-8"), path)
     for node in ast.walk(tree):
         names: list[str] = []

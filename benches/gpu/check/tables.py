@@ -58,10 +58,15 @@ def _tiles(data: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
     """Name the quickest tile of each search point."""
     found = []
     for key, lines in data.items():
-        timed = [t for t in lines if "milliseconds" in t] if isinstance(lines, list) else []
+        each = lines if isinstance(lines, list) else []
+        timed = [t for t in each if isinstance(t, dict) and {"tile", "milliseconds"} <= t.keys()]
         if timed:
             best = min(timed, key=lambda t: t["milliseconds"])
             found.append(f"{key.split(',')[0]}: {best['tile'][:60]} {best['milliseconds']:.3g} ms")
+    plans = data.get("plans") or []
+    if plans:
+        best = min(plans, key=lambda t: t["first_milliseconds"])
+        found.append(f"{best['plan']}: {best['first_milliseconds']:.3g} ms")
     return "; ".join(found) or None
 
 

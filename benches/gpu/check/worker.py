@@ -1,6 +1,6 @@
 """The process that runs units: it imports the layer, then takes unit after unit from its pipe.
 
-After anything but a good result it ends, since an error of the device stays with the process.
+After an error it ends, since one of the device stays with the process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -51,6 +51,24 @@ def run_child(command: Sequence[str], **options: Any) -> int:
     return subprocess.run(command, check=False, preexec_fn=die_with_parent, **options).returncode
 
 
+def stream_child(command: Sequence[str], tell: Callable[[str], None], **options: Any) -> int:
+    """Run a command as ``run_child`` does, print its output and have ``tell`` see every line."""
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=die_with_parent,
+        **options,
+    ) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            print(line, end="", flush=True)
+            tell(line.rstrip())
+    return child.returncode
+
+
 def serve(name: str, pipe: Connection) -> None:
     """Answer every unit by what it finds and how it ended, until the pipe is closed."""
     layer = importlib.import_module(name)
@@ -72,7 +90,7 @@ def serve(name: str, pipe: Connection) -> None:
             continue
         except Wrong as error:
             pipe.send({"outcome": "wrong", "why": str(error)})
-            return
+            continue
         except BaseException as error:  # whatever it is, the next unit must not suffer from it
             traceback.print_exc()
             pipe.send({"outcome": "failed", "why": described(error)})

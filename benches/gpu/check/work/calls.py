@@ -20,6 +20,7 @@ from .timing import (
     Clock,
     Graphed,
     Run,
+    clock_rate,
     copy_rate,
     device,
     exact,
@@ -32,6 +33,7 @@ from .timing import (
     plain,
     relative_error,
     rotating,
+    warm_up,
 )
 
 ROUNDS, DRY_ROUNDS = 9, 2
@@ -56,7 +58,8 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
         error, peak = _checked(call, data, gpu)
         emit(relative_error=error, peak_bytes=peak)
         judge(name, precision, error)
-        emit(copy_before=copy_rate(where, clock))
+        warm_up(where)
+        emit(copy_before=copy_rate(where, clock), megahertz_before=clock_rate(where))
         copies = rotating(data)
         seconds = [
             clock.time(lambda i=i: call(*copies[i % len(copies)]))
@@ -67,9 +70,7 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
         emit(host_milliseconds=1e3 * _host_seconds(call, data, gpu))
         if not gpu:
             return
-        emit(copy_after=copy_rate(where, clock))
-        if unit.get("energy"):
-            _energy(call, data, emit)
+        emit(copy_after=copy_rate(where, clock), megahertz_after=clock_rate(where))
         if name in ("triton", "cuda") and milliseconds <= GRAPH_MILLISECONDS:
             graph = Graphed(call)
             for copy in copies:
@@ -77,6 +78,8 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
             judge(name, precision, relative_error(graph(*data), exact(*data)))
             times = [clock.time(lambda i=i: graph(*copies[i % len(copies)])) for i in range(ROUNDS)]
             emit(graph_milliseconds=1e3 * statistics.median(times))
+        if unit.get("energy"):
+            _energy(call, data, emit)
 
 
 def _checked(call: Run, data: list[Tensor], gpu: bool) -> tuple[float, int | None]:

@@ -62,7 +62,7 @@ def facts(gpu: bool) -> dict[str, Any]:
         "commit": _ask("git", "rev-parse", "HEAD") or _packed_commit(),
         "uncommitted_changes": None if changes is None else bool(changes),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # its own class would have the main process import torch
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
         "cuda_module": backends()["cuda"].reason,
@@ -114,7 +114,8 @@ def _smoke(gpu: bool) -> Units:
     for case in smoke.cases(timing.device()):
         head = ",".join(str(part) for part in case["head"] if part is not None)
         key = f"{case['contender']} {head} {case['dtype']} {case['precision']}"
-        yield {"key": key, "work": "smoke", "limit": 40.0, "sources": [case["contender"]], **case}
+        limit = 20.0 if case["contender"].startswith("triton") else 10.0
+        yield {"key": key, "work": "smoke", "limit": limit, "sources": [case["contender"]], **case}
 
 
 def _ceilings(gpu: bool) -> Units:
@@ -137,7 +138,8 @@ def _unit(
     return {
         "key": f"{job} {contender}",
         "work": work,
-        "limit": 30.0,
+        # Compiles nothing, and is the one that could wait for ever.
+        "limit": 12.0 if contender == "cuda" and stage != "compile" else 30.0,
         "sources": [timing.sources(contender, shape, dtype, precision, where), *_TIMED[work]],
         "shape": shape,
         "dtype": dtype,
@@ -166,40 +168,66 @@ def _prediction(
 
 
 def _kernels(gpu: bool) -> Units:
-    where = timing.device()
-    for shape, dtype, precision, job in _jobs(KERNEL_ROWS, gpu):
-        names = list(timing.contenders(shape, dtype, precision, where))
-        # The kernels that have never been timed, before what is made of cuBLAS and PyTorch.
-        for name in sorted(names, key=lambda n: (n != "cuda", n != "triton")):
-            unit = _unit("kernels", "kernels", shape, dtype, precision, job, name)
-            yield unit | _prediction("pass_seconds", shape, dtype, precision, name)
-    for shape, dtype, precision, job in _jobs(SWEPT, gpu):
+    """Yield what has never been timed, tiles, then what is made of cuBLAS and PyTorch."""
+    where, units = timing.device(), []
+    for row, (shape, dtype, precision, job) in enumerate(_jobs(KERNEL_ROWS, gpu)):
         for name in timing.contenders(shape, dtype, precision, where):
-            if gpu and name.partition("/")[0] in ("triton", "cuda"):
-                unit = _unit("kernels", "sweep", shape, dtype, precision, job, name)
-                yield {**unit, "key": f"{unit['key']}, tiles"}
+            unit = _unit("kernels", "kernels", shape, dtype, precision, job, name)
+            unit |= _prediction("pass_seconds", shape, dtype, precision, name)
+            kind = _ORDER.index((dtype, precision))
+            units.append(((_rank(name), kind, row), unit))
+            if shape in SWEPT and kind < 2 and _rank(name) == 0:
+                sweep = _unit("kernels", "sweep", shape, dtype, precision, job, name)
+                units.append(((0.5, kind, row), {**sweep, "key": f"{sweep['key']}, tiles"}))
+    yield from _ordered(units)
+
+
+def _rank(contender: str) -> int:
+    """First our kernels as they are chosen, then the regimes that are not, then PyTorch."""
+    if contender in ("cuda", "triton", "cpu"):
+        return 0
+    return 2 if contender == "torch" else 1
+
+
+def _ordered(units: list[tuple[Any, dict[str, Any]]]) -> Units:
+    """Units by rank; within one the first kind of all rows, then the next."""
+    for _, unit in sorted(units, key=lambda each: each[0]):
+        yield unit
 
 
 def _profile(gpu: bool) -> Units:
-    where = timing.device()
-    for shape, dtype, precision, job in _jobs(PROFILED, gpu):
+    """One process for all: to start one under ncu takes longer than to profile a kernel."""
+    where, jobs = timing.device(), []
+    for shape, dtype, precision, _ in _jobs(PROFILED, gpu):
         if (dtype, precision) == _ORDER[0]:
             for name in timing.contenders(shape, dtype, precision, where):
-                if "/" not in name:
-                    unit = _unit("profile", "profile", shape, dtype, precision, job, name)
-                    yield {**unit, "informs": True}
+                if _rank(name) == 0:
+                    job = {"shape": shape, "dtype": dtype, "precision": precision}
+                    jobs.append({**job, "contender": name})
+    yield {
+        "key": "both passes",
+        "work": "profile",
+        "limit": 60.0,
+        "sources": [*EVERYTHING, *_TIMED["profile"]],
+        "jobs": jobs,
+        "informs": True,
+    }
 
 
 def _calls(gpu: bool) -> Units:
-    where = timing.device()
-    for shape, dtype, precision, job in _jobs(TABLE, gpu):
+    """Ours as they are chosen, then eager PyTorch, kind by kind; everything else behind them."""
+    where, units = timing.device(), []
+    for row, (shape, dtype, precision, job) in enumerate(_jobs(TABLE, gpu)):
+        kind = _ORDER.index((dtype, precision))
         for name in ("eager", *timing.contenders(shape, dtype, precision, where)):
             unit = _unit("calls", "calls", shape, dtype, precision, job, name)
             unit["informs"] = name == "eager"
-            unit["energy"] = shape in ENERGY_ROWS and (dtype, precision) == _ORDER[0]
+            first = name == "eager" or _rank(name) == 0
+            unit["energy"] = shape in ENERGY_ROWS and kind == 0 and first
             if name != "eager":
                 unit |= _prediction("predicted_seconds", shape, dtype, precision, name)
-            yield unit
+            units.append(((not first, kind, _rank(name) + (name == "eager"), row), unit))
+    yield from _ordered(units)
     for shape in STREAMED_ROWS if gpu and backends()["triton"].available else ():
         for crossings in (1, 2):
             job = f"{','.join(map(str, shape))} bfloat16 medium"
@@ -216,9 +244,18 @@ def _tests(gpu: bool) -> Units:
             "work": "suites",
             "limit": 90.0,
             "sources": [name, *(("cuda",) if name == suites.CUDA_TESTS else EVERYTHING)],
-            "tests": [name],
-            "gpu": gpu,
+            "tests": [name, "-m", "not whole_gpu"],
+            "together": gpu,
         }
+    alone = "tests of the whole GPU"
+    yield {
+        "key": alone,
+        "name": alone,
+        "work": "suites",
+        "limit": 90.0,
+        "sources": [*suites.files(), *EVERYTHING],
+        "tests": ["tests/gpu", "-m", "whole_gpu"],
+    }
 
 
 def _compile(gpu: bool) -> Units:
@@ -234,9 +271,8 @@ def _sanitizer(gpu: bool) -> Units:
             **check,
             "key": check["name"],
             "work": "suites",
-            "limit": 150.0,
-            "sources": [suites.CUDA_TESTS, "cuda"] if of_cuda else [*suites.files(), *EVERYTHING],
-            "gpu": gpu,
+            "limit": 280.0,
+            "sources": [check["tests"][0], *(("cuda",) if of_cuda else EVERYTHING)],
         }
 
 

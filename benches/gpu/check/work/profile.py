@@ -33,7 +33,7 @@ _WANTED = {
 
 
 def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
-    """Profile both passes of one contender on one job."""
+    """Profile both passes of every job of the unit in one process."""
     program = cuda_program("ncu")
     if program is None:
         raise Skipped("Nsight Compute (ncu) is not installed")
@@ -41,13 +41,15 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
         path = Path(folder, "counters.csv")
         code = run_child(command(program, unit, path))
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    print(text[:20_000])  # into the log: the names of counters differ between versions
-    if code:
-        raise RuntimeError(f"ncu ended with exit code {code}")
     rows = kernels(text)
+    emit(kernels=rows)
+    for number, row in enumerate(sorted(rows, key=lambda r: -(r["microseconds"] or 0.0))[:4]):
+        # Everything, since the names of counters differ between versions.
+        emit(**{f"counters {number}": counters(text)[rows.index(row)]})
+    if code:
+        raise RuntimeError(f"ncu ended with exit code {code}; {text.strip()[-200:]}")
     if not rows:
         raise RuntimeError("ncu has written no kernel")
-    emit(kernels=rows)
 
 
 def command(program: str, unit: Mapping[str, Any], out: Path) -> list[str]:
@@ -69,31 +71,38 @@ def main(arguments: Sequence[str]) -> int:
     from .kernels import Passes
     from .timing import device, inputs, job_of
 
-    unit = json.loads(arguments[0])
-    shape, dtype, precision = job_of(unit)
-    job = Passes(unit["contender"], precision, inputs(shape, dtype, device()))
-    job.first()
-    job.second()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    job.first()
-    job.second()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
+    for unit in json.loads(arguments[0])["jobs"]:
+        shape, dtype, precision = job_of(unit)
+        job = Passes(unit["contender"], precision, inputs(shape, dtype, device()))
+        job.first()
+        job.second()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        with torch.cuda.nvtx.range(f"{unit['contender']} {unit['shape']}"):
+            job.first()
+            job.second()
+            torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+        del job
     return 0
 
 
-def kernels(text: str) -> list[dict[str, Any]]:
+def counters(text: str) -> list[dict[str, str]]:
     """Read ncu's lines: names of columns, their units, then one line a kernel."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     table = list(csv.reader(io.StringIO("\n".join(lines))))
     if len(table) < 3:
         return []
     names, _, *rows = table
+    return [dict(zip(names, row, strict=False)) for row in rows]
+
+
+def kernels(text: str) -> list[dict[str, Any]]:
+    """Return what is looked for among the counters of every kernel."""
     found = []
-    for row in rows:
-        values = {name: _number(text) for name, text in zip(names, row, strict=False)}
-        line: dict[str, Any] = {"kernel": dict(zip(names, row, strict=False))["Kernel Name"][:120]}
+    for row in counters(text):
+        values = {name: _number(text) for name, text in row.items()}
+        line: dict[str, Any] = {"kernel": row["Kernel Name"][:120], "grid": row.get("Grid Size")}
         for key, pattern in _WANTED.items():
             line[key] = _largest(values, pattern)
         line["tensor_percent"] = _largest(values, _TENSOR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ...build import cuda_program
-from ..worker import Skipped, run_child
+from ..worker import Skipped, stream_child
 
 ROOT = Path(__file__).resolve().parents[4]
 CUDA_TESTS = "tests/gpu/test_gpu_cuda.py"
 PROCESSES = 12
-TEST_SECONDS = 60  # of one test: it is named, and the others go on
+TEST_SECONDS = 20  # of one test: it is named, and the others go on
+# Processes side by side: none takes all cores for itself.
+ALONE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 # The project's own settings, less what asks for a plugin that may be missing where the GPU is.
 SETTINGS = ("-o", "addopts=--strict-markers", "-p", "no:cacheprovider")
 PYTEST = (sys.executable, "-m", "pytest", *SETTINGS)
@@ -52,9 +55,18 @@ def checks(cuda: bool) -> list[dict[str, Any]]:
         {"name": f"cuda {tool}", "tool": tool, "tests": kernels, "environment": e, "informs": i}
         for tool, e, i in (of_cuda if cuda else ())
     ]
-    others = ["tests/gpu", f"--ignore={CUDA_TESTS}", "-k", "small"]
-    rest = {"name": "memcheck", "tool": "memcheck", "tests": others, "environment": apart}
-    return [*found, {**rest, "informs": False}]
+    others = [
+        {
+            "name": f"memcheck {Path(name).stem}",
+            "tool": "memcheck",
+            "tests": [name, "-k", "small and (ids or bfloat16 or rows)"],
+            "environment": apart,
+            "informs": False,
+        }
+        for name in files()
+        if name != CUDA_TESTS
+    ]
+    return [*found, *others]
 
 
 def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
@@ -66,15 +78,16 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
             raise Skipped("compute-sanitizer is not installed")
         prefix = [program, "--tool", unit["tool"], "--error-exitcode", "9"]
     together: list[str] = []
-    if not prefix and unit["gpu"] and installed("xdist"):
-        # Tests of one group, those that take most of the memory, run one after the other.
-        together = ["-n", str(PROCESSES), "--dist", "loadgroup"]
-    if installed("pytest_timeout"):
-        together += ["--timeout", str(TEST_SECONDS)]
+    if unit.get("together") and installed("xdist"):
+        together = ["-n", str(PROCESSES)]
+        if installed("pytest_timeout"):
+            # By a thread: a signal is heard when the call that hangs returns.
+            together += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
     junit = Path(unit["scratch"], f"{unit['name'].replace('/', '-').replace(' ', '-')}.xml")
     command = [*prefix, *PYTEST, "-v", "-rfE", *together, f"--junitxml={junit}", *unit["tests"]]
-    environment = {**os.environ, **unit.get("environment", {})}
-    code = run_child(command, cwd=ROOT, env=environment)
+    environment = {**os.environ, **ALONE, **unit.get("environment", {})}
+    seen = Seen(emit)
+    code = stream_child(command, seen.line, cwd=ROOT, env=environment)
     counts, failed = outcome(junit) if junit.exists() else ({}, [])
     emit(**counts, failed=failed[:50])
     if code == 9 and prefix:
@@ -82,6 +95,29 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
     if code not in (0, 5) or failed:
         named = ", ".join(name for name, _ in failed[:3])
         raise RuntimeError(f"{len(failed)} failed: {named}" if failed else f"exit {code}")
+
+
+class Seen:
+    """What pytest -v says of each test, as it says it: a run that is killed writes no more."""
+
+    _LINE = re.compile(r"\b(PASSED|FAILED|ERROR)\b")
+    _NAME = re.compile(r"(\S+::\S+)")
+
+    def __init__(self, emit: Callable[..., None]) -> None:
+        self._emit, self._passed, self._failed = emit, 0, list[str]()
+
+    def line(self, text: str) -> None:
+        """Count one line; emit what failed at once, and how many passed now and then."""
+        said, name = self._LINE.search(text), self._NAME.search(text)
+        if said is None or name is None or text.startswith(("FAILED", "ERROR")):
+            return  # the last: pytest's summary, which repeats
+        if said[1] == "PASSED":
+            self._passed += 1
+            if self._passed % 20 == 0:
+                self._emit(passed_so_far=self._passed)
+        else:
+            self._failed.append(name[1].rpartition("/")[2])
+            self._emit(failed_so_far=self._failed[:50])
 
 
 def outcome(junit: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

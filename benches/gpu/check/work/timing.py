@@ -1,9 +1,10 @@
 """How a job on a GPU is timed and checked: one contender, its inputs, the truth, a clock.
 
-Conditions: device events around each call; inputs rotate among copies larger together than the
-L2 cache; medians. A result is compared with float64 first, and a wrong one gets no number. Plain
-PyTorch is the closed form over all rows at once (``naive`` of moso_fast/bench/providers/plain.py),
-eager and compiled.
+Conditions: the GPU warm; device events around each call, for kernels behind a pause in which the
+host launches them, for whole calls with what the host takes; inputs rotate among copies larger
+together than the L2 cache; medians. A result is compared with float64 first, and a wrong one gets
+no number. Plain PyTorch is the closed form over all rows at once (``naive`` of
+moso_fast/bench/providers/plain.py), eager and compiled.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ Run = Callable[..., Scores]
 
 PLAIN_NAMES = ("eager", "compile")
 _FRACTION_OF_MEMORY = 0.8
+PAUSE_CYCLES = 5_000_000  # two to three milliseconds
+_WARM_SECONDS = 0.2
 
 
 def device() -> torch.device:
@@ -226,24 +229,30 @@ class Clock:
     def __init__(self, where: torch.device) -> None:
         self.device = where
 
-    def time(self, work: Callable[[], Any]) -> float:
-        """Seconds of one call, its result thrown away."""
+    def time(self, work: Callable[[], Any], ahead: bool = False) -> float:
+        """Seconds of one call, its result thrown away.
+
+        ``ahead``: the GPU pauses until the host has launched all, as long as that takes no more
+        than ``PAUSE_CYCLES``, so that the host's time is not in the figure.
+        """
         if self.device.type != "cuda":
             start = time.perf_counter()
             work()
             return time.perf_counter() - start
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(PAUSE_CYCLES)
         events[0].record()
         work()
         events[1].record()
         torch.cuda.synchronize()
         return events[0].elapsed_time(events[1]) / 1e3
 
-    def median(self, work: Callable[[], Any], rounds: int = 7) -> float:
+    def median(self, work: Callable[[], Any], rounds: int = 7, ahead: bool = False) -> float:
         """Median seconds after one call to warm up."""
         work()
-        return statistics.median(self.time(work) for _ in range(rounds))
+        return statistics.median(self.time(work, ahead) for _ in range(rounds))
 
 
 @contextmanager
@@ -255,6 +264,26 @@ def matmul_precision(name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def warm_up(where: torch.device) -> None:
+    """Have the GPU raise its clocks: idle it runs at a fifth of them."""
+    if where.type != "cuda":
+        return
+    a = torch.randn(4096, 4096, device=where, dtype=torch.bfloat16)
+    end = time.monotonic() + _WARM_SECONDS
+    while time.monotonic() < end:
+        for _ in range(20):
+            a @ a
+        torch.cuda.synchronize()
+
+
+def clock_rate(where: torch.device) -> float | None:
+    """Megahertz of the multiprocessors, now; None where nobody tells."""
+    try:
+        return float(torch.cuda.clock_rate(where)) if where.type == "cuda" else None
+    except Exception:  # without NVML's Python package
+        return None
 
 
 def copy_rate(where: torch.device, clock: Clock) -> float:

@@ -272,7 +272,7 @@ def test_a_table_that_cannot_be_made_ends_no_run(stages, tmp_path) -> None:
     """What is printed must never cost what is measured."""
     script = START.replace(
         "sys.exit(",
-        "from gpu.check import main as module\n"
+        "from gpu.check import run as module\n"
         "made = module.table\n"
         "def table(stage, *rest):\n"
         "    return 1 / 0 if stage.name == 'kernels' else made(stage, *rest)\n"
@@ -385,7 +385,7 @@ def test_the_log_is_bounded(tmp_path) -> None:
 
 
 def test_files_of_tests_go_into_one_junit_file(tmp_path) -> None:
-    junit = importlib.import_module("gpu.check.main").junit
+    junit = importlib.import_module("gpu.check.run").junit
     out = tmp_path / "junit.xml"
     suite = '<testsuites><testsuite name="pytest"><testcase name="{}"/></testsuite></testsuites>'
     for name, case in (("a", "old"), ("b", "other")):

@@ -317,6 +317,21 @@ def test_passes_are_those_of_the_engine() -> None:
     torch.testing.assert_close(job.alignment[0], expected)
 
 
+def test_times_stand_where_the_profiler_fails(monkeypatch) -> None:
+    kernels = work("kernels")
+
+    def fail(job: Any) -> Any:
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    monkeypatch.setattr(kernels, "by_name", fail)
+    told: dict[str, Any] = {}
+    unit = {**JOB, "contender": "torch", "sources": []}
+    kernels.run(unit, lambda **data: told.update(data))
+    assert told["first_milliseconds"] > 0 and told["second_milliseconds"] > 0
+    assert told["no kernels"] == "RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"
+    assert "kernels" not in told
+
+
 def test_a_tile_that_is_refused_does_not_end_the_sweep(monkeypatch) -> None:
     errors = pytest.importorskip("triton.runtime.errors", reason="Triton's own errors")
     backends = importlib.import_module("moso_fast.backends")

@@ -184,7 +184,7 @@ def test_the_folder_is_the_users_cache(monkeypatch, tmp_path) -> None:
 
 
 def test_times_are_taken_on_the_device_of_the_work(monkeypatch) -> None:
-    """Not on the current one; and a timer that is not used takes no memory."""
+    """Not on the current one, behind a pause in which the host launches; unused, without memory."""
     current = [torch.device("cuda", 0)]
     said = []
 
@@ -209,6 +209,7 @@ def test_times_are_taken_on_the_device_of_the_work(monkeypatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append("paused"), raising=False)
     taken = []
     empty = torch.empty
     monkeypatch.setattr(
@@ -218,7 +219,7 @@ def test_times_are_taken_on_the_device_of_the_work(monkeypatch) -> None:
     timer = autotune.device_timer(second)
     assert not taken
     assert timer(lambda: said.append("worked")) == 2.0
-    assert said == [second, "worked", second, "waited"] and taken[0][1] == second
+    assert said == ["paused", second, "worked", second, "waited"] and taken[0][1] == second
     assert taken[0][0] >= 2**28
 
 

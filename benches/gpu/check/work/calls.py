@@ -16,6 +16,7 @@ from moso_fast.bench.energy import gpu_energy_counter, joules_per_call
 from ...table import OURS
 from ..worker import Skipped, Wrong
 from .timing import (
+    GRAPH_MILLISECONDS,
     PLAIN_NAMES,
     Clock,
     Graphed,
@@ -37,7 +38,6 @@ from .timing import (
 )
 
 ROUNDS, DRY_ROUNDS = 9, 2
-GRAPH_MILLISECONDS = 5.0  # up to here launches and waits may be what a call takes
 STREAMED = "streamed"
 
 

@@ -20,6 +20,7 @@ from moso_fast.problem import Problem, build_problem
 
 from ..worker import described
 from .timing import (
+    GRAPH_MILLISECONDS,
     Clock,
     clock_rate,
     copy_rate,
@@ -109,21 +110,29 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
         job = jobs[index % len(jobs)]
         seconds["first"].append(clock.time(job.first, ahead=True))
         seconds["second"].append(clock.time(job.second, ahead=True))
+    medians = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
     emit(
-        **{f"{name}_milliseconds": 1e3 * statistics.median(s) for name, s in seconds.items()},
+        **{f"{name}_milliseconds": value for name, value in medians.items()},
         all_milliseconds={name: [1e3 * s for s in each] for name, each in seconds.items()},
     )
     if where.type == "cuda":
         emit(megahertz_after=clock_rate(where), copy_after=copy_rate(where, clock))
         # Captured, plain cuBLAS takes another way: it cannot look at the norms first.
-        if "triton/blas" not in unit["sources"]:
-            emit(graph_milliseconds=1e3 * in_a_graph(jobs, clock))
+        short = sum(medians.values()) <= GRAPH_MILLISECONDS
+        if short and "triton/blas" not in unit["sources"]:
+            _also(emit, "graph_milliseconds", lambda: 1e3 * in_a_graph(jobs, clock))
     # The last thing: a profiler stays attached to the process. PyTorch's own operations fill it.
     if where.type != "cuda" or contender != "torch":
-        try:
-            emit(kernels=by_name(jobs[0]))
-        except Exception as error:  # the times are there
-            emit(no_profile=described(error))
+        _also(emit, "kernels", lambda: by_name(jobs[0]))
+
+
+def _also(emit: Callable[..., None], name: str, find: Callable[[], Any]) -> None:
+    """Emit what may be had beside the times, or why not: they stand without it."""
+    try:
+        found = {name: find()}
+    except Exception as error:
+        found = {f"no {name}": described(error)}
+    emit(**found)
 
 
 def in_a_graph(jobs: list[Passes], clock: Clock) -> float:

@@ -36,6 +36,7 @@ Run = Callable[..., Scores]
 
 PLAIN_NAMES = ("eager", "compile")
 _FRACTION_OF_MEMORY = 0.8
+GRAPH_MILLISECONDS = 5.0  # up to here launches and waits may be what a job takes
 PAUSE_CYCLES = 5_000_000  # two to three milliseconds
 _WARM_SECONDS = 0.2
 

@@ -121,6 +121,7 @@ def test_a_stage_without_a_plan_costs_no_other(monkeypatch) -> None:
 
 def test_what_says_the_most_is_planned_first(monkeypatch) -> None:
     """As with a GPU: five minutes never reach the end of a stage."""
+    pytest.importorskip("triton", reason="cases ask the Triton kernels' tables")
     plan = work("plan")
     there = ("cuda", "triton", "triton/stored", "torch")
     monkeypatch.setattr(plan.timing, "contenders", lambda *job: iter(there))
@@ -139,6 +140,10 @@ def test_what_says_the_most_is_planned_first(monkeypatch) -> None:
     calls = [unit["key"] for unit in plan._calls(True)]
     assert all(key.endswith(("cuda", "triton")) for key in calls[:22])
     assert all(key.endswith("bfloat16 medium eager") for key in calls[22:33])
+    assert all("float32 highest" in key for key in calls[33:66])
+    with importlib.import_module("gpu.compile_times").as_on_a_gpu():
+        smoke = list(plan._smoke(True))
+    assert len(smoke) > 50 and all(unit["limit"] <= 20 for unit in smoke)
     (profile,) = plan._profile(True)
     wanted = [(job["shape"][1], job["contender"]) for job in profile["jobs"]]
     assert wanted == [(10, "cuda"), (10, "triton"), (100, "cuda"), (100, "triton")]
@@ -492,7 +497,7 @@ def test_tests_run_where_a_plugin_of_this_project_is_missing(tmp_path, monkeypat
     monkeypatch.setattr(suites, "installed", lambda name: False)
     monkeypatch.setattr(suites, "PYTEST", (*suites.PYTEST, "-p", "no:timeout", "-p", "no:xdist"))
     unit = suite(tmp_path, "def test_a(): pass\n")
-    unit["tests"].append(f"--rootdir={ROOT}")
+    unit["tests"] += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
     suites.run(unit, lambda **data: None)
 
 

@@ -310,7 +310,14 @@ FOUND_ON_A_GPU: dict[str, dict[str, Any]] = {
         "kernels": [{**KERNEL, "dram_percent": 71.0, "tensor_percent": None, "stalls": []}],
         "counters 0": {"Kernel Name": "first_pass"},
     },
-    "calls": {"milliseconds": 1.0, "predicted_milliseconds": 0.9, "item_bytes": 2, "joules": 0.1},
+    "calls": {
+        "milliseconds": 1.0,
+        "predicted_milliseconds": 0.9,
+        "graph_milliseconds": 0.95,
+        "predicted_graph_milliseconds": 0.8125,
+        "item_bytes": 2,
+        "joules": 0.1,
+    },
     "tests": {"tests": 60, "skipped": 1, "failed": [], "passed_so_far": 40},
     "compile": {"milliseconds": 2.0, "item_bytes": 2, "peak_bytes": 2**20},
     "sanitizer": {"tests": 30},
@@ -336,6 +343,7 @@ def test_tables_are_made_of_what_a_gpu_gives(stages) -> None:
         assert "died: SIGSEGV" in text[stage.name]
     assert "few_classes_first: Tile(16) 0.9 ms; 64 rows x 3 stages: 0.7 ms" in text["kernels"]
     assert "dram 71%, tensor %, ?" in text["profile"] and "1.111" in text["calls"]
+    assert "0.8125" in text["calls"]
 
 
 def test_a_stage_that_cannot_be_planned_fails_alone(stages, tmp_path) -> None:
@@ -491,7 +499,7 @@ def test_aims_are_held_against_the_best_of_ours() -> None:
     ]
     found.append(result_of("calls", "0", "", 0, "wrong", data={"milliseconds": 0.1}))
     roof = {"read": 3.0e12, "copy": 3.6e12, "medium": 8e14, "highest": 6e13}
-    rows = aims.rows(found, units, roof)
+    rows = list(aims.rows(found, units, roof).values())
     assert len(rows) == 6, "a wrong result has no row"
     assert rows[1]["times"] == {"compile bf16": 1.25, "eager fp32": 7.5}
     assert "times" not in rows[2]
@@ -505,7 +513,7 @@ def test_aims_are_held_against_the_best_of_ours() -> None:
     assert by_name[f"{row} float32", "eager fp32"]["met"] is True
     assert by_name["50000,10,512 bfloat16", "ms in a graph, at most"]["met"] is True
     assert by_name["1280000,1000,512 bfloat16", "% of floor"]["met"] is None
-    assert aims.rows(found[:1], units, {})[0]["percent_of_floor"] is None
+    assert aims.rows(found[:1], units, {})["0"]["percent_of_floor"] is None
 
 
 def test_floor_is_the_longer_of_reading_and_multiplying() -> None:

@@ -153,6 +153,11 @@ def test_a_prediction_that_fails_costs_no_timing(monkeypatch) -> None:
     plan = work("plan")
     job = ((300, 10, 16), "float32", "highest", "triton")
     assert plan._prediction("predicted_seconds", *job) == {}
+    said = work("timing").predictions({"no_prediction": "KeyError: 'read'", "predicted": None})
+    assert said == {"no_prediction": "KeyError: 'read'"}, "it stands beside the time"
+    unit = {"predicted": [1.0, 0.5], "predicted_graph": 0.25}
+    told = {"predicted_milliseconds": [1000.0, 500.0], "predicted_graph_milliseconds": 250.0}
+    assert work("timing").predictions(unit) == told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA of tomorrow")
     found = plan._prediction("predicted_seconds", *job)
@@ -489,6 +494,12 @@ def test_what_fails_is_said_before_the_end() -> None:
     seen.line("E   RuntimeError: FAILED to launch")
     failed = ["test_gpu_cuda.py::test_b[torch.float32]", "test_gpu_cuda.py::test_c"]
     assert told == {"passed_so_far": 20, "failed_so_far": failed}
+
+
+def test_a_file_without_a_test_is_a_failure(tmp_path) -> None:
+    """A name that was changed must not pass for tests that passed."""
+    with pytest.raises(RuntimeError, match="exit 5"):
+        work("suites").run(suite(tmp_path, "def helper(): pass\n"), lambda **data: None)
 
 
 def test_tests_run_where_a_plugin_of_this_project_is_missing(tmp_path, monkeypatch) -> None:

@@ -5,6 +5,7 @@ MOSO_FAST_BUILD=cuda: a compiler that is missing is an error here, not a reason 
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import sysconfig
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 from .check.sources import CUDA, fingerprint
 
@@ -28,12 +30,19 @@ def module_path(name: str, suffix: str | None = None, root: Path = ROOT) -> Path
     return root / "moso_fast" / f"{name}{suffix or sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
+def native_plan() -> ModuleType:
+    """Return the module by which setup.py decides what to build."""
+    folder = str(ROOT / "tools")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module("native_plan")
+
+
 def cuda_program(name: str) -> str | None:
     """Path of a program of the CUDA toolkit, which need not be on PATH; None: not installed."""
     homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")))
-    folders = [*(f"{home}/bin" for home in homes), "/usr/local/cuda/bin"]
-    path = os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)])
-    return shutil.which(name, path=path)
+    path = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", os.defpath)]
+    return shutil.which(name, path=os.pathsep.join([*path, native_plan().NVCC_FOLDER]))
 
 
 def ask_gpu(what: str) -> str | None:
@@ -54,11 +63,8 @@ def environment(capability: str, given: Mapping[str, str]) -> dict[str, str]:
     """Return what the build runs with: CUDA or an error, this GPU's generation alone."""
     found = {**given, "MOSO_FAST_BUILD": "cuda"}
     if "MOSO_FAST_CUDA_ARCHITECTURES" not in given:
-        sys.path.insert(0, str(ROOT / "tools"))
-        from native_plan import CUDA_ARCHITECTURES
-
         major = capability.partition(".")[0]
-        names = [a for a in CUDA_ARCHITECTURES if a.rstrip("a")[:-1] == major]
+        names = [a for a in native_plan().CUDA_ARCHITECTURES if a.rstrip("a")[:-1] == major]
         if names:
             found["MOSO_FAST_CUDA_ARCHITECTURES"] = names[-1]
     return found

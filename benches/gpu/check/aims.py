@@ -44,16 +44,17 @@ def ceilings(results: Iterable[Result]) -> dict[str, float]:
 
 def rows(
     results: Iterable[Result], units: Mapping[str, Any], roof: Mapping[str, float]
-) -> list[Row]:
-    """Return one row a job and contender that was done, with its floor and its ratios.
+) -> dict[str, Row]:
+    """Return one row a job and contender that was done, by unit, with its floor and its ratios.
 
     ``units`` are the planned ones by key. Without all ceilings there is no floor.
     """
-    found = [
-        _row(result, units[result.unit], roof)
+    by_unit = {
+        result.unit: _row(result, units[result.unit], roof)
         for result in results
         if result.done and "milliseconds" in result.data and result.unit in units
-    ]
+    }
+    found = by_unit.values()
     plain: dict[Shape, dict[str, float]] = {}
     for row in found:
         if row["contender"] in PLAIN_NAMES:
@@ -63,7 +64,7 @@ def rows(
         if row["contender"] not in PLAIN_NAMES:
             others = plain.get(row["shape"], {})
             row["times"] = {name: ms / row["milliseconds"] for name, ms in sorted(others.items())}
-    return found
+    return by_unit
 
 
 def _row(result: Result, unit: Mapping[str, Any], roof: Mapping[str, float]) -> Row:

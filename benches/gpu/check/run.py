@@ -125,9 +125,7 @@ class Check:
 
     def _rows(self) -> dict[str, Any]:
         roof = ceilings(self.record.of("ceilings"))
-        results = [*self.record.of("calls"), *self.record.of("compile")]
-        kept = [r for r in results if r.done and "milliseconds" in r.data and r.unit in self.units]
-        return dict(zip([r.unit for r in kept], rows(kept, self.units, roof), strict=True))
+        return rows([*self.record.of("calls"), *self.record.of("compile")], self.units, roof)
 
     def _report(self, stage: Stage) -> None:
         """Print and keep the table of a stage, and save all that there is."""

@@ -33,11 +33,7 @@ PLAIN = ("moso_fast/bench/providers/plain.py",)
 
 
 def of_contender(name: str) -> tuple[str, ...]:
-    """Return where to begin for a backend, "triton/REGIME", "plain" or a path of a module.
-
-    An optional word behind a blank, as in "cuda (graph)", makes no difference.
-    """
-    name = name.partition(" ")[0]
+    """Return where to begin for a backend, "triton/REGIME", "plain" or a path of a module."""
     backend, _, regime = name.partition("/")
     if name == "plain":
         return PLAIN

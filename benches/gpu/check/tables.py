@@ -23,12 +23,10 @@ def _worst(data: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
     return max(errors) if errors and None not in errors else None
 
 
-def _quotient(over: str, under: str) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:
-    def value(data: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
-        a, b = data.get(over), data.get(under)
-        return a / b if a and b else None
-
-    return value
+def _of_predicted(data: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
+    """How many times what was predicted a call takes."""
+    predicted = data.get("predicted_milliseconds")
+    return data["milliseconds"] / predicted if predicted else None
 
 
 def _predicted(index: int) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:
@@ -87,11 +85,12 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
     "calls": (
         ("ms", _key("milliseconds")),
         ("predicted", _key("predicted_milliseconds")),
-        ("x pred.", _quotient("milliseconds", "predicted_milliseconds")),
+        ("x pred.", _of_predicted),
         ("% floor", lambda data, row: row.get("percent_of_floor")),
         ("x eager", lambda data, row: _of_plain(row, "eager")),
         ("host ms", _key("host_milliseconds")),
         ("graph ms", _key("graph_milliseconds")),
+        ("predicted", _key("predicted_graph_milliseconds")),
         ("peak MiB", lambda data, row: _mib(data.get("peak_bytes"))),
         ("J", _key("joules")),
         ("error", _key("relative_error")),

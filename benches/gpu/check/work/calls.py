@@ -32,6 +32,7 @@ from .timing import (
     matmul_precision,
     ours,
     plain,
+    predictions,
     relative_error,
     rotating,
     warm_up,
@@ -39,6 +40,7 @@ from .timing import (
 
 ROUNDS, DRY_ROUNDS = 9, 2
 STREAMED = "streamed"
+GRAPHED = ("triton", "cuda")  # contenders that are timed in a CUDA graph too
 
 
 def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
@@ -52,8 +54,7 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
     clock, gpu = Clock(where), where.type == "cuda"
     data = inputs(shape, dtype, where)
     emit(item_bytes=item_bytes(dtype))
-    if unit.get("predicted"):
-        emit(predicted_milliseconds=1e3 * unit["predicted"])
+    emit(**predictions(unit))
     with matmul_precision(precision):
         error, peak = _checked(call, data, gpu)
         emit(relative_error=error, peak_bytes=peak)
@@ -71,7 +72,7 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
         if not gpu:
             return
         emit(copy_after=copy_rate(where, clock), megahertz_after=clock_rate(where))
-        if name in ("triton", "cuda") and milliseconds <= GRAPH_MILLISECONDS:
+        if name in GRAPHED and milliseconds <= GRAPH_MILLISECONDS:
             graph = Graphed(call)
             for copy in copies:
                 graph(*copy)  # captures

@@ -32,6 +32,7 @@ from .timing import (
     job_of,
     judge,
     ours,
+    predictions,
     relative_error,
     rotating,
     warm_up,
@@ -96,8 +97,7 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
     error = relative_error(ours(contender, precision)(*data), exact(*data))
     emit(relative_error=error, item_bytes=item_bytes(dtype))
     judge(contender, precision, error)
-    if unit.get("predicted"):
-        emit(predicted_milliseconds=[1e3 * seconds for seconds in unit["predicted"]])
+    emit(**predictions(unit))
     clock = Clock(where)
     warm_up(where)
     emit(copy_before=copy_rate(where, clock), megahertz_before=clock_rate(where))

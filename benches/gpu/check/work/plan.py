@@ -21,7 +21,7 @@ from ...pack import COMMIT
 from ...table import DRY_TABLE, KINDS, OURS, TABLE, Shape
 from ..worker import described
 from . import smoke, suites, timing
-from .calls import STREAMED
+from .calls import GRAPHED, STREAMED
 
 ROOT = Path(__file__).resolve().parents[4]
 KERNEL_ROWS, PROFILED = TABLE[:5], (TABLE[0], TABLE[2])
@@ -225,7 +225,11 @@ def _calls(gpu: bool) -> Units:
             first = name == "eager" or _rank(name) == 0
             unit["energy"] = shape in ENERGY_ROWS and kind == 0 and first
             if name != "eager":
-                unit |= _prediction("predicted_seconds", shape, dtype, precision, name)
+                job_of = shape, dtype, precision
+                unit |= _prediction("predicted_seconds", *job_of, name)
+                if name in GRAPHED:
+                    graph = _prediction("predicted_seconds", *job_of, f"{name} (graph)")
+                    unit["predicted_graph"] = graph.get("predicted")
             units.append(((not first, kind, _rank(name) + (name == "eager"), row), unit))
     yield from _ordered(units)
     for shape in STREAMED_ROWS if gpu and backends()["triton"].available else ():

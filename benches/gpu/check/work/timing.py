@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moso_fast import engine
 from moso_fast.backends import _PREFERENCE, backends, get
-from moso_fast.backends._triton_choice import REGIME_VARIABLE, REGIMES, choose_regime
+from moso_fast.backends._triton_choice import REGIME_VARIABLE, REGIMES
 from moso_fast.bench.providers.plain import naive
 from moso_fast.functional import last_layer_stats
 from moso_fast.problem import Problem
@@ -75,19 +74,18 @@ def contenders(shape: Shape, dtype: str, precision: str, where: torch.device) ->
 
 def chosen_regime(problem: Problem) -> str:
     """Return the regime that the Triton backend takes for a problem."""
-    size = 4 * problem.rows * problem.heads * problem.classes
-    return choose_regime(problem, size <= engine.residual_budget(problem.device)).regime.name
+    name: str = get("triton")._regime(problem).name  # asked of the backend, not chosen again
+    return name
 
 
 def sources(contender: str, shape: Shape, dtype: str, precision: str, where: torch.device) -> str:
     """Return what of sources.py stands for a contender: its regime, its backend, or "plain"."""
-    name = contender.partition(" ")[0]
-    if name in PLAIN_NAMES:
+    if contender in PLAIN_NAMES:
         return "plain"
-    if name == "triton":
+    if contender == "triton":
         regime = chosen_regime(outline(shape, dtype_of(dtype), precision, where))
         return f"triton/{regime}"
-    return name
+    return contender
 
 
 @contextmanager
@@ -216,7 +214,7 @@ def relative_error(result: Scores, truth: tuple[Tensor, Tensor]) -> float:
 
 def judge(name: str, precision: str, error: float) -> None:
     """Raise Wrong unless the error is within what this contender is held to."""
-    limit = (PLAIN if name.partition(" ")[0] in PLAIN_NAMES else OURS)[precision]
+    limit = (PLAIN if name in PLAIN_NAMES else OURS)[precision]
     if not error <= limit:
         raise Wrong(f"relative error {error:.2g}, at most {limit:g} is right")
 
@@ -298,6 +296,20 @@ def job_of(unit: Mapping[str, Any]) -> tuple[Shape, torch.dtype, str]:
     """Shape, dtype and precision of a unit."""
     n, c, d = unit["shape"]
     return (n, c, d), dtype_of(unit["dtype"]), unit["precision"]
+
+
+def predictions(unit: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the plan says of a unit beforehand, in milliseconds, or why it says nothing."""
+    found: dict[str, Any] = {}
+    for name in ("predicted", "predicted_graph"):
+        seconds = unit.get(name)
+        if isinstance(seconds, Sequence):
+            found[f"{name}_milliseconds"] = [1e3 * each for each in seconds]
+        elif seconds is not None:
+            found[f"{name}_milliseconds"] = 1e3 * seconds
+    if "no_prediction" in unit:
+        found["no_prediction"] = unit["no_prediction"]
+    return found
 
 
 def item_bytes(dtype: torch.dtype) -> int:

@@ -45,7 +45,7 @@ def machine(monkeypatch):
     ) -> None:
         monkeypatch.setattr(load_native("_cuda").module, "architectures", architectures)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(cuda, "_capability", lambda device: capability)
         monkeypatch.setattr(cuda, "_limits", lambda device: (shared, 132))
 
     return pretend
@@ -69,10 +69,10 @@ def test_no_device_is_explained(monkeypatch) -> None:
 
 
 @needs_module
-def test_a_device_makes_it_available_and_says_what_is_proven(machine) -> None:
+def test_a_device_makes_it_available(machine) -> None:
     machine()
     found = moso_fast.backends()["cuda"]
-    assert found.available and "not yet run on a GPU" in found.reason
+    assert found.available and "few classes" in found.reason
 
 
 @needs_module
@@ -158,14 +158,67 @@ def test_shared_memory_of_the_device_decides(machine) -> None:
 
 
 @needs_module
-def test_auto_never_takes_it_and_says_so(machine, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "capability, case, reason",
+    [
+        ((9, 0), random_case("ids", c=10, dtype=torch.bfloat16), None),
+        ((9, 0), random_case("ids", c=16, dtype=torch.float16), None),
+        ((9, 0), random_case("ids", c=8, heads=2, dtype=torch.bfloat16), None),
+        ((9, 0), random_case("ids", c=32, dtype=torch.bfloat16), None),
+        ((9, 0), random_case("ids", c=33, dtype=torch.bfloat16), "only for up to 32 classes"),
+        ((9, 0), random_case("ids", c=17, heads=2, dtype=torch.float16), "up to 32 classes"),
+        ((9, 0), random_case("ids", c=16), None),
+        ((9, 0), random_case("ids", c=17), "only for up to 16 classes"),
+        ((8, 0), random_case("ids", c=10, dtype=torch.bfloat16), "capability 9.0"),
+        ((10, 0), random_case("ids", c=10, dtype=torch.bfloat16), "capability 9.0"),
+    ],
+)
+def test_by_default_only_where_it_was_measured_ahead(machine, capability, case, reason) -> None:
+    machine(capability)
+    for precision in ("medium", "highest"):
+        found = CudaBackend().not_by_default(OnGpu(problem_of(case, precision=precision)))
+        assert (found is None) if reason is None else (reason in found)
+
+
+@needs_module
+def test_plans_are_worked_out_once(machine, monkeypatch) -> None:
     machine()
-    problem = OnGpu(problem_of(random_case("ids")))
+    calls = []
+    module = load_native("_cuda").module
+
+    def planner(*size):
+        calls.append(size)
+        return module.few_classes_plan(*size)
+
+    monkeypatch.setattr(
+        cuda,
+        "_module",
+        lambda: type(
+            "Module",
+            (),
+            {"few_classes_plan": staticmethod(planner), "architectures": module.architectures},
+        )(),
+    )
+    for seed in range(3):
+        problem = OnGpu(problem_of(random_case("ids", c=7, seed=seed)))
+        assert CudaBackend().supports(problem) is None
+        CudaBackend().chunk_rows(problem)
+        CudaBackend().describe(problem)
+    assert len(calls) == 1
+
+
+@needs_module
+def test_auto_says_why_it_does_not_take_it(machine, monkeypatch) -> None:
+    machine()
+    problem = OnGpu(problem_of(random_case("ids", c=17)))
     missing = moso_fast.Availability(False, "no Triton here", "")
     monkeypatch.setattr(get("triton"), "availability", lambda: missing, raising=False)
     backend, reasons = choose(problem)
     assert backend.name == "torch"
-    assert "cuda: not used, no committed GPU measurement yet" in reasons
+    assert (
+        "cuda: not used, measured ahead on an H200 only for up to 16 classes of this dtype"
+        in reasons
+    )
     assert choose(problem, "cuda")[0].name == "cuda"  # asked for by name it runs
 
 
@@ -175,14 +228,15 @@ def test_describe_and_chunks(machine) -> None:
     case = random_case("ids", n=4, c=10, d=512, dtype=torch.bfloat16)
     backend, problem = CudaBackend(), OnGpu(problem_of(case))
     words = backend.describe(problem)
-    assert "10 of 16" in words and "tiles of 64 rows, 3 staged" in words
-    assert backend.chunk_rows(problem) == 512 * 8192
+    assert "10 of 16" in words and "tiles of 32 rows, 2 staged" in words
+    assert "two blocks a multiprocessor" in words
+    assert backend.chunk_rows(problem) == 528 * 8192
     exact = OnGpu(problem_of(case, precision="highest"))
-    assert backend.chunk_rows(exact) == 512 * 2048
+    assert backend.chunk_rows(exact) == 528 * 2048
     turned = problem_of(Case(case.features.T.contiguous().T, *case.args[1:]))
     assert backend.chunk_rows(OnGpu(turned)) == 65536
     two = OnGpu(problem_of(random_case("ids", n=4, c=100, d=64, dtype=torch.bfloat16)))
-    assert "two blocks" in backend.describe(two)
+    assert "two blocks a tile" in backend.describe(two)
 
 
 @needs_module

@@ -23,6 +23,31 @@ def banks(offset: int, size: int) -> set[int]:
     return {(offset // 4 + i) % 32 for i in range(size // 4)}
 
 
+def test_natural_order_agrees_with_the_instruction(index) -> None:
+    """Words of an A operand that ldmatrix loads, and of the B operand packed to match."""
+    for step in range(2):
+        # ldmatrix: word w of lane t from matrix w, whose rows are 8 columns (a chunk) of 8 rows.
+        a = {(t, half, e): 16 * step + 8 * half + 2 * t + e
+             for t, half, e in product(range(4), range(2), range(2))}  # fmt: skip
+        b = {(t, half, e): index.natural_column(0, t, 2 * step + half) + e
+             for t, half, e in product(range(4), range(2), range(2))}  # fmt: skip
+        assert a == b
+    columns = [
+        index.natural_column(group, t, word) + e
+        for group, t, word, e in product(range(3), range(4), range(4), range(2))
+    ]
+    assert sorted(columns) == list(range(96))
+
+
+def test_norms_lie_in_one_lane_each(index) -> None:
+    """Rows times themselves: where row and column of an accumulator are the same."""
+    for half in range(2):
+        for g in range(8):
+            lane, number = 4 * g + g // 2, 2 * half + g % 2
+            assert index.accumulator_row(lane, number) == g + 8 * half
+            assert index.accumulator_column(lane, number) == g
+
+
 def test_fragments_agree_with_the_instruction(index) -> None:
     """Sum over k of A(row, k) B(k, column), in the lanes' own order, is every product once."""
     for item in ITEMS:
@@ -142,6 +167,15 @@ def test_order_of_rows_in_the_gradient_can_be_inverted(index) -> None:
     assert sorted(rows) == list(range(16))
 
 
+@pytest.mark.parametrize("terms", [1, 2, 3])
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_residuals_of_a_lane_are_apart_by_constants(index, terms, tiles) -> None:
+    for row, t, slot, term in product(range(32), range(4), range(4 * tiles), range(terms)):
+        first = index.residual_half(terms, tiles, row, t, 0)
+        here = index.residual_half(terms, tiles, row, t + 4 * slot, term)
+        assert 2 * (here - first) == index.residual_slot_bytes(terms, tiles, slot, term)
+
+
 def test_packed_residuals_are_what_the_lanes_expect(index) -> None:
     terms, tiles, tile_rows = 3, 5, 32
     places = {}
@@ -193,13 +227,21 @@ def test_every_row_belongs_to_one_tile_of_one_slab(index) -> None:
             assert sorted(ends) == list(range(-(-rows // slab_rows)))
 
 
+def test_walks_of_as_many_rows_as_there_may_be_stay_within_32_bits(index) -> None:
+    rows, slab_rows, blocks = 2**30, 8192, 264
+    for block in (0, blocks - 1):
+        tiles = index.tile_walk(block, blocks, rows, slab_rows, 64)
+        assert all(0 <= row < rows and count == 64 for _, row, count, _ in tiles)
+        assert len(tiles) == len(range(block, rows // slab_rows, blocks)) * slab_rows // 64
+
+
 @pytest.mark.parametrize("limit", [2048, 8192])
 def test_slabs_depend_on_rows_alone(index, limit) -> None:
-    for rows in (1, 64, 65, 10**4, 10**6, 512 * limit, 512 * limit + 1, 10**9):
+    for rows in (1, 64, 65, 10**4, 10**6, 528 * limit, 528 * limit + 1, 10**9):
         slab_rows = index.few_classes_slab_rows(rows, limit)
         assert 64 <= slab_rows <= limit
-        if rows <= 512 * limit:
-            assert -(-rows // slab_rows) <= 512
+        if rows <= 528 * limit:
+            assert -(-rows // slab_rows) <= 528
 
 
 def test_tree_adds_every_strand_once(index) -> None:
@@ -243,6 +285,35 @@ def test_plans_fit(index, feature, exact, classes, dim, small) -> None:
             assert plan["first_bytes"] <= limit and plan["second_bytes"] <= limit
 
 
+@pytest.mark.parametrize(
+    "feature, exact, classes, dim, together",
+    [
+        (1, False, 10, 512, 2),
+        (2, False, 16, 512, 2),
+        (1, False, 1, 8, 2),
+        (1, False, 10, 513, 1),  # more registers for the sums
+        (1, False, 17, 512, 1),
+        (1, True, 10, 512, 1),
+        (0, False, 10, 512, 1),
+        (1, False, 10, 2048, 1),
+    ],
+)
+def test_two_blocks_share_a_multiprocessor(index, feature, exact, classes, dim, together) -> None:
+    plan = index.few_classes_plan(feature, exact, classes, dim, H200_SHARED)
+    assert plan["ok"] and plan["together"] == together
+    assert plan["narrow"] == (feature != 0 and not exact and classes <= 16 and dim <= 512)
+    assert together * (plan["first_bytes"] + 1024) <= H200_SHARED + 1024
+    if together == 2:
+        assert plan["tile_rows"] >= 32 and plan["stages"] >= 2
+
+
+def test_one_block_where_two_have_no_room(index) -> None:
+    plan = index.few_classes_plan(1, False, 10, 512, A100_SHARED)
+    assert plan["narrow"] and plan["together"] == 1 and plan["tile_rows"] == 64
+    plan = index.few_classes_plan(1, False, 10, 256, A100_SHARED)
+    assert plan["together"] == 2
+
+
 def test_layout_has_no_overlap(index) -> None:
     for feature, exact, classes, dim in product(
         range(3), (False, True), (1, 10, 33, 80, 100), (1, 512)
@@ -272,7 +343,8 @@ def test_layout_has_no_overlap(index) -> None:
         row, pitch = index.row_bytes(item, dim), index.row_pitch(item, dim)
         assert layout["barriers"] == (row, (stages - 1) * rows * pitch + row)
         assert row % 8 == 0 and row + 8 <= pitch
-        assert layout["slices"] * rows == 128 and layout["logit_stride"] >= classes
+        assert layout["slices"] * rows == 128 and rows == 16 << layout["split"]
+        assert layout["logit_stride"] >= -(-classes // 8) * 8
 
 
 def test_instantiations_cover_every_class_and_column(index) -> None:

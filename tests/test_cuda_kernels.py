@@ -124,6 +124,88 @@ def test_every_staging(gpu, emulator, monkeypatch, dtype, bulk, staging) -> None
     assert gpu.launches[0][1]["bulk"] == bulk
 
 
+@pytest.mark.parametrize(
+    "n, c, d",
+    [(37, 10, 512), (70, 16, 500), (1, 1, 1), (33, 9, 136), (65, 8, 31), (129, 13, 264)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_instantiation(gpu, dtype, n, c, d) -> None:
+    check(random_case("ids", n=n, c=c, d=d, dtype=dtype, seed=n), 1e-2)
+    job = gpu.launches[0][1]
+    assert job["narrow"] and job["tile_rows"] >= 32
+
+
+@pytest.mark.parametrize("kind", ["ids", "ids_smoothed"])
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 20, 29, 32])
+def test_one_head_of_any_width(gpu, kind, classes) -> None:
+    """Four lanes a row take the classes in turn; some have one less than others, or none."""
+    check(random_case(kind, n=37, c=classes, d=24, seed=classes), 1e-5)
+
+
+def test_two_blocks_a_multiprocessor(gpu) -> None:
+    case = random_case("ids", n=1000, c=10, d=512, dtype=torch.bfloat16)
+    exact = closed_form_stats(*case.args)
+    assert_stats_match(run(case), exact, ERROR["medium"])
+    assert gpu.launches[0][1]["blocks"] == 2 * gpu.multiprocessors
+
+
+def test_more_rows_than_the_walk_counts_are_refused(gpu, emulator) -> None:
+    run(random_case("ids", n=20))
+    job = {**gpu.launches[0][1], "rows": 2**30 + 1, "device": 0, "stream": 0}
+    with pytest.raises(ValueError, match=r"2\^30 rows"):
+        emulator.few_classes_first(job)
+
+
+def first_pass_of(gpu, case: Case, **options):
+    problem = build_problem(*case.args, **case.options, **options)
+    out = _allocate(problem)
+    gpu.first_pass(problem, slice(0, problem.rows), out, False)
+    return out
+
+
+@pytest.mark.parametrize("dim", [40, 512, 2048])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squared_norms_where_sums_are_cut_off(gpu, emulator, dtype, precision, dim) -> None:
+    emulator.set_options(False, True)
+    case = random_case("ids", n=40, c=4, d=dim, dtype=dtype)
+    norms = first_pass_of(gpu, case, precision=precision).feature_sqnorm.double()
+    exact = case.features.double().square().sum(1)
+    assert float(((norms - exact) / exact).abs().max()) < (1e-6 if dim <= 512 else 2e-6)
+
+
+@pytest.mark.parametrize("shift", range(4))
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_that_are_not_finite_stay_in_their_row(gpu, dtype, precision, shift) -> None:
+    """Rows in every place of an operand: products with them reach no other norm or residual."""
+    case = random_case("ids", n=64, c=10, d=70, dtype=dtype, nonfinite="exclude")
+    kept = torch.arange(64) % 4 != shift
+    bad = (~kept).nonzero().flatten().tolist()
+    for at, row in enumerate(bad):
+        column = (7 * row) % 70
+        case.features[row, column] = (math.inf, math.nan, -math.inf)[at % 3]
+        case.features[row, (column + 31) % 70] = (math.inf, 1.0)[at % 2]
+    out = first_pass_of(gpu, case, precision=precision)
+    assert out.counted.bool().tolist() == kept.tolist()
+    exact = case.features[kept].double().square().sum(1)
+    assert_close(out.feature_sqnorm[kept], exact, 1e-6, what="norms")
+    assert bool((out.feature_sqnorm[~kept] == 0).all())
+    exact = closed_form_stats(*case.args, **case.options)
+    assert_stats_match(
+        run(case, precision=precision), exact, 1e-2 if precision == "medium" else 1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_that_overflow_are_not_holes(gpu, dtype) -> None:
+    """Every number is finite, their squares are not: the row is refused for its logits alone."""
+    case = random_case("ids", n=40, c=4, d=40, dtype=dtype)
+    case.features[19] = 1e25
+    with pytest.raises(ValueError, match=r"row 19 overflow float32"):
+        score(*case.args)
+
+
 def test_no_rows(gpu) -> None:
     case = random_case("ids", n=0)
     assert run(case).count == 0 and moso_scores(*case.args, backend="cuda").shape == (0,)

@@ -20,13 +20,13 @@ import pytest
 from moso_fast._native import build_info, load_native
 
 NAME = re.compile(
-    r"(first|second)_pass_kernelILNS\w*?7FeatureE(\d)ELb([01])ELi(\d+)EE|reduce_kernel"
+    r"(first|second)_pass_(narrow_)?kernelILNS\w*?7FeatureE(\d)ELb([01])ELi(\d+)EE|reduce_kernel"
 )
 FEATURES = {"0": 4, "1": 2, "2": 2}  # Feature of few_classes.h -> bytes of a number
 
 
 class Kernel(NamedTuple):
-    name: str  # "first", "second" or "reduce"
+    name: str  # "first", "narrow" (a first pass as well), "second" or "reduce"
     feature: str
     exact: bool
     tiles: int  # of 16 classes
@@ -38,7 +38,8 @@ def kernel_of(mangled: str) -> Kernel | None:
         return None
     if found[1] is None:
         return Kernel("reduce", "", False, 0)
-    return Kernel(found[1], found[2], found[3] == "1", int(found[4]))
+    name = "narrow" if found[2] else found[1]
+    return Kernel(name, found[3], found[4] == "1", int(found[5]))
 
 
 EVERY = {
@@ -47,7 +48,12 @@ EVERY = {
     for feature in FEATURES
     for exact in (False, True)
     for tiles in (1, 2, 5, 7)
-} | {Kernel("reduce", "", False, 0)}
+} | {
+    Kernel("reduce", "", False, 0),
+    Kernel("narrow", "1", False, 1),  # 16-bit numbers that meet one term of the weights
+    Kernel("narrow", "2", False, 1),
+}
+FIRST = ("first", "narrow")
 
 
 @functools.cache
@@ -137,6 +143,9 @@ def test_registers_keep_to_the_budget(module, resources) -> None:
         for kernel, used in resources[f"sm_{arch}"].items():
             if kernel.name == "first":
                 budget = module.few_classes_first_registers
+            elif kernel.name == "narrow":
+                budget = module.few_classes_narrow_registers  # two blocks a multiprocessor
+                assert budget * 256 * 2 <= 65536
             elif kernel.name == "second":
                 budget = module.few_classes_second_registers(kernel.tiles)
             else:
@@ -168,14 +177,15 @@ def test_matrix_products_and_wide_loads_are_there(instructions) -> None:
             # Bulk copies, and the barriers that count their bytes, from sm_90 on.
             for name in ("UBLKCP.*", r"SYNCS\.ARRIVE\.TRANS64.*", r"SYNCS\.PHASECHK\.TRANS64.*"):
                 assert (count(opcodes, name) > 0) == (inspected() != "80"), f"{kernel}: {name}"
-            transposed = count(opcodes, r"LDSM\.16\.MT88\.4")
-            assert (transposed > 0) == (FEATURES[kernel.feature] == 2), kernel
+            # ldmatrix, as rows lie for the logits and transposed for the gradient; squared norms.
+            for name in (r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"HMMA\.1688\.F32.*"):
+                assert (count(opcodes, name) > 0) == (FEATURES[kernel.feature] == 2), kernel
 
 
 def test_waits_are_bounded_in_debug_builds_alone(instructions) -> None:
     debug = bool(build_info().get("cuda_debug")) and inspected() != "80"  # which has no bulk copies
     for kernel, opcodes in instructions.items():
-        assert (count(opcodes, r"BPT\.TRAP") > 0) == (debug and kernel.name == "first"), kernel
+        assert (count(opcodes, r"BPT\.TRAP") > 0) == (debug and kernel.name in FIRST), kernel
 
 
 def test_debug_builds_end_a_wait_without_end(monkeypatch, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ struct alignas(8) Floats2 {
 #define MOSO_DEVICE __device__ __forceinline__
 #define MOSO_UNROLL _Pragma("unroll")
 #define MOSO_NO_UNROLL _Pragma("unroll 1")
+#define MOSO_UNROLL_TWICE _Pragma("unroll 2")
 
 namespace moso_fast::device {
 
@@ -171,6 +172,15 @@ MOSO_DEVICE void load_matrices_transposed(uint32_t (&words)[4], uint32_t offset)
                : "memory");
 }
 
+// As they lie.
+MOSO_DEVICE void load_matrices(uint32_t (&words)[4], uint32_t offset) {
+  const uint32_t from = uint32_t(__cvta_generic_to_shared(shared_memory)) + offset;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+}
+
 // sums += A B; bfloat16 operands.
 MOSO_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -179,10 +189,36 @@ MOSO_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same with half the depth (m16n8k8), which words 0 and 1 of A and word 0 of B are; bfloat16
+// or float16 operands.
+template <bool Float16>
+MOSO_DEVICE void multiply_add_short(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  if constexpr (Float16)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(b));
+}
+
 // The value of lane ^ mask; every lane of the warp takes part.
 template <class T>
 MOSO_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// The same number, which the compiler must keep: it cannot work it out again where it is used.
+MOSO_DEVICE uint32_t kept(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+MOSO_DEVICE float* kept(float* x) {
+  asm volatile("" : "+l"(x));
+  return x;
 }
 
 MOSO_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }

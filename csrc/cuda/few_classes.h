@@ -14,8 +14,9 @@ constexpr int kStatusLabel = 0, kStatusFeature = 1, kStatusLogits = 2;
 
 // Registers a thread that ptxas may use, by tiles of 16 classes; 255 is the most there is.
 // tests/test_cuda_report.py holds every architecture to them, without spills. 128 let two blocks of
-// the second pass share a multiprocessor: more loads under way.
-constexpr int kFirstRegisters = 255;
+// the second pass share a multiprocessor, which keeps more loads under way,
+// and of narrow first passes too: one's products beside the other's exponentials.
+constexpr int kFirstRegisters = 255, kNarrowRegisters = 128;
 constexpr int second_registers(int tiles) { return tiles <= 2 ? 128 : 255; }
 
 // First pass over rows [0, rows): row 0 is called first_row in status. "classes" are those of one
@@ -33,7 +34,7 @@ struct FirstPass {
   int dim, heads, classes;
   int exclude_nonfinite;
   int aligned;  // every row starts at a multiple of 16 bytes
-  int bulk;     // and has a multiple of 16 bytes, on a GPU with bulk copies
+  int bulk;     // and has a multiple of 16 bytes, on a GPU with bulk copies; two stages at least
   // Results of a row; all or none (loss == null).
   float *loss, *residual_sqnorm, *margin, *entropy;  // (heads, rows), stat_stride numbers apart
   int64_t stat_stride;
@@ -77,8 +78,10 @@ struct SecondPass {
 struct Plan {
   bool ok;
   const char* reason;
-  int tiles;  // of 16 classes: which instantiation
-  int parts;  // blocks for the same rows
+  int tiles;     // of 16 classes: which instantiation
+  bool narrow;   // the first pass for at most kNarrowColumns columns
+  int parts;     // blocks for the same rows
+  int together;  // blocks of the first pass that share a multiprocessor
   int tile_rows, stages;
   int64_t first_bytes, second_bytes;  // shared memory of a block
   int64_t slab_limit;                 // rows of a slab at most

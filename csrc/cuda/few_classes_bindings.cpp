@@ -32,9 +32,10 @@ void bind(py::module_& m) {
   m.def("few_classes_plan", &plan_dict, py::arg("feature"), py::arg("exact"), py::arg("classes"),
         py::arg("dim"), py::arg("shared_limit"),
         "How a problem is cut for a GPU with this much shared memory a block (bytes), or why it "
-        "cannot be run: ok, reason, tiles, tile_rows, stages, first_bytes, second_bytes, "
-        "slab_limit. Needs no GPU.");
+        "cannot be run: ok, reason, tiles, narrow, parts, together, tile_rows, stages, "
+        "first_bytes, second_bytes, slab_limit. Needs no GPU.");
   m.attr("few_classes_first_registers") = kFirstRegisters;
+  m.attr("few_classes_narrow_registers") = kNarrowRegisters;
   m.def("few_classes_second_registers", &second_registers, py::arg("tiles"),
         "Registers a thread that the kernels may use, by tiles of 16 classes.");
   m.def("few_classes_slab_rows", &slab_rows_for, py::arg("rows"), py::arg("limit"),

@@ -9,7 +9,8 @@
 // sm_90 on; else, or where rows are no multiple of 16 bytes, cp.async brings 16 bytes at a time:
 //
 //   logits     warp = 16 rows x a slice of D; slices are added up in fixed order
-//   softmax    4 to 32 lanes a row (few_classes_softmax.cuh); R goes back as packed fragments
+//   softmax    4 lanes a row, or up to 32 (few_classes_softmax.cuh); R goes back as packed
+//              fragments; meanwhile the second half of the warps asks for the next tile to stage
 //   gradient   warp = 16 columns of every 128, all classes; sums stay in registers for a slab
 //
 //        D ->                    stage (whole rows, 16 bytes between them)
@@ -22,7 +23,9 @@
 // 100. The sums a thread keeps must fit its 255 registers: 16 classes at D = 2048, 32 at 1024, 80
 // at 512. From 81 to 112 classes two blocks take the same rows at the same time, each for half of
 // the classes: the second read of H is one of the L2 cache, the logits are computed twice. One
-// block a multiprocessor, because its tiles fill the shared memory.
+// block a multiprocessor, because its tiles fill the shared memory; two of the narrow kernel (16
+// classes, 512 columns, 16-bit numbers), whose tiles of 32 rows leave room and whose threads keep
+// to 128 registers.
 #pragma once
 
 #include "few_classes_products.cuh"
@@ -31,11 +34,11 @@ namespace moso_fast::few_classes {
 
 // Writes the slab's sums and starts new ones.
 template <int MTiles, int NTiles>
-MOSO_DEVICE void store_partial(const FirstPass& p, int64_t slab, int begin,
+MOSO_DEVICE void store_partial(const FirstPass& p, int slab, int begin,
                                float (&sums)[MTiles][NTiles][4]) {
   const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
   const int width = p.heads * p.classes, columns = partial_columns(p.dim);
-  float* to = p.partial + slab * width * columns + 2 * (lane % 4);
+  float* to = p.partial + int64_t(slab) * width * columns + 2 * (lane % 4);
   MOSO_UNROLL
   for (int pair = 0; pair < NTiles / 2; ++pair) {
     const int column = gradient_column(warp, pair);
@@ -58,22 +61,33 @@ MOSO_DEVICE void store_partial(const FirstPass& p, int64_t slab, int begin,
   }
 }
 
-template <int Parts>
+// Sums of the residuals for the mean bias gradient, kept in registers over a slab.
+//
+// Up to 32 classes lane t of a row's four sums classes t, t + 4, ..; with more, lane t of a warp
+// sums classes t, t + 32, .. of the warp's share of the rows.
+template <int ClassTiles>
 struct BiasSums {
-  float part[Parts];  // classes lane, lane + 32, ..: this warp's rows of the slab
+  static constexpr bool kByRow = ClassTiles <= 2;
+  static constexpr int kParts = kByRow ? 4 * ClassTiles : (ClassTiles + 1) / 2;
+  static constexpr int kStep = kByRow ? 4 : kLanes;
+  float part[kParts];
 
   MOSO_DEVICE void clear() {
     MOSO_UNROLL
-    for (int i = 0; i < Parts; ++i) part[i] = 0.0f;
+    for (float& sum : part) sum = 0.0f;
   }
+  MOSO_DEVICE static int first_class() { return device::thread_index() % kStep; }
+
+  // Adds the residuals of a tile that lie where its logits were.
   MOSO_DEVICE void add_tile(const FirstLayout& layout, int width) {
-    const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
-    const int rows = layout.tile_rows / kWarps;
+    const int warp = device::thread_index() / kLanes;
+    const int rows = kByRow ? 1 : layout.tile_rows / kWarps;
+    const int begin = kByRow ? device::thread_index() / 4 : warp * rows;
     MOSO_UNROLL
-    for (int i = 0; i < Parts; ++i) {
-      const int cls = lane + kLanes * i;
-      if (cls >= width) continue;
-      for (int row = warp * rows; row < (warp + 1) * rows; ++row)
+    for (int i = 0; i < kParts; ++i) {
+      const int cls = first_class() + kStep * i;
+      if (cls >= width || begin >= layout.tile_rows) continue;
+      for (int row = begin; row < begin + rows; ++row)
         part[i] += device::shared_load<float>(layout.logits +
                                               4 * uint32_t(row * layout.logit_stride + cls));
     }
@@ -81,11 +95,18 @@ struct BiasSums {
   // Adds up the warps in order. One barrier; the next call must be behind another one.
   MOSO_DEVICE void store(const FirstLayout& layout, int width, float* to) {
     const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
+    device::sync_warp();
     MOSO_UNROLL
-    for (int i = 0; i < Parts; ++i)
-      if (lane + kLanes * i < width)
-        device::shared_store(layout.bias_sums + 4 * uint32_t(warp * width + lane + kLanes * i),
-                             part[i]);
+    for (int i = 0; i < kParts; ++i) {
+      const int cls = first_class() + kStep * i;
+      float sum = part[i];
+      if (kByRow) {
+        MOSO_UNROLL
+        for (int mask = 16; mask >= 4; mask /= 2) sum += device::shuffle_xor(sum, mask);
+      }
+      if (cls < width && lane < kStep)
+        device::shared_store(layout.bias_sums + 4 * uint32_t(warp * width + cls), sum);
+    }
     device::sync_block();
     const int cls = device::thread_index();
     if (cls < width) {
@@ -98,47 +119,60 @@ struct BiasSums {
   }
 };
 
-MOSO_DEVICE void store_residuals(const FirstPass& p, int64_t first, int count) {
+// Residuals of a tile, which lie where its logits were, to memory.
+MOSO_DEVICE void store_residuals(const FirstPass& p, int first, int count) {
   const FirstLayout& layout = p.layout;
-  const int width = p.heads * p.classes;
-  for (int i = device::thread_index(); i < count * width; i += kThreads)
+  const int width = p.heads * p.classes, numbers = count * width;
+  const int rows = kThreads / width, rest = kThreads % width;  // from one number to the next
+  int row = device::thread_index() / width, cls = device::thread_index() % width;
+  for (int i = device::thread_index(); i < numbers; i += kThreads) {
     device::global_store(
-        p.residual + first * width + i,
-        device::shared_load<float>(layout.logits +
-                                   4 * uint32_t(i / width * layout.logit_stride + i % width)));
+        p.residual + int64_t(first) * width + i,
+        device::shared_load<float>(layout.logits + 4 * uint32_t(row * layout.logit_stride + cls)));
+    row += rows;
+    cls += rest;
+    if (cls < width) continue;
+    cls -= width;
+    ++row;
+  }
 }
 
 // Rows with a norm that is not finite become zeros: 0 x inf would reach the mean gradient.
 MOSO_DEVICE void clear_rows(const FirstLayout& layout, uint32_t stage) {
   const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
+  MOSO_NO_UNROLL
   for (int row = warp; row < layout.tile_rows; row += kWarps) {
     float norm = 0.0f;
     for (int s = 0; s < layout.slices; ++s)
       norm += device::shared_load<float>(layout.norms + 4 * (s * layout.tile_rows + row));
     if (is_finite(norm)) continue;
+    MOSO_NO_UNROLL
     for (int chunk = lane; chunk < layout.row_bytes / 16; chunk += kLanes)
       device::shared_store(stage + feature_offset(row, chunk, layout.pitch), Words4{{0, 0, 0, 0}});
   }
 }
 
-// The kernel: up to 16 ClassTiles classes and most_columns(ClassTiles) columns; p.heads * p.classes
-// and p.dim decide how much of that is worked on. Launch with FirstLayout::bytes of shared memory
-// and a multiple of parts_of(ClassTiles) blocks.
-template <Feature F, bool Exact, int ClassTiles>
+// The kernel: up to 16 ClassTiles classes and Columns columns; p.heads * p.classes and p.dim decide
+// how much of that is worked on. Launch with FirstLayout::bytes of shared memory and a multiple of
+// parts_of(ClassTiles) blocks.
+template <Feature F, bool Exact, int ClassTiles, int Columns = most_columns(ClassTiles)>
 MOSO_DEVICE void first_pass(const FirstPass& p) {
   using M = Mode<F, Exact>;
   constexpr int kParts = parts_of(ClassTiles), kMTiles = class_tiles_of(ClassTiles);
-  constexpr int kNTiles = most_columns(ClassTiles) / 64;
+  constexpr int kNTiles = Columns / 64;
   const int width = p.heads * p.classes;
   const int part = int(device::block_index() % kParts), begin = part * kMTiles;
   if (part > 0 && !p.partial) return;
   const FirstLayout& layout = p.layout;
   const TileWalk& walk = p.walk;
-  TileCursor ahead = first_tile(walk, device::block_index() / kParts), now = ahead;
+  TileCursor ahead = first_tile(walk, int(device::block_index()) / kParts), now = ahead;
 
   // Asked of the parameter again and again: a register would hold it across the sums.
   const auto bulk = [&] { return device::kBulkCopies && p.bulk != 0; };
+  // Bulk copies are asked for by the second half of the warps, which has no softmax to do if tiles
+  // are of 32 rows or less; the others do not know how far they are.
   const auto stage_next = [&](int stage) {
+    if (bulk() && device::thread_index() < kThreads / 2) return;
     if (!behind_last(walk, ahead)) {
       if (bulk())
         stage_tile_bulk<M::kItem>(p, stage, ahead.row, rows_of(walk, ahead));
@@ -158,7 +192,7 @@ MOSO_DEVICE void first_pass(const FirstPass& p) {
   if (bulk()) prepare_bulk(layout, p.dim * M::kItem);
   for (int stage = 0; stage + 1 < layout.stages; ++stage) stage_next(stage);
 
-  pack_operand<M::kItem, M::kTerms>(layout.weights, p.weight, width, p.dim);
+  pack_operand<M::kItem, M::kTerms, M::kItem == 2>(layout.weights, p.weight, width, p.dim);
   const int fragments = int(residual_bytes(M::kTerms, ClassTiles, layout.tile_rows)) / 16;
   for (int i = device::thread_index(); i < fragments; i += kThreads)
     device::shared_store(layout.residuals + 16 * uint32_t(i), Words4{{0, 0, 0, 0}});
@@ -172,41 +206,74 @@ MOSO_DEVICE void first_pass(const FirstPass& p) {
       for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
     }
   }
-  BiasSums<(ClassTiles + 1) / 2> bias_sums;
+  using Bias = BiasSums<ClassTiles>;
+  Bias bias_sums;
   bias_sums.clear();
+  float bias[Bias::kParts];
+  if constexpr (Bias::kByRow) load_bias(p, bias);
 
+  // Kept where there are registers for it; worked out for every tile where there are not.
+  constexpr bool kKept = Bias::kByRow && !Exact;
+  using Places = LogitPlaces<M, 0, kKept ? 2 * ClassTiles : 1>;
+  Places places(p);
+  if (kKept && F != Feature::kFloat16) places.keep();
   int turn = 0;  // stage, and stages more while their barriers are in odd phases
   for (; !behind_last(walk, now); advance(walk, now)) {
     const int parity = turn >= layout.stages, stage = parity ? turn - layout.stages : turn;
-    if (layout.stages == 1) {
+    const int behind = stage == 0 ? layout.stages - 1 : stage - 1;  // the stage of the tile before
+    if (bulk()) {            // the next ones are asked for below
       device::sync_block();  // everybody is done with the tile before
-      stage_next(0);
-      wait_for(0, parity);
-      device::sync_block();
-    } else {
+      wait_for(stage, parity);
+    } else if (layout.stages > 1) {
       wait_for(stage, parity);
       device::sync_block();
-      stage_next(stage == 0 ? layout.stages - 1 : stage - 1);  // the stage of the tile before
+      stage_next(behind);
+    } else {
+      device::sync_block();
+      stage_next(0);
+      wait_for(stage, parity);
+      device::sync_block();
     }
     const uint32_t tile = uint32_t(stage) * layout.stage_bytes;
     turn = turn + 1 == 2 * layout.stages ? 0 : turn + 1;
     const int count = rows_of(walk, now);
 
-    tile_logits<F, M, ClassTiles>(p, tile);
-    device::sync_block();
-    const bool dirty = softmax_tile<F, M::kTerms>(p, ClassTiles, tile, now.row, count, part == 0);
+    bool dirty = false;
+    const bool by_row = Bias::kByRow && p.heads == 1;
+    if constexpr (Bias::kByRow) {
+      RowInput in{0, 1.0f};
+      if (by_row) in = load_row(p, now.row, count);
+      if constexpr (kKept)
+        some_logits<F, M>(p, tile, places);
+      else
+        tile_logits<F, M, ClassTiles>(p, tile);
+      device::sync_block();
+      if (bulk()) stage_next(behind);
+      if (by_row && p.smoothing == 0.0f)
+        dirty = softmax_rows<F, M::kTerms, Bias::kParts, false>(p, ClassTiles, tile, now.row, count,
+                                                                in, bias, bias_sums.part);
+      else if (by_row)
+        dirty = softmax_rows<F, M::kTerms, Bias::kParts, true>(p, ClassTiles, tile, now.row, count,
+                                                               in, bias, bias_sums.part);
+    } else {
+      tile_logits<F, M, ClassTiles>(p, tile);
+      device::sync_block();
+      if (bulk()) stage_next(behind);
+    }
+    if (!by_row) dirty = softmax_tile<F, M::kTerms>(p, ClassTiles, tile, now.row, count, part == 0);
     if (device::sync_block_or(dirty)) {
       clear_rows(layout, tile);
       if (bulk()) device::fence_bulk();
       device::sync_block();
     }
-    if (p.residual && part == 0) store_residuals(p, now.row, count);
+    if (!by_row && p.residual && part == 0) store_residuals(p, now.row, count);
     if (!p.partial) continue;
-    bias_sums.add_tile(layout, width);
+    if (!by_row) bias_sums.add_tile(layout, width);
     tile_gradient<F, M, ClassTiles>(p, tile, begin, sums);
     if (!last_of_slab(walk, now)) continue;
     store_partial(p, now.slab, begin, sums);
-    bias_sums.store(layout, width, part == 0 ? p.bias_partial + now.slab * width : nullptr);
+    bias_sums.store(layout, width,
+                    part == 0 ? p.bias_partial + int64_t(now.slab) * width : nullptr);
   }
 }
 

@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+
 #include "few_classes_launch.h"
 
 namespace moso_fast::few_classes {
@@ -21,6 +23,7 @@ inline Launch read_launch(const pybind11::dict& job) {
   return {Feature(number<int>(job, "feature")),
           number<bool>(job, "exact"),
           number<int>(job, "tiles"),
+          number<bool>(job, "narrow"),
           number<int64_t>(job, "blocks"),
           number<int64_t>(job, "shared_bytes"),
           number<int>(job, "device"),
@@ -44,7 +47,7 @@ inline FirstPass read_first_pass(const pybind11::dict& job) {
   p.classes = number<int>(job, "classes");
   p.exclude_nonfinite = number<int>(job, "exclude_nonfinite");
   p.aligned = number<int>(job, "aligned");
-  p.bulk = number<int>(job, "bulk");
+  p.bulk = number<int>(job, "bulk") != 0 && number<int>(job, "stages") > 1;
   p.loss = address<float>(job, "loss");
   p.residual_sqnorm = address<float>(job, "residual_sqnorm");
   p.margin = address<float>(job, "margin");
@@ -59,8 +62,9 @@ inline FirstPass read_first_pass(const pybind11::dict& job) {
   const Launch launch = read_launch(job);
   const int64_t slab_rows = number<int64_t>(job, "slab_rows");
   const int tile_rows = number<int>(job, "tile_rows");
-  p.walk = {p.rows, slab_rows, ceil_div(p.rows, slab_rows), launch.blocks / parts_of(launch.tiles),
-            tile_rows};
+  if (p.rows > kMostRows) throw std::invalid_argument("more than 2^30 rows at a time");
+  p.walk = {int(p.rows), int(slab_rows), int(ceil_div(p.rows, slab_rows)),
+            int(launch.blocks / parts_of(launch.tiles)), tile_rows};
   p.layout = first_layout(launch.feature == Feature::kFloat32 ? 4 : 2,
                           terms_of(launch.feature, launch.exact).first, launch.tiles,
                           p.heads * p.classes, p.dim, tile_rows, number<int>(job, "stages"));
@@ -106,7 +110,9 @@ inline pybind11::dict plan_dict(int feature, bool exact, int classes, int dim,
   d["ok"] = plan.ok;
   d["reason"] = plan.reason;
   d["tiles"] = plan.tiles;
+  d["narrow"] = plan.narrow;
   d["parts"] = plan.parts;
+  d["together"] = plan.together;
   d["tile_rows"] = plan.tile_rows;
   d["stages"] = plan.stages;
   d["first_bytes"] = plan.first_bytes;

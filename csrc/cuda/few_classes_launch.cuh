@@ -30,7 +30,8 @@ inline void use_device(int device) { require(cudaSetDevice(device), "cudaSetDevi
 
 // Lets a kernel of the current device have this much shared memory. Only ever more: a smaller job
 // of another thread, or behind this one in a graph, must not take it away again.
-inline void allow_shared(const void* kernel, const Launch& l, const char* name) {
+// `all`: of the memory that may be shared memory: several blocks need it, not the L1 cache.
+inline void allow_shared(const void* kernel, const Launch& l, const char* name, bool all) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int64_t> allowed;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -39,6 +40,10 @@ inline void allow_shared(const void* kernel, const Launch& l, const char* name) 
   require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                int(l.shared_bytes)),
           name);
+  if (all)
+    require(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared),
+            name);
   most = l.shared_bytes;
 }
 
@@ -49,15 +54,22 @@ __global__ void __launch_bounds__(kThreads, 65536 / kThreads / kFirstRegisters)
 }
 
 template <Feature F, bool Exact, int ClassTiles>
+__global__ void __launch_bounds__(kThreads, 65536 / kThreads / kNarrowRegisters)
+    first_pass_narrow_kernel(const FirstPass p) {
+  first_pass<F, Exact, ClassTiles, kNarrowColumns>(p);
+}
+
+template <Feature F, bool Exact, int ClassTiles>
 __global__ void __launch_bounds__(kThreads, 65536 / kThreads / second_registers(ClassTiles))
     second_pass_kernel(const SecondPass p) {
   second_pass<F, Exact, 2 * ClassTiles>(p);
 }
 
 template <class P>
-void launch_kernel(void (*kernel)(P), const P& p, const Launch& l, const char* name) {
+void launch_kernel(void (*kernel)(P), const P& p, const Launch& l, const char* name,
+                   bool all_shared = false) {
   use_device(l.device);
-  allow_shared(reinterpret_cast<const void*>(kernel), l, name);
+  allow_shared(reinterpret_cast<const void*>(kernel), l, name, all_shared);
   kernel<<<unsigned(l.blocks), kThreads, size_t(l.shared_bytes),
            reinterpret_cast<cudaStream_t>(l.stream)>>>(p);
   require(cudaGetLastError(), name);
@@ -65,6 +77,10 @@ void launch_kernel(void (*kernel)(P), const P& p, const Launch& l, const char* n
 
 template <Feature F, bool Exact>
 void launch_first_as(const FirstPass& p, const Launch& l) {
+  if constexpr (has_narrow(F == Feature::kFloat32 ? 4 : 2, Exact, 1)) {
+    if (l.narrow && l.tiles == 1)
+      return launch_kernel(first_pass_narrow_kernel<F, Exact, 1>, p, l, "first pass", true);
+  }
   if (l.tiles == 1) return launch_kernel(first_pass_kernel<F, Exact, 1>, p, l, "first pass");
   if (l.tiles == 2) return launch_kernel(first_pass_kernel<F, Exact, 2>, p, l, "first pass");
   if (l.tiles == 5) return launch_kernel(first_pass_kernel<F, Exact, 5>, p, l, "first pass");

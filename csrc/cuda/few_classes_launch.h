@@ -8,7 +8,8 @@ namespace moso_fast::few_classes {
 struct Launch {
   Feature feature;
   bool exact;
-  int tiles;  // of Plan
+  int tiles;    // of Plan
+  bool narrow;  // of Plan
   int64_t blocks, shared_bytes;
   int device;        // index
   uintptr_t stream;  // a cudaStream_t of that device

@@ -2,6 +2,12 @@
 #include "few_classes.h"
 
 namespace moso_fast::few_classes {
+namespace {
+
+constexpr int64_t kReservedBytes = 1024;  // of shared memory that every block leaves to the system
+
+}  // namespace
+
 // As Mode in operands.cuh.
 Terms terms_of(Feature feature, bool exact) {
   if (exact) return {3, 3};
@@ -28,16 +34,23 @@ Plan make_plan(Feature feature, bool exact, int classes, int dim, int64_t shared
   const int item = feature == Feature::kFloat32 ? 4 : 2;
   const Terms terms = terms_of(feature, exact);
   plan.second_bytes = operand_bytes(item, terms.second, classes, dim);
-  // Deep staging before tall tiles once there are 32 rows: loads in flight hide the arithmetic.
+  plan.narrow = has_narrow(item, exact, plan.tiles) && dim <= kNarrowColumns;
+  // Two blocks a multiprocessor where tiles of 32 rows leave room; then deep staging before tall
+  // tiles once there are 32 rows: loads in flight hide the arithmetic.
+  const int64_t half = (shared_limit + kReservedBytes) / 2 - kReservedBytes;
   constexpr int kChoices[][2] = {{64, 3}, {64, 2}, {32, 3}, {32, 2}, {16, 3}, {16, 2}, {16, 1}};
-  for (const auto& choice : kChoices) {
-    const FirstLayout layout =
-        first_layout(item, terms.first, plan.tiles, classes, dim, choice[0], choice[1]);
-    if (layout.bytes > shared_limit) continue;
-    plan.tile_rows = choice[0];
-    plan.stages = choice[1];
-    plan.first_bytes = layout.bytes;
-    break;
+  for (int together = plan.narrow ? 2 : 1; together > 0 && plan.tile_rows == 0; --together) {
+    for (const auto& choice : kChoices) {
+      const FirstLayout layout =
+          first_layout(item, terms.first, plan.tiles, classes, dim, choice[0], choice[1]);
+      if (layout.bytes > (together == 2 ? half : shared_limit)) continue;
+      if (together == 2 && choice[0] < 32) continue;
+      plan.together = together;
+      plan.tile_rows = choice[0];
+      plan.stages = choice[1];
+      plan.first_bytes = layout.bytes;
+      break;
+    }
   }
   if (plan.tile_rows == 0 || plan.second_bytes > shared_limit) {
     plan.reason = "weights and one tile of rows exceed the shared memory of a block";

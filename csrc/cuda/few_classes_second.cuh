@@ -95,7 +95,8 @@ struct RowTile {
       for (int n = 0; n < Tiles; ++n) {
         if (8 * n >= width) continue;
         uint32_t b[kSteps][M::kGradTerms][2];
-        load_operand<M::kItem, M::kGradTerms, kSteps>(0, width, group + u, n, b);
+        load_operand<M::kItem, M::kGradTerms, kSteps>(
+            operand_place<M::kItem, M::kGradTerms>(0, width, group + u, n), width, b);
         MOSO_UNROLL
         for (int step = 0; step < kSteps; ++step)
           multiply_terms<M::kExact>(sums[n], a[step], b[step]);

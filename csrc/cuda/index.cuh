@@ -14,6 +14,9 @@
 // four lanes of a row), and the other operand is packed to match:
 //
 //   lane t, word w of E / 2  <->  columns 4 E group + E t + 2 w + {0, 1}
+//
+// Only where the first pass loads features of 2 bytes for the logits, ldmatrix hands them out in
+// their natural order: word w of lane t is columns 32 group + 8 w + 2 t + {0, 1}.
 #pragma once
 
 #include <cstdint>
@@ -75,11 +78,19 @@ MOSO_HD constexpr int operand_class(int tile, int lane) { return 8 * tile + lane
 MOSO_HD constexpr int operand_column(int item, int group, int lane, int word) {
   return group * group_columns(item) + (lane % 4) * vector_numbers(item) + 2 * word;
 }
+// The same for operands of two bytes a number that lie in their natural order, 16 columns a step.
+MOSO_HD constexpr int natural_column(int group, int lane, int word) {
+  return 32 * group + 8 * word + 2 * (lane % 4);
+}
 // Byte offset of what lane t reads of a class.
 MOSO_HD constexpr uint32_t operand_offset(int item, int terms, int classes, int group, int block,
                                           int cls, int t) {
   return uint32_t((((group * operand_blocks(item, terms) + block) * classes + cls) * 4 + t) *
                   operand_lane_bytes(item, terms));
+}
+// Bytes of a block: from one to the next, and as many times from one group to the next.
+MOSO_HD constexpr uint32_t operand_block_bytes(int item, int terms, int classes) {
+  return uint32_t(classes * 4 * operand_lane_bytes(item, terms));
 }
 MOSO_HD constexpr int64_t operand_bytes(int item, int terms, int classes, int dim) {
   return int64_t(groups_of(item, dim)) * operand_blocks(item, terms) * classes * 4 *
@@ -102,6 +113,11 @@ MOSO_HD constexpr uint32_t residual_half(int terms, int tiles, int row, int cls,
   const int block = ((row / 16) * terms + term) * tiles + cls / 16;
   return uint32_t(((block * kLanes + lane) * 4 + word) * 2 + (slot & 1));
 }
+// Bytes from the first term of class c < 4 of a row to term `term` of class c + 4 slot.
+MOSO_HD constexpr uint32_t residual_slot_bytes(int terms, int tiles, int slot, int term) {
+  return 2 *
+         (residual_half(terms, tiles, 0, 4 * slot, term) - residual_half(terms, tiles, 0, 0, 0));
+}
 MOSO_HD constexpr int64_t residual_bytes(int terms, int tiles, int tile_rows) {
   return int64_t(tile_rows / 16) * terms * tiles * kLanes * 16;
 }
@@ -122,6 +138,14 @@ MOSO_HD constexpr int most_columns(int tiles) {
   return tiles == 1 ? 2048 : tiles == 2 ? 1024 : 512;
 }
 
+// With 16-bit numbers that meet one term of the weights there is one more of 1 tile, for so few
+// columns that the registers of a multiprocessor hold two blocks: one multiplies while the other
+// waits for its barriers, exponentials and labels.
+constexpr int kNarrowColumns = 512;
+MOSO_HD constexpr bool has_narrow(int item, bool exact, int tiles) {
+  return item == 2 && !exact && tiles == 1;
+}
+
 // --- accumulators ---
 
 MOSO_HD constexpr int accumulator_row(int lane, int i) { return lane / 4 + 8 * (i >> 1); }
@@ -134,7 +158,7 @@ MOSO_HD constexpr int partial_columns(int dim) { return int(round_up(dim, 16)); 
 
 // --- row slabs: one partial sum each, whatever the number of multiprocessors ---
 
-constexpr int64_t kSlabs = 512;  // about four rounds of 132 multiprocessors
+constexpr int64_t kSlabs = 528;  // rounds of 132 multiprocessors, four or two of two blocks each
 constexpr int64_t kSmallestSlab = 64;
 
 // Rows of a slab; `limit` bounds the rounding of one float32 partial sum.
@@ -143,35 +167,38 @@ MOSO_HD constexpr int64_t slab_rows_for(int64_t rows, int64_t limit) {
   return even < kSmallestSlab ? kSmallestSlab : even > limit ? limit : even;
 }
 
-// The tiles that one block works through: slabs block, block + blocks, .., tile after tile.
-struct TileWalk {
-  int64_t rows, slab_rows, slabs, blocks;
-  int tile_rows;
+// The tiles that one block works through: slabs block, block + blocks, .., tile after tile. 32 bits
+// bear kMostRows and as many slabs behind them as there are blocks.
+constexpr int64_t kMostRows = int64_t(1) << 30;
 
-  MOSO_HD int64_t slab_end(int64_t slab) const {
+struct TileWalk {
+  int rows, slab_rows, slabs, blocks, tile_rows;
+
+  MOSO_HD int slab_end(int slab) const {
     return (slab + 1) * slab_rows < rows ? (slab + 1) * slab_rows : rows;
   }
 };
 struct TileCursor {
-  int64_t slab, row;  // this tile's first row
+  int slab, row, end;  // this tile's first row, the end of its slab
 };
-MOSO_HD TileCursor first_tile(const TileWalk& walk, int64_t block) {
-  return {block, block * walk.slab_rows};
+MOSO_HD TileCursor first_tile(const TileWalk& walk, int block) {
+  return {block, block * walk.slab_rows, walk.slab_end(block)};
 }
 MOSO_HD bool behind_last(const TileWalk& walk, const TileCursor& at) {
   return at.slab >= walk.slabs;
 }
 MOSO_HD int rows_of(const TileWalk& walk, const TileCursor& at) {  // that exist in this tile
-  const int64_t left = walk.slab_end(at.slab) - at.row;
-  return left < walk.tile_rows ? int(left) : walk.tile_rows;
+  const int left = at.end - at.row;
+  return left < walk.tile_rows ? left : walk.tile_rows;
 }
 MOSO_HD bool last_of_slab(const TileWalk& walk, const TileCursor& at) {
-  return at.row + walk.tile_rows >= walk.slab_end(at.slab);
+  return at.row + walk.tile_rows >= at.end;
 }
 MOSO_HD void advance(const TileWalk& walk, TileCursor& at) {
   if (last_of_slab(walk, at)) {
     at.slab += walk.blocks;
     at.row = at.slab * walk.slab_rows;
+    at.end = walk.slab_end(at.slab);
   } else {
     at.row += walk.tile_rows;
   }
@@ -193,6 +220,7 @@ MOSO_HD constexpr int reduce_partner(int strand, int width) {
 // parameters they cost no registers.
 struct FirstLayout {
   int tile_rows, stages, slices, logit_stride, row_bytes, pitch, groups;
+  int split;  // log2 of the row groups of 16 that a tile has; the 8 warps make slices of the rest
   uint32_t stage_bytes, weights, logits, slice_bytes, residuals, norms, bias_sums;
   int64_t bytes;
 };
@@ -208,7 +236,8 @@ inline FirstLayout first_layout(int item, int terms, int tiles, int classes, int
   FirstLayout l{};
   l.tile_rows = tile_rows;
   l.stages = stages;
-  l.slices = kWarps / (tile_rows / 16);
+  l.split = tile_rows == 64 ? 2 : tile_rows == 32 ? 1 : 0;
+  l.slices = kWarps >> l.split;
   l.logit_stride = int(round_up(classes, 8)) + 4;  // 4 mod 8: eight rows, eight bank quads
   l.row_bytes = row_bytes(item, dim);
   l.groups = groups_of(item, dim);

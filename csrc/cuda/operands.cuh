@@ -20,6 +20,21 @@ constexpr float kInfinity = __builtin_huge_valf();
 
 MOSO_DEVICE bool is_finite(float x) { return (device::float_bits(x) & 0x7f800000u) != 0x7f800000u; }
 
+struct Add {
+  MOSO_DEVICE float operator()(float a, float b) const { return a + b; }
+};
+struct Max {
+  MOSO_DEVICE float operator()(float a, float b) const { return a > b ? a : b; }
+};
+
+// All `lanes` (a power of two) get the same bits: each step combines the same two numbers.
+template <class Op>
+MOSO_DEVICE float combine_lanes(float value, int lanes, Op op) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2)
+    value = op(value, device::shuffle_xor(value, mask));
+  return value;
+}
+
 template <int Terms>
 MOSO_DEVICE void split_pair(float x, float y, uint32_t (&terms)[Terms]) {
   MOSO_UNROLL
@@ -107,17 +122,71 @@ MOSO_DEVICE void feature_operand(const Words4& low, const Words4& high, int step
   }
 }
 
-template <Feature F>
-MOSO_DEVICE float sum_of_squares(const Words4& v, float sum) {
-  constexpr int kPairs = F == Feature::kFloat32 ? 2 : 4;
-  MOSO_UNROLL
-  for (int i = 0; i < kPairs; ++i) {
-    const Floats2 pair = number_pair<F>(v, i);
-    sum += pair.x * pair.x;
-    sum += pair.y * pair.y;
+// Squared norms of 16 rows.
+//
+// Of 16-bit numbers the matrix instruction makes them: a word of an A operand is one of a B operand
+// as well, so a product gives rows 0-7 times rows 0-7 and another one rows 8-15 times themselves,
+// and the norms are the numbers where both are the same row. Such products are exact. An infinity
+// or NaN reaches the norm of its own row, and beside it numbers that nobody reads.
+//
+//   rows 0-7   A words 0 1, B word 0:  row g is number g % 2 of lane 4 g + g / 2
+//   rows 8-15  A words 0 1, B word 1:  row g + 8 is number 2 + g % 2 of the same lane
+template <Feature F, bool Exact>
+struct RowNorms {
+  static constexpr bool kProducts = F != Feature::kFloat32;
+  float sums[2][kProducts ? 4 : 1];
+
+  MOSO_DEVICE RowNorms() {
+    MOSO_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      MOSO_UNROLL
+      for (float& sum : sums[half]) sum = 0.0f;
+    }
   }
-  return sum;
-}
+
+  // float32: 16 bytes of rows g and g + 8.
+  MOSO_DEVICE void add(const Words4& low, const Words4& high) {
+    MOSO_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float x = device::bits_float(low.w[i]), y = device::bits_float(high.w[i]);
+      sums[0][0] += x * x;
+      sums[1][0] += y * y;
+    }
+  }
+  // 16-bit numbers: the words of an A operand.
+  MOSO_DEVICE void add(const uint32_t (&a)[4]) {
+    MOSO_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (Exact) {  // these sums must not be cut off again and again
+        float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        multiply(part, a, half);
+        MOSO_UNROLL
+        for (int i = 2 * half; i < 2 * half + 2; ++i) sums[half][i] += part[i];
+      } else {
+        multiply(sums[half], a, half);
+      }
+    }
+  }
+
+  // Norms of rows g and g + 8, right in the lane for which has() holds.
+  MOSO_DEVICE float get(int half) const {
+    if constexpr (kProducts)
+      return device::thread_index() & 4 ? sums[half][2 * half + 1] : sums[half][2 * half];
+    else
+      return combine_lanes(sums[half][0], 4, Add{});
+  }
+  MOSO_DEVICE static bool has() {
+    const int lane = device::thread_index() % kLanes;
+    return lane % 4 == (kProducts ? lane / 8 : 0);
+  }
+
+ private:
+  MOSO_DEVICE static void multiply(float (&to)[4], const uint32_t (&a)[4], int half) {
+    constexpr bool kFloat16 = F == Feature::kFloat16;
+    device::multiply_add_short<kFloat16>(to, a[0], a[1], a[half]);
+    device::multiply_add_short<kFloat16>(to, a[2], a[3], a[half + 2]);
+  }
+};
 
 template <Feature F>
 MOSO_DEVICE bool all_finite(const Words4& v) {
@@ -176,15 +245,17 @@ MOSO_DEVICE Words4 load_features(const unsigned char* row, int column, int dim, 
 }
 
 // Packs `matrix` (classes, dim) float32 as the B operand at `offset` of shared memory; zeros for
-// columns that do not exist. Needs a barrier before it is read.
-template <int Item, int Terms>
+// columns that do not exist. Needs a barrier before it is read. `Natural`: for features that come
+// by load_matrices.
+template <int Item, int Terms, bool Natural = false>
 MOSO_DEVICE void pack_operand(uint32_t offset, const float* matrix, int classes, int dim) {
   constexpr int kWords = operand_words(Item);
   const int words = groups_of(Item, dim) * classes * 4 * kWords;
   for (int index = device::thread_index(); index < words; index += kThreads) {
     const int word = index % kWords, t = index / kWords % 4;
     const int cls = index / (kWords * 4) % classes, group = index / (kWords * 4 * classes);
-    const int column = operand_column(Item, group, t, word);
+    const int column =
+        Natural ? natural_column(group, t, word) : operand_column(Item, group, t, word);
     const float* from = matrix + int64_t(cls) * dim + column;
     const float x = column < dim ? device::global_load(from) : 0.0f;
     const float y = column + 1 < dim ? device::global_load(from + 1) : 0.0f;
@@ -202,16 +273,21 @@ MOSO_DEVICE void pack_operand(uint32_t offset, const float* matrix, int classes,
   }
 }
 
-// B operand of `tile` for all steps of a group. Lanes of classes behind the last get numbers that
-// lead to sums nobody reads.
-template <int Item, int Terms, int Steps>
-MOSO_DEVICE void load_operand(uint32_t offset, int classes, int group, int tile,
-                              uint32_t (&b)[Steps][Terms][2]) {
+// Byte offset of what this lane reads first of `tile` in a group. Lanes of classes behind the last
+// get numbers that lead to sums nobody reads.
+template <int Item, int Terms>
+MOSO_DEVICE uint32_t operand_place(uint32_t offset, int classes, int group, int tile) {
   const int lane = device::thread_index() % kLanes, wanted = operand_class(tile, lane);
   const int cls = wanted < classes ? wanted : classes - 1;
+  return offset + operand_offset(Item, Terms, classes, group, 0, cls, lane % 4);
+}
+
+// B operand for all steps of a group, from its place.
+template <int Item, int Terms, int Steps>
+MOSO_DEVICE void load_operand(uint32_t place, int classes, uint32_t (&b)[Steps][Terms][2]) {
   MOSO_UNROLL
   for (int block = 0; block < operand_blocks(Item, Terms); ++block) {
-    const uint32_t at = offset + operand_offset(Item, Terms, classes, group, block, cls, lane % 4);
+    const uint32_t at = place + uint32_t(block) * operand_block_bytes(Item, Terms, classes);
     if constexpr (Terms > 2) {
       const auto v = device::shared_load<Words4>(at);
       MOSO_UNROLL

@@ -1,8 +1,8 @@
 """CUDA C++ kernels for few classes (csrc/cuda): features read once a pass, three launches.
 
-The kernels are proven without a GPU: their very source runs in an emulator of a thread block
-against float64 (tests/test_cuda_*.py), and the compiler's report shows no spills. No clock has
-seen them on a GPU, so ``auto`` never picks them; ask with ``backend="cuda"``.
+Their very source also runs without a GPU, in an emulator of a thread block against float64
+(tests/test_cuda_*.py), and the compiler's report shows no spills. They were measured on an H200;
+``auto`` picks them where they were ahead there, elsewhere ask with ``backend="cuda"``.
 
 Operands are sums of bfloat16 terms, accumulators float32. At "medium", 16-bit features meet one
 term of weights and residuals; float32 features are two terms at "high" and "medium" and three at
@@ -27,7 +27,7 @@ from .base import Availability, Backend
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Slabs of one launch; csrc/cuda/index.cuh cuts shorter ones evenly.
-_SLABS = 512
+_SLABS = 528
 # Rows at a time where a strided feature matrix must be copied.
 _COPIED_ROWS = 65536
 # Shared memory that every block leaves to the system, bytes.
@@ -51,25 +51,27 @@ class CudaBackend(Backend):
                 f"moso_fast._cuda is built but PyTorch {torch.__version__} finds no CUDA device",
                 "run on a machine with an NVIDIA GPU and a PyTorch built for CUDA",
             )
-        return Availability(
-            True,
-            "CUDA C++ kernels for few classes, proven by emulator, not yet run on a GPU: "
-            "'auto' does not take them",
-        )
+        return Availability(True, "CUDA C++ kernels for few classes")
 
     def supports(self, problem: Problem) -> str | None:
         """Cross-entropy with class ids, few classes, on a GPU the kernels are compiled for."""
         if problem.device.type != "cuda":
             return f"features and heads are on {problem.device}; CUDA kernels need a GPU"
-        major, minor = torch.cuda.get_device_capability(problem.device)
+        capability = _capability(_index(problem.device))
         built = str(_module().architectures)
-        if not _compiled_for((major, minor), built):
-            return f"the kernels are not compiled for compute capability {major}.{minor}: {built}"
+        if not _compiled_for(capability, built):
+            name = ".".join(map(str, capability))
+            return f"the kernels are not compiled for compute capability {name}: {built}"
         return _unknown(problem) or _too_large(problem, _shared_limit(problem.device))
 
     def not_by_default(self, problem: Problem) -> str | None:
-        """Until a GPU's measurements are committed."""
-        return "no committed GPU measurement yet"
+        """Where no measurement says that these kernels are ahead."""
+        most = 16 if problem.features.dtype == torch.float32 else 32
+        if problem.heads * problem.classes > most:
+            return f"measured ahead on an H200 only for up to {most} classes of this dtype"
+        if _capability(_index(problem.device))[0] != 9:
+            return "measured on an H200 only, compute capability 9.0"
+        return None
 
     def chunk_rows(self, problem: Problem) -> int:
         """Rows whose slabs are as long as the rounding of their sums allows."""
@@ -81,6 +83,8 @@ class CudaBackend(Backend):
         """Tile of the first pass, operand terms and passes over the features."""
         plan = _plan(problem, _shared_limit(problem.device))
         blocks = ", two blocks a tile" if plan["parts"] == 2 else ""
+        if plan["together"] == 2:
+            blocks = ", two blocks a multiprocessor"
         digits = "all" if _exact(problem) else "leading"
         return (
             f"cuda: few classes, {problem.heads * problem.classes} of {16 * plan['tiles']}, tiles "
@@ -107,13 +111,13 @@ class CudaBackend(Backend):
         partial = _empty(problem, slabs, width, columns)
         bias_partial = _empty(problem, slabs, width)
         statistics = {
-            "loss": out.loss[:, rows].data_ptr(),
-            "residual_sqnorm": out.residual_sqnorm[:, rows].data_ptr(),
-            "margin": out.margin[:, rows].data_ptr(),
-            "entropy": out.entropy[:, rows].data_ptr(),
+            "loss": _row_address(out.loss, rows),
+            "residual_sqnorm": _row_address(out.residual_sqnorm, rows),
+            "margin": _row_address(out.margin, rows),
+            "entropy": _row_address(out.entropy, rows),
             "stat_stride": out.loss.stride(0),
-            "feature_sqnorm": out.feature_sqnorm[rows].data_ptr(),
-            "counted": out.counted[rows].data_ptr(),
+            "feature_sqnorm": _row_address(out.feature_sqnorm, rows),
+            "counted": _row_address(out.counted, rows),
             "status": out.status.data_ptr(),
             "partial": partial.data_ptr(),
             "bias_partial": bias_partial.data_ptr(),
@@ -155,22 +159,23 @@ class CudaBackend(Backend):
         if mean_bias_grad is not None:
             mean_bias_grad = mean_bias_grad.contiguous()
         # The self-term of a row; the gradient of a sequence is not a row's.
-        counted = None if problem.cu_seqlens is not None else out.counted.sum()
+        counted = None if problem.cu_seqlens is not None else out.number_counted()
         a_multiprocessor = _shared_limit(problem.device) + _RESERVED
         together = min(2, a_multiprocessor // (plan["second_bytes"] + _RESERVED))
         blocks = min(-(-count // 128), together * _multiprocessors(problem.device))
-        job = _features_job(problem, features, plan) | {
-            "blocks": blocks,
-            "shared_bytes": plan["second_bytes"],
-            "residual": residual.data_ptr(),
-            "mean_grad": mean_grad.data_ptr(),
-            "mean_bias_grad": _address(mean_bias_grad),
-            "feature_sqnorm": out.feature_sqnorm[rows].data_ptr(),
-            "counted": out.counted[rows].data_ptr(),
-            "count": _address(counted),
-            "alignment": alignment.data_ptr(),
-            "alignment_stride": alignment.stride(0),
-        }
+        job = _features_job(problem, features, plan)
+        job.update(
+            blocks=blocks,
+            shared_bytes=plan["second_bytes"],
+            residual=residual.data_ptr(),
+            mean_grad=mean_grad.data_ptr(),
+            mean_bias_grad=_address(mean_bias_grad),
+            feature_sqnorm=_row_address(out.feature_sqnorm, rows),
+            counted=_row_address(out.counted, rows),
+            count=_address(counted),
+            alignment=alignment.data_ptr(),
+            alignment_stride=alignment.stride(0),
+        )
         _launch(problem, _module().few_classes_second, job)
 
 
@@ -180,6 +185,7 @@ def _module() -> ModuleType:
     return module
 
 
+@cache
 def _compiled_for(capability: tuple[int, int], architectures: str) -> bool:
     """Whether binary code of ``architectures`` ("sm_80 sm_90a compute_90") runs on a device.
 
@@ -191,6 +197,11 @@ def _compiled_for(capability: tuple[int, int], architectures: str) -> bool:
         if capability == built or (not exact and capability[0] == built[0] and capability > built):
             return True
     return False
+
+
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache
@@ -209,7 +220,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _bulk_copies(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return _capability(_index(device)) >= (9, 0)
 
 
 def _index(device: torch.device) -> int:
@@ -222,9 +233,13 @@ def _stream(device: torch.device) -> int:
 
 def _launch(problem: Problem, function: Callable[[Any], None], job: dict[str, Any]) -> None:
     """Launch on the current stream of the features' device, whatever the current device."""
-    with torch.cuda.device(problem.device):
-        place = {"device": _index(problem.device), "stream": _stream(problem.device)}
-        function(job | place)
+    device = _index(problem.device)
+    job["device"], job["stream"] = device, _stream(problem.device)
+    if device == torch.cuda.current_device():
+        function(job)
+        return
+    with torch.cuda.device(device):
+        function(job)
 
 
 def _unknown(problem: Problem) -> str | None:
@@ -249,14 +264,20 @@ def _exact(problem: Problem) -> bool:
 
 
 def _plan(problem: Problem, shared_limit: int) -> dict[str, Any]:
-    plan: dict[str, Any] = _module().few_classes_plan(
+    """How the problem is cut; not to be written to, the same for all problems of its size."""
+    return _plan_of(
+        _module().few_classes_plan,
         _DTYPES[problem.features.dtype],
         _exact(problem),
         problem.heads * problem.classes,
         problem.dim,
         shared_limit,
     )
-    return plan
+
+
+@cache
+def _plan_of(planner: Callable[..., dict[str, Any]], *size: int) -> dict[str, Any]:
+    return planner(*size)
 
 
 def _unit_columns(features: Tensor) -> bool:
@@ -276,6 +297,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _row_address(tensor: Tensor, rows: slice) -> int:
+    """Address of the first of these rows in a row of numbers, or in the first of several."""
+    return tensor.data_ptr() + rows.start * tensor.stride(-1) * tensor.element_size()
+
+
 def _features_job(problem: Problem, features: Tensor, plan: dict[str, Any]) -> dict[str, Any]:
     """Fields that both passes read."""
     stride = features.stride(0) * features.element_size()
@@ -283,6 +309,7 @@ def _features_job(problem: Problem, features: Tensor, plan: dict[str, Any]) -> d
         "feature": _DTYPES[features.dtype],
         "exact": _exact(problem),
         "tiles": plan["tiles"],
+        "narrow": plan["narrow"],
         "features": features.data_ptr(),
         "row_stride": features.stride(0),
         "rows": features.shape[0],
@@ -319,23 +346,25 @@ def _first(
     if sample_weight is not None:
         sample_weight = sample_weight[rows].contiguous()
     slabs, parts = -(-features.shape[0] // slab_rows), plan["parts"]
-    job = _features_job(problem, features, plan) | _NO_STATISTICS | statistics
+    at_once = _multiprocessors(problem.device) * plan["together"]
+    job = _features_job(problem, features, plan)
     whole = problem.dim * features.element_size() % 16 == 0
-    job |= {
-        "bulk": int(job["aligned"] and whole and _bulk_copies(problem.device)),
-        "blocks": min(slabs, _multiprocessors(problem.device) // parts) * parts,
-        "shared_bytes": plan["first_bytes"],
-        "first_row": rows.start,
-        "weight": weight.data_ptr(),
-        "bias": _address(bias),
-        "labels": labels.data_ptr(),
-        "sample_weight": _address(sample_weight),
-        "ignore_index": problem.ignore_index,
-        "smoothing": problem.label_smoothing,
-        "exclude_nonfinite": int(problem.nonfinite == "exclude"),
-        "residual": _address(residual),
-        "slab_rows": slab_rows,
-        "tile_rows": plan["tile_rows"],
-        "stages": plan["stages"],
-    }
+    job.update(
+        statistics or _NO_STATISTICS,
+        bulk=int(job["aligned"] and whole and _bulk_copies(problem.device)),
+        blocks=min(slabs, at_once // parts) * parts,
+        shared_bytes=plan["first_bytes"],
+        first_row=rows.start,
+        weight=weight.data_ptr(),
+        bias=_address(bias),
+        labels=labels.data_ptr(),
+        sample_weight=_address(sample_weight),
+        ignore_index=problem.ignore_index,
+        smoothing=problem.label_smoothing,
+        exclude_nonfinite=int(problem.nonfinite == "exclude"),
+        residual=_address(residual),
+        slab_rows=slab_rows,
+        tile_rows=plan["tile_rows"],
+        stages=plan["stages"],
+    )
     _launch(problem, _module().few_classes_first, job)

@@ -28,17 +28,18 @@ class Loop(NamedTuple):
 # softmax and copies are counted. A turn of the logits is a group of columns, 64 bytes of a row; of
 # the gradient 16 rows and as many columns as the registers have sums for.
 LOGITS = {
-    (2, False, 1): Loop(85, 16),
-    (2, False, 7): Loop(342, 80),
-    (4, False, 1): Loop(97, 16),
-    (4, True, 1): Loop(167, 16),
+    (2, False, 1): Loop(24, 16),
+    (2, False, 7): Loop(143, 80),
+    (4, False, 1): Loop(64, 16),
+    (4, True, 1): Loop(142, 16),
 }
 GRADIENT = {
-    (2, False, 1): Loop(149, 128),
-    (2, False, 7): Loop(89, 80),
-    (4, False, 1): Loop(773, 256),
-    (4, True, 1): Loop(1396, 320),
+    (2, False, 1): Loop(117, 68),
+    (2, False, 7): Loop(84, 80),
+    (4, False, 1): Loop(695, 136),
+    (4, True, 1): Loop(1294, 140),
 }
+_BY_ROW = 32  # classes of one head whose softmax stays in registers
 _MOST_COLUMNS = {1: 2048, 2: 1024}  # of the gradient in registers, by tiles; 512 above
 
 
@@ -65,7 +66,7 @@ class Kernel(NamedTuple):
 def first_phases(
     kernel: Kernel, turns: float, gpu: Gpu, logits_flops: float, gradient_flops: float
 ) -> tuple[Phase, ...]:
-    """Phases of the first pass, one block a multiprocessor, for ``turns`` tiles of each block."""
+    """Phases of the first pass, for ``turns`` tiles of a multiprocessor's blocks together."""
     plan, classes = kernel.plan, kernel.classes
     rows = int(plan["tile_rows"])
     slices = _WARPS // (rows // 16)
@@ -74,26 +75,34 @@ def first_phases(
     # 64 bytes of a row are a group of columns; the slices share them.
     groups = kernel.dim * kernel.item / 64 / slices
     body = LOGITS.get(kernel.key, none)
-    logits = _cycles(body.instructions * groups + 40, body.shared * groups)
-
-    lanes = 4
-    while lanes < _LANES and 2 * lanes * rows <= _THREADS:
-        lanes *= 2
-    softmax_turns = -(-rows * lanes // _THREADS)
-    # Three walks over a lane's classes, the first with a sum over the slices; shuffles; the rest.
-    walks = -(-classes // lanes) * (112 + 7 * slices) + 57 * (lanes.bit_length() - 1) + 350
-    softmax = _cycles(walks * softmax_turns, 0)
-    waits = MEMORY_SECONDS * softmax_turns + barriers(3, gpu)  # for labels, which nobody staged
+    logits = _cycles(body.instructions * groups + 75, body.shared * groups)
 
     most = _MOST_COLUMNS.get(int(plan["tiles"]), 512)
     body, share = GRADIENT.get(kernel.key, none), min(1.0, -(-kernel.dim // 128) * 128 / most)
     steps = rows / 16
-    copied = 40 + 28 * -(-rows * classes // _THREADS)  # residuals to memory
-    bias = -(-classes // _LANES) * (20 + 4.5 * rows / _WARPS)
-    gradient = _cycles(
-        body.instructions * share * steps + copied + bias, body.shared * share * steps
-    )
-    staging = _cycles(90 + 80, 0)  # bulk copies, and the loop itself
+    added, loads = 40.0, 1.0
+    if classes <= _BY_ROW:
+        # Four lanes a row, which had asked for its label; what half of the warps issue counts half.
+        slots = -(-classes // 4)
+        each = 286 + 48 * slots + slices * (10 + 4 * slots)
+        softmax = _cycles(each * rows / (8 * _WARPS), 0)
+        loads = 0.0
+    else:
+        lanes = 4
+        while lanes < _LANES and 2 * lanes * rows <= _THREADS:
+            lanes *= 2
+        softmax_turns = -(-rows * lanes // _THREADS)
+        # Three walks over a lane's classes, the first with a sum over the slices; shuffles; the
+        # rest.
+        walks = -(-classes // lanes) * (112 + 7 * slices) + 57 * (lanes.bit_length() - 1) + 350
+        softmax = _cycles(walks * softmax_turns, 0)
+        loads = float(softmax_turns)  # of labels, which nobody staged
+        added += 28 * -(-rows * classes // _THREADS)  # residuals to memory
+        added += -(-classes // _LANES) * (20 + 4.5 * rows / _WARPS)  # sums for the bias
+    waits = MEMORY_SECONDS * loads + barriers(3, gpu)
+    gradient = _cycles(body.instructions * share * steps + added, body.shared * share * steps)
+    # Bulk copies, by half of the warps, a row at a time; and the loop itself.
+    staging = _cycles((60 + 8 * rows / (_WARPS / 2)) / 2 + 30, 0)
     hmma = {"rate": "bfloat16", "by": "HMMA"}
     return (
         Phase("logits", logits_flops, cycles=turns * (logits + staging), **hmma),

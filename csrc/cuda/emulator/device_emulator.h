@@ -20,6 +20,7 @@
 #define MOSO_DEVICE inline
 #define MOSO_UNROLL
 #define MOSO_NO_UNROLL
+#define MOSO_UNROLL_TWICE
 
 namespace moso_fast::emulator {
 
@@ -128,20 +129,40 @@ inline void wait_bulk(uint32_t barrier, int parity) { emulator::wait_bulk(barrie
 inline void sync_warp() {
   emulator::collective(emulator::Collective::kSync, nullptr, 0, nullptr, 0);
 }
+struct MatricesInput {
+  uint32_t offset, transposed;
+};
+inline void load_matrices_as(bool transposed, uint32_t (&words)[4], uint32_t offset) {
+  const MatricesInput input{offset, transposed};
+  emulator::collective(emulator::Collective::kMatrices, &input, sizeof input, words, sizeof words);
+}
 inline void load_matrices_transposed(uint32_t (&words)[4], uint32_t offset) {
-  emulator::collective(emulator::Collective::kMatrices, &offset, sizeof offset, words,
-                       sizeof words);
+  load_matrices_as(true, words, offset);
+}
+inline void load_matrices(uint32_t (&words)[4], uint32_t offset) {
+  load_matrices_as(false, words, offset);
 }
 struct MultiplyInput {
   float sums[4];
   uint32_t a[4], b[2];
+  bool float16;  // operands; else bfloat16
 };
-inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+inline void multiply_add_of(bool float16, float (&sums)[4], const uint32_t (&a)[4],
+                            const uint32_t (&b)[2]) {
   MultiplyInput input;
+  input.float16 = float16;
   std::memcpy(input.sums, sums, sizeof input.sums);
   std::memcpy(input.a, a, sizeof input.a);
   std::memcpy(input.b, b, sizeof input.b);
   emulator::collective(emulator::Collective::kMultiply, &input, sizeof input, sums, sizeof sums);
+}
+inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_add_of(false, sums, a, b);
+}
+template <bool Float16>
+void multiply_add_short(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  const uint32_t deep_a[4] = {a0, a1, 0, 0}, deep_b[2] = {b, 0};
+  multiply_add_of(Float16, sums, deep_a, deep_b);
 }
 struct ShuffleInput {
   uint32_t bits;
@@ -155,6 +176,8 @@ T shuffle_xor(T value, int mask) {
   emulator::collective(emulator::Collective::kShuffle, &input, sizeof input, &value, 4);
   return value;
 }
+inline uint32_t kept(uint32_t x) { return x; }
+inline float* kept(float* x) { return x; }
 inline uint32_t float_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

@@ -9,14 +9,16 @@ using Body = void (*)(void*);
 
 template <Feature F>
 struct Instances {
-  static Body first(bool exact, int tiles);
+  static Body first(bool exact, int tiles, bool narrow);
   static Body second(bool exact, int tiles);
 };
 
-inline Body first_body(Feature feature, bool exact, int tiles) {
-  if (feature == Feature::kFloat32) return Instances<Feature::kFloat32>::first(exact, tiles);
-  if (feature == Feature::kBfloat16) return Instances<Feature::kBfloat16>::first(exact, tiles);
-  return Instances<Feature::kFloat16>::first(exact, tiles);
+inline Body first_body(Feature feature, bool exact, int tiles, bool narrow) {
+  if (feature == Feature::kFloat32)
+    return Instances<Feature::kFloat32>::first(exact, tiles, narrow);
+  if (feature == Feature::kBfloat16)
+    return Instances<Feature::kBfloat16>::first(exact, tiles, narrow);
+  return Instances<Feature::kFloat16>::first(exact, tiles, narrow);
 }
 inline Body second_body(Feature feature, bool exact, int tiles) {
   if (feature == Feature::kFloat32) return Instances<Feature::kFloat32>::second(exact, tiles);

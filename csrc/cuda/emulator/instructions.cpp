@@ -6,7 +6,8 @@
 namespace moso_fast::emulator {
 namespace {
 
-float bfloat16(uint32_t word, int half) {
+float number(bool float16, uint32_t word, int half) {
+  if (float16) return expand_float16(uint16_t(half ? word >> 16 : word));
   const uint32_t bits = half ? word & 0xffff0000u : word << 16;
   return device::bits_float(bits);
 }
@@ -29,9 +30,9 @@ void multiply(WarpData& warp, bool cut) {
     const int g = lane / 4, t = lane % 4;
     for (int w = 0; w < 4; ++w)
       for (int e = 0; e < 2; ++e)
-        a[g + 8 * (w & 1)][2 * t + 8 * (w >> 1) + e] = bfloat16(in.a[w], e);
+        a[g + 8 * (w & 1)][2 * t + 8 * (w >> 1) + e] = number(in.float16, in.a[w], e);
     for (int w = 0; w < 2; ++w)
-      for (int e = 0; e < 2; ++e) b[2 * t + 8 * w + e][g] = bfloat16(in.b[w], e);
+      for (int e = 0; e < 2; ++e) b[2 * t + 8 * w + e][g] = number(in.float16, in.b[w], e);
     for (int i = 0; i < 4; ++i) sums[g + 8 * (i >> 1)][2 * t + (i & 1)] = in.sums[i];
   }
   for (int lane = 0; lane < kWarpSize; ++lane) {
@@ -48,15 +49,19 @@ void multiply(WarpData& warp, bool cut) {
 
 void load_matrices(WarpData& warp, const unsigned char* shared) {
   uint16_t matrix[4][8][8];
+  bool transposed = false;
   for (int lane = 0; lane < kWarpSize; ++lane) {
-    uint32_t offset;
-    std::memcpy(&offset, warp.input[lane], 4);
-    std::memcpy(matrix[lane / 8][lane % 8], shared + offset, 16);
+    device::MatricesInput in;
+    std::memcpy(&in, warp.input[lane], sizeof in);
+    transposed = in.transposed != 0;
+    std::memcpy(matrix[lane / 8][lane % 8], shared + in.offset, 16);
   }
   for (int lane = 0; lane < kWarpSize; ++lane)
     for (int m = 0; m < 4; ++m) {
       const int g = lane / 4, t = lane % 4;
-      const uint32_t word = matrix[m][2 * t][g] | uint32_t(matrix[m][2 * t + 1][g]) << 16;
+      const uint16_t low = transposed ? matrix[m][2 * t][g] : matrix[m][g][2 * t];
+      const uint16_t high = transposed ? matrix[m][2 * t + 1][g] : matrix[m][g][2 * t + 1];
+      const uint32_t word = low | uint32_t(high) << 16;
       std::memcpy(warp.output[lane] + 4 * m, &word, 4);
     }
 }

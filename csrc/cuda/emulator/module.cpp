@@ -28,7 +28,7 @@ void launch(void (*body)(void*), void* argument, int64_t blocks, int threads, in
 void first_pass_job(const py::dict& job) {
   FirstPass p = read_first_pass(job);
   const Launch l = read_launch(job);
-  launch(first_body(l.feature, l.exact, l.tiles), &p, l.blocks, kThreads, l.shared_bytes);
+  launch(first_body(l.feature, l.exact, l.tiles, l.narrow), &p, l.blocks, kThreads, l.shared_bytes);
 }
 void second_pass_job(const py::dict& job) {
   SecondPass p = read_second_pass(job);
@@ -43,9 +43,8 @@ void reduce_job(const py::dict& job) {
 }
 
 // [(slab, row, count, last of its slab), ..] that a block works through.
-std::vector<py::tuple> walk_of(int64_t block, int64_t blocks, int64_t rows, int64_t slab_rows,
-                               int tile_rows) {
-  const TileWalk walk{rows, slab_rows, ceil_div(rows, slab_rows), blocks, tile_rows};
+std::vector<py::tuple> walk_of(int block, int blocks, int rows, int slab_rows, int tile_rows) {
+  const TileWalk walk{rows, slab_rows, int(ceil_div(rows, slab_rows)), blocks, tile_rows};
   std::vector<py::tuple> tiles;
   for (TileCursor at = first_tile(walk, block); !behind_last(walk, at); advance(walk, at))
     tiles.push_back(py::make_tuple(at.slab, at.row, rows_of(walk, at), last_of_slab(walk, at)));
@@ -91,6 +90,7 @@ PYBIND11_MODULE(_cuda_emulator, m) {
   m.def("most_columns", &most_columns);
   m.def("operand_class", &operand_class);
   m.def("operand_column", &operand_column);
+  m.def("natural_column", &natural_column);
   m.def("operand_offset", &operand_offset);
   m.def("operand_blocks", &operand_blocks);
   m.def("operand_lane_bytes", &operand_lane_bytes);
@@ -101,6 +101,7 @@ PYBIND11_MODULE(_cuda_emulator, m) {
   m.def("gradient_lane", &gradient_lane);
   m.def("gradient_slot", &gradient_slot);
   m.def("residual_half", &residual_half);
+  m.def("residual_slot_bytes", &residual_slot_bytes);
   m.def("residual_bytes", &residual_bytes);
   m.def("accumulator_row", &accumulator_row);
   m.def("accumulator_column", &accumulator_column);
@@ -121,6 +122,7 @@ PYBIND11_MODULE(_cuda_emulator, m) {
           d["bytes"] = l.bytes;
           d["slices"] = l.slices;
           d["logit_stride"] = l.logit_stride;
+          d["split"] = l.split;
           return d;
         });
 }

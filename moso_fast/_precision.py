@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ def own_precision(problem: Problem) -> Iterator[None]:
     """No graph, no autocast, and float32 products as exact as ``problem.precision`` asks."""
     kind = problem.device.type
     allowed = "high" if kind == "cuda" and problem.precision != "highest" else "highest"
-    with torch.no_grad(), torch.autocast(kind, enabled=False):
+    # To turn off what is off already would take several times as long as all else here.
+    on = torch.is_autocast_enabled(kind)
+    with torch.no_grad(), torch.autocast(kind, enabled=False) if on else nullcontext():
         _enter(allowed)
         try:
             yield

@@ -30,22 +30,34 @@ _SQUARES = 64 * _SUM_BLOCK
 # Numbers that PyTorch's elementwise operations leave to one thread.
 _ONE_THREAD = 2**15 - 1
 
+# Numbers that a GPU gets temporaries for at a time; fewer would not keep it busy.
+_GPU_NUMBERS = 2**22
 
-def result_sums(results: Results, counted: Tensor | None) -> Tensor:
-    """Return what the self-check compares: (3 K,) float64, on the device of the results.
+
+def result_sums(results: Results, counted: Tensor | None) -> list[Tensor]:
+    """Return what the self-check compares: 3 K numbers, float64, on the device of the results.
 
     |G|^2 of every head, then sum_i a_i of every head, then sum_i |g_i|; over the samples that
     ``counted`` is true for or, where it is None, over all.
     """
-    found: list[Tensor] = []
-    norms: list[Tensor] = []
-    for block in thread_blocks(results.alignment):
-        parts = results.alignment[:, block], results.grad_sqnorm[:, block].sqrt()
-        for total, part in zip((found, norms), parts, strict=True):
-            if counted is not None:  # what does not count may hold anything, NaN too
-                part = torch.where(counted[block], part, 0)
-            total.append(part.sum(1, dtype=torch.float64))
-    return torch.cat([results.mean_grad_sqnorm, reduce(torch.add, found), reduce(torch.add, norms)])
+    # Half on a CPU: what is done with both is twice as many numbers.
+    most = _ONE_THREAD // 2 if results.alignment.device.type == "cpu" else _GPU_NUMBERS
+    columns = column_blocks(
+        most, results.alignment, results.grad_sqnorm, *([] if counted is None else [counted])
+    )
+    return [results.mean_grad_sqnorm, reduce(torch.add, (_pair_sums(*block) for block in columns))]
+
+
+def _pair_sums(alignment: Tensor, grad_sqnorm: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return sum_i a_i and sum_i |g_i| of every head: (2, K) float64."""
+    # Both at once, and float64 as they are written: few operations, and no copies of their own.
+    pair = torch.empty(2, *alignment.shape, dtype=torch.float64, device=alignment.device)
+    values, norms = pair.unbind()
+    values.copy_(alignment)
+    torch.sqrt(grad_sqnorm, out=norms)
+    if counted is not None:  # what does not count may hold anything, NaN too
+        pair.masked_fill_(~counted, 0.0)
+    return pair.sum(2)
 
 
 def self_check(
@@ -90,25 +102,41 @@ def _check_finite(results: Results, counted: Tensor | None, count: int) -> None:
             )
 
 
-def thread_blocks(values: Tensor) -> Iterator[slice]:
-    """Columns of (K, samples) at a time, at least once: all on a GPU, on a CPU one thread's share.
+def thread_blocks(values: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Columns at a time of (K, samples) ``values`` and of ``others``, as :func:`column_blocks`.
 
-    PyTorch shares out larger operations, and for one addition a number waking the threads costs
-    more than the work, on a busy machine many times more.
+    All on a GPU, on a CPU one thread's share: PyTorch shares out larger operations, and for one
+    addition a number waking the threads costs more than the work, on a busy machine many times
+    more.
     """
-    samples = values.shape[1]
-    step = samples if values.device.type != "cpu" else max(1, _ONE_THREAD // values.shape[0])
-    for start in range(0, max(1, samples), max(1, step)):
-        yield slice(start, start + step)
+    most = _ONE_THREAD if values.device.type == "cpu" else values.numel()
+    return column_blocks(most, values, *others)
+
+
+def column_blocks(most: int, values: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Columns at a time of (K, samples) ``values`` and of ``others``, at least once.
+
+    ``others`` are (K, samples) or (samples,). A block has at most ``most`` numbers of ``values``,
+    or one column; the tensors themselves where they have no more.
+    """
+    heads, samples = values.shape
+    if heads * samples <= most:
+        yield values, *others
+        return
+    step = max(1, most // heads)
+    for start in range(0, samples, step):
+        yield tuple(tensor[..., start : start + step] for tensor in (values, *others))
 
 
 def sqnorm(values: Tensor) -> Tensor:
     """Sum of squares of every row of (K, M): (K,), the same bits for any number of threads.
 
     PyTorch splits one long sum among its threads on a CPU; sums of a block each it leaves whole.
-    On a GPU the order depends on the shape alone, and every launch counts.
+    On a GPU the order depends on the shape alone, and every launch counts; float64 in any case.
     """
-    if values.device.type != "cpu" or values.numel() <= _ONE_THREAD:
+    if values.device.type != "cpu":
+        return torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
+    if values.numel() <= _ONE_THREAD:
         return values.square().sum(1)
     # Piece by piece: the squares of large heads are not worth a tensor of their own.
     pieces = range(0, values.shape[1], _SQUARES)

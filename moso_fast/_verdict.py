@@ -1,14 +1,15 @@
 """When the host reads what a job's data and results are judged by, and what follows from it.
 
-These are a few numbers on the device of the job: the extremes of the parameters, the status word
-of the first pass, the count of samples, the sums of the self-check.
+These are a few numbers on the device of the job: the sums of the parameters, the status word of
+the first pass, the count of samples, the sums of the self-check.
 
 On a CPU each is read as soon as it is there: that costs nothing, and data that are wrong cost no
 second pass. The same where features are streamed: one wait costs less than to send them again.
 
 A GPU runs behind the host. To read a number stops the host until the GPU has come that far, and
 then the GPU until the host has launched something new. So everything is launched first, and all
-numbers come over in one transfer at the end. The second pass has then run whatever the first one
+numbers come over in one transfer at the end, as bytes: to make them one type first would be a
+launch each. The second pass has then run whatever the first one
 found. No backend leaves its arrays for that, whatever the data: under graph capture nobody can
 stop the second pass either.
 
@@ -20,7 +21,8 @@ error is the one that is raised; to say which entry it is, more may be read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING
@@ -30,14 +32,17 @@ from torch import Tensor
 
 from ._sums import result_sums, self_check
 from .formulas import check_count
-from .problem import Problem, check_parameters, parameter_extremes, raise_for_status
+from .problem import Problem, check_parameters, parameter_sums, raise_for_status
 
 if TYPE_CHECKING:
     from .engine import Results
 
 __all__ = ["Reading", "Verdict"]
 
-_Judge = Callable[[list[float]], None]
+_Judge = Callable[[Sequence[float]], None]
+
+# How ``struct`` calls the numbers of a tensor.
+_CODES = {torch.float32: "f", torch.float64: "d", torch.int64: "q"}
 
 
 class Reading(Enum):
@@ -59,19 +64,18 @@ class Verdict:
         #: Samples that count, once it is read.
         self.count: int | None = None
         self._problem, self._formula, self._reading = problem, formula, reading
-        self._open: list[tuple[Tensor, _Judge]] = []
+        self._open: list[tuple[Sequence[Tensor], _Judge]] = []
 
     def parameters(self) -> None:
         """Refuse weights, biases and sample weights that are not finite."""
         if self._reading is not Reading.NEVER:
-            extremes = parameter_extremes(self._problem)
-            self._ask(extremes, partial(check_parameters, self._problem))
+            self._ask(parameter_sums(self._problem), partial(check_parameters, self._problem))
 
     def rows(self, status: Tensor, count: Tensor) -> None:
         """Refuse what the first pass found wrong, and samples that are too few."""
         if self._reading is not Reading.NEVER:
-            self._ask(status, partial(raise_for_status, self._problem))
-            self._ask(count[None], self._take_count)
+            self._ask([status], partial(raise_for_status, self._problem))
+            self._ask([count], self._take_count)
 
     def results(self, results: Results, counted: Tensor) -> None:
         """Refuse results that fail the self-check; ``counted``: which samples count. Judge all."""
@@ -82,25 +86,34 @@ class Verdict:
             if self._open:
                 self._read()
 
-    def _ask(self, facts: Tensor, judge: _Judge) -> None:
-        """Have ``judge`` see the numbers ``facts`` (n,), now or with all others."""
+    def _ask(self, facts: Sequence[Tensor], judge: _Judge) -> None:
+        """Have ``judge`` see the numbers of ``facts`` in their order, now or with all others."""
+        self._open.append((facts, judge))
         if self._reading is Reading.AT_ONCE:
-            judge(facts.tolist())
-        else:
-            self._open.append((facts, judge))
+            self._read()
 
     def _read(self) -> None:
-        # Row numbers and counts are exact in float64, below 2**53.
-        numbers = torch.cat([facts.double() for facts, _ in self._open]).tolist()
-        for facts, judge in self._open:
-            judge(numbers[: len(facts)])
-            del numbers[: len(facts)]
+        """Read what nobody has judged yet, with one wait for all of it, and judge it."""
+        asked, self._open = self._open, []
+        found = [fact.view(-1) for facts, _ in asked for fact in facts]
+        numbers: tuple[float, ...] = ()
+        if self._problem.asynchronous:
+            code = "=" + "".join(f"{len(fact)}{_CODES[fact.dtype]}" for fact in found)
+            data = torch.cat([fact.view(torch.uint8) for fact in found]).tolist()
+            numbers = struct.unpack(code, bytes(data))
+        else:
+            for fact in found:
+                numbers += tuple(fact.tolist())
+        for facts, judge in asked:
+            count = sum(fact.numel() for fact in facts)
+            judge(numbers[:count])
+            numbers = numbers[count:]
 
-    def _take_count(self, found: list[float]) -> None:
+    def _take_count(self, found: Sequence[float]) -> None:
         self.count = int(found[0])
         if self._formula is not None:
             check_count(self._formula, self.count)
 
-    def _check_results(self, results: Results, among: Tensor | None, sums: list[float]) -> None:
+    def _check_results(self, results: Results, among: Tensor | None, sums: Sequence[float]) -> None:
         assert self.count is not None, "the count is asked for first"
         self_check(self._problem, results, among, self.count, sums)

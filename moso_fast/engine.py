@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ _CUDA_RESIDUAL_SHARE = 0.5
 # eighth of the smallest GPUs that the kernels are proven for (4 GiB).
 _CUDA_ALWAYS_KEPT = 2**29
 
+# Numbers of a head whose gradient sum a GPU widens to float64 only to add chunks up.
+_LARGE_HEAD = 2**24
+
 # What residual_budget found last, by device.
 _last_budget: dict[torch.device, int] = {}
 
@@ -55,7 +59,12 @@ class RowBuffers:
     feature_sqnorm: Tensor  # (rows,)
     counted: Tensor  # (rows,) bool
     status: Tensor  # (STATUS_SLOTS,) int64, see problem.py
+    count: Tensor | None = None  # () int64, samples that count: known from the second pass on
     scratch: dict[str, Any] = field(default_factory=dict)  # for the backend's second pass alone
+
+    def number_counted(self) -> Tensor:
+        """Rows that count, () int64 on the device; of single rows, not of sequences."""
+        return self.counted.sum() if self.count is None else self.count
 
 
 @dataclass
@@ -139,8 +148,7 @@ def residuals_fit(problem: Problem) -> bool:
 
 
 def _residual_bytes(problem: Problem) -> int:
-    item = torch.finfo(problem.compute_dtype).bits // 8
-    return problem.rows * problem.heads * problem.classes * item
+    return problem.rows * problem.heads * problem.classes * problem.compute_dtype.itemsize
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
@@ -166,6 +174,11 @@ def residual_budget(device: torch.device) -> int:
         budget = max(_CUDA_ALWAYS_KEPT, int(_CUDA_RESIDUAL_SHARE * _free_bytes(device)))
         _last_budget[device] = budget
         return budget
+    return _cpu_budget()
+
+
+@cache
+def _cpu_budget() -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return int(_CPU_RESIDUAL_SHARE * physical)
@@ -268,7 +281,7 @@ def _two_passes(
     rows = _allocate(problem)
     swept = _first_passes(feed, backend, plan, rows, offsets)
     counted = _samples_counted(problem, rows.counted)
-    count = counted.sum()
+    count = rows.count = counted.sum()
     verdict.rows(rows.status, count)
     grad, bias_grad = _mean_gradient(problem, swept, count)
     mean_grad_sqnorm = sqnorm(grad.flatten(1))
@@ -276,7 +289,7 @@ def _two_passes(
         mean_grad_sqnorm = mean_grad_sqnorm + sqnorm(bias_grad)
     alignment = torch.empty_like(rows.loss)
     mean_grad = grad.to(problem.compute_dtype)
-    mean_bias_grad = bias_grad.to(problem.compute_dtype) if problem.bias is not None else None
+    mean_bias_grad = None if problem.bias is None else bias_grad.to(problem.compute_dtype)
     for number in feed.second_pass():
         chunk, residual = feed.chunks[number], swept.kept[number]
         backend.second_pass(
@@ -296,7 +309,10 @@ def _first_passes(
         chunk = feed.chunks[number]
         keep = plan.keep_residual or offsets is not None
         part = backend.first_pass(problem, chunk, rows, keep)
-        swept.grad_sum = _add_up(swept.grad_sum, part.grad_sum)
+        if len(feed.chunks) == 1 and _too_large_to_widen(part.grad_sum):
+            swept.grad_sum = part.grad_sum
+        else:
+            swept.grad_sum = _add_up(swept.grad_sum, part.grad_sum)
         swept.bias_grad_sum = _add_up(swept.bias_grad_sum, part.bias_grad_sum)
         if offsets is not None:
             assert part.residual is not None
@@ -309,15 +325,29 @@ def _first_passes(
 
 
 def _mean_gradient(problem: Problem, swept: _Swept, count: Tensor) -> tuple[Tensor, Tensor]:
-    """G (K, C, D) and its bias part (K, C), float64, in the memory of the sums."""
+    """G (K, C, D) and its bias part (K, C), in the dtype and memory of the sums.
+
+    That is float64, or float32 for the large sum of an only chunk. The bias part is of no meaning
+    where there is no bias.
+    """
     grad, bias_grad = swept.grad_sum, swept.bias_grad_sum
     if grad is None or bias_grad is None:  # not a single row
         grad = torch.zeros(problem.weight.shape, dtype=torch.float64, device=problem.device)
         bias_grad = torch.zeros(grad.shape[:2], dtype=torch.float64, device=problem.device)
     at_least_one = count.clamp_min(1)
     grad /= at_least_one
-    bias_grad /= at_least_one
+    if problem.bias is not None:
+        bias_grad /= at_least_one
     return grad, bias_grad
+
+
+def _too_large_to_widen(grad_sum: Tensor) -> bool:
+    """Whether the sum of an only chunk stays float32: there is nothing to add it up with.
+
+    Of a head of a large vocabulary every sweep over a float64 sum takes a GPU as long as a tenth
+    of a matrix product.
+    """
+    return grad_sum.is_cuda and grad_sum.numel() >= _LARGE_HEAD
 
 
 def _add_up(total: Tensor | None, part: Tensor) -> Tensor:
@@ -345,21 +375,17 @@ def _chunks(rows: int, chunk_rows: int, offsets: Tensor | None) -> Iterator[slic
 
 
 def _allocate(problem: Problem) -> RowBuffers:
-    def empty() -> Tensor:
-        return torch.empty(
-            problem.heads, problem.rows, dtype=problem.compute_dtype, device=problem.device
-        )
-
+    rows, dtype, device = problem.rows, problem.compute_dtype, problem.device
+    # Each of its own: most become results, and results share no memory.
+    loss = torch.empty(problem.heads, rows, dtype=dtype, device=device)
     return RowBuffers(
-        loss=empty(),
-        residual_sqnorm=empty(),
-        margin=empty(),
-        entropy=empty(),
-        feature_sqnorm=torch.empty(
-            problem.rows, dtype=problem.compute_dtype, device=problem.device
-        ),
-        counted=torch.empty(problem.rows, dtype=torch.bool, device=problem.device),
-        status=torch.full((STATUS_SLOTS,), problem.rows, dtype=torch.int64, device=problem.device),
+        loss=loss,
+        residual_sqnorm=torch.empty_like(loss),
+        margin=torch.empty_like(loss),
+        entropy=torch.empty_like(loss),
+        feature_sqnorm=torch.empty(rows, dtype=dtype, device=device),
+        counted=torch.empty(rows, dtype=torch.bool, device=device),
+        status=torch.full((STATUS_SLOTS,), rows, dtype=torch.int64, device=device),
     )
 
 
@@ -375,20 +401,22 @@ def _fields(
     alignment: Tensor,
     sequence_norms: list[Tensor],
 ) -> dict[str, Tensor]:
-    """Make the results of rows those of samples, by name."""
+    """Make the results of rows those of samples, by name; most in the memory of ``rows``."""
     if problem.cu_seqlens is not None:
         return _sum_sequences(problem, rows, alignment, sequence_norms, problem.cu_seqlens)
-    grad_sqnorm, el2n = torch.empty_like(alignment), torch.empty_like(alignment)
-    ones = 1.0 if problem.bias is not None else 0.0
-    for block in thread_blocks(alignment):
-        squared = rows.residual_sqnorm[:, block]
-        torch.mul(squared, rows.feature_sqnorm[block] + ones, out=grad_sqnorm[:, block])
-        torch.sqrt(squared, out=el2n[:, block])
+    grad_sqnorm = torch.empty_like(alignment)
+    for norms, squared, features in thread_blocks(
+        grad_sqnorm, rows.residual_sqnorm, rows.feature_sqnorm
+    ):
+        if problem.bias is not None:  # a feature more, which is 1
+            features += 1
+        torch.mul(squared, features, out=norms)
+        squared.sqrt_()
     return {
         "alignment": alignment,
         "grad_sqnorm": grad_sqnorm,
         "loss": rows.loss,
-        "el2n": el2n,
+        "el2n": rows.residual_sqnorm,
         "margin": rows.margin,
         "entropy": rows.entropy,
     }

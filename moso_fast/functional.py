@@ -1,7 +1,9 @@
 """The two functions most users need: tensors in, scores or statistics out.
 
-Both stand on one ``torch.library`` operator, so they work under ``torch.compile``, under autocast
-(they compute in their own precision) and with inputs that require grad (results never do).
+They work under autocast (they compute in their own precision) and with inputs that require grad
+(results never do). Where somebody looks on who must see one operation, such as ``torch.compile``,
+they go through a ``torch.library`` operator; else straight to the engine, which saves the operator
+its own checks of the same input.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from . import engine, formulas
 from ._precision import own_precision
-from .backends import choose
+from .backends import Backend, choose
 from .problem import Problem, build_problem, compute_dtype
 
 
@@ -285,30 +287,72 @@ def _stats(
     chunk_size: int | None,
     formula: str | None,
 ) -> LastLayerStats:
-    """Run the operator on a checked problem; ``formula`` says how many samples it takes."""
+    """Score a checked problem; ``formula`` says how many samples it takes."""
     engine.check_chunk_size(chunk_size)
-    if not torch.compiler.is_compiling():  # else the operator chooses when it runs
-        backend = choose(problem, backend)[0].name
-    results = torch.ops.moso_fast.last_layer_stats(
-        problem.features,
-        weight.detach(),
-        problem.labels,
-        None if bias is None else bias.detach(),
-        problem.sample_weight,
-        problem.cu_seqlens,
-        problem.loss,
-        problem.label_smoothing,
-        problem.ignore_index,
-        problem.precision,
-        problem.nonfinite,
-        backend,
-        chunk_size,
-        formula,
-    )
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # else the operator chooses when it runs
+        chosen = choose(problem, backend)[0]
+        backend = chosen.name
+    if compiling or _watched(problem):
+        results = torch.ops.moso_fast.last_layer_stats(
+            problem.features,
+            weight.detach(),
+            problem.labels,
+            None if bias is None else bias.detach(),
+            problem.sample_weight,
+            problem.cu_seqlens,
+            problem.loss,
+            problem.label_smoothing,
+            problem.ignore_index,
+            problem.precision,
+            problem.nonfinite,
+            backend,
+            chunk_size,
+            formula,
+        )
+    else:
+        results = _run(problem, chosen, chunk_size, formula)
     alignment, grad_sqnorm, loss, el2n, margin, entropy, mean_grad_sqnorm, count = results
     return LastLayerStats(
         alignment, grad_sqnorm, loss, el2n, margin, entropy, backend, mean_grad_sqnorm, count
     )
+
+
+# What PyTorch notes for a thread while somebody there is handed every operation: modes such as
+# fake tensors and tracing for export, and the transforms of torch.func.
+_WATCHERS = (
+    torch._C.DispatchKey.Python,
+    torch._C.DispatchKey.PreDispatch,
+    torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode,
+)
+
+
+def _watched(problem: Problem) -> bool:
+    """Whether somebody is to see the operator: a mode, a transform, a tracer, a kind of tensor."""
+    if torch.jit.is_tracing() or any(
+        map(torch._C._dispatch_tls_is_dispatch_key_included, _WATCHERS)
+    ):
+        return True
+    return not (
+        _plain(problem.features)
+        and _plain(problem.weight)
+        and _plain(problem.labels)
+        and (problem.bias is None or _plain(problem.bias))
+        and (problem.sample_weight is None or _plain(problem.sample_weight))
+        and (problem.cu_seqlens is None or _plain(problem.cu_seqlens))
+    )
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor holds its numbers: what others mean, an operator finds out.
+
+    Subclasses may do anything with an operation, meta tensors have no memory, and in that of
+    ``z.conj().imag`` every number still has the wrong sign.
+    """
+    return type(tensor) is Tensor and not (tensor.is_meta or tensor.is_neg())
+
+
+_EightTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _last_layer_stats_op(
@@ -326,7 +370,8 @@ def _last_layer_stats_op(
     backend: str,
     chunk_size: int | None,
     formula: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # the schema's
+    """Do what ``_stats`` does for whoever calls the operator."""
     problem = build_problem(
         features,
         weight,
@@ -340,18 +385,25 @@ def _last_layer_stats_op(
         precision=precision,
         nonfinite=nonfinite,
     )
+    return _run(problem, choose(problem, backend)[0], chunk_size, formula)
+
+
+def _run(
+    problem: Problem, backend: Backend, chunk_size: int | None, formula: str | None
+) -> _EightTensors:
+    """Score a problem; results in the order of :class:`LastLayerStats`, (N,) for one head."""
     with own_precision(problem):
-        results = engine.run(problem, choose(problem, backend)[0], chunk_size, formula)
-    shape = results.alignment.shape if weight.dim() == 3 else results.alignment.shape[1:]
+        found = engine.run(problem, backend, chunk_size, formula)
+    shape = found.alignment.shape if problem.stacked else found.alignment.shape[1:]
     return (
-        results.alignment.reshape(shape),
-        results.grad_sqnorm.reshape(shape),
-        results.loss.reshape(shape),
-        results.el2n.reshape(shape),
-        results.margin.reshape(shape),
-        results.entropy.reshape(shape),
-        results.mean_grad_sqnorm,
-        results.count,
+        found.alignment.reshape(shape),
+        found.grad_sqnorm.reshape(shape),
+        found.loss.reshape(shape),
+        found.el2n.reshape(shape),
+        found.margin.reshape(shape),
+        found.entropy.reshape(shape),
+        found.mean_grad_sqnorm,
+        found.count,
     )
 
 

@@ -356,27 +356,27 @@ def sequence_offsets(problem: Problem) -> Tensor:
     return offsets
 
 
-def parameter_extremes(problem: Problem) -> Tensor:
-    """Least and greatest entry of weight, bias and sample_weight, of those that there are.
+def parameter_sums(problem: Problem) -> list[Tensor]:
+    """Return the sums of weight, bias and sample_weight, of those that there are, each a number.
 
-    NaN where an entry is NaN; in the compute dtype, on the device of the job.
+    Not finite where an entry is not. A sum reads once and writes one number; isfinite would make
+    three tensors of that size. In the compute dtype, on the device of the job.
     """
-    extremes: list[Tensor] = []
-    for _, value in _parameters(problem):
-        # aminmax passes NaN on and reads once; isfinite makes three tensors of that size.
-        extremes += torch.aminmax(value)
-    return torch.stack(extremes)
+    return [value.sum() for _, value in _parameters(problem)]
 
 
-def check_parameters(problem: Problem, extremes: Sequence[float]) -> None:
+def check_parameters(problem: Problem, sums: Sequence[float]) -> None:
     """Raise ValueError at the first non-finite entry of weight, bias or sample_weight.
 
-    ``extremes``: what :func:`parameter_extremes` holds.
+    ``sums``: what :func:`parameter_sums` holds.
     """
-    for number, (name, value) in enumerate(_parameters(problem)):
-        if all(map(math.isfinite, extremes[2 * number : 2 * number + 2])):
+    for (name, value), total in zip(_parameters(problem), sums, strict=True):
+        if math.isfinite(total):
             continue
-        at = (~torch.isfinite(value)).nonzero()[0].tolist()
+        found = (~torch.isfinite(value)).nonzero()
+        if not found.numel():  # the sum alone is beyond the largest number
+            continue
+        at = found[0].tolist()
         if name != "sample_weight" and not problem.stacked:
             at_shown = at[1:]
             entry = value[0][tuple(at_shown)]

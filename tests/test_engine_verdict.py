@@ -130,6 +130,26 @@ def test_data_that_are_wrong_cost_no_pass_where_reading_is_free(late, name, monk
     assert passes == (["first", "second"] if late else [] if known_before else ["first"])
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_finite_parameters_may_have_a_sum_that_is_not(backend, sign, late, monkeypatch) -> None:
+    """3e38 four times is beyond float32; what is not finite beside them is found all the same."""
+    if late and backend not in BACKENDS:
+        pytest.skip("never runs behind the host's back")
+    monkeypatch.setattr(Problem, "asynchronous", late)
+    features, labels = torch.full((6, 2), 1e-38), torch.tensor([0, 1, 2, 0, 1, 2])
+    weight, bias = torch.full((3, 2), 3e38 * sign), torch.zeros(3)
+    scores = moso_scores(features, weight, labels, bias, backend=backend)
+    assert torch.isfinite(scores).all()
+    bias[1] = INF
+    with pytest.raises(ValueError, match=r"^bias\[1\] is inf;"):
+        moso_scores(features, weight, labels, bias, backend=backend)
+    weight[1, 1] = -INF * sign
+    with pytest.raises(ValueError, match=r"^weight\[1, 1\] is -?inf;"):
+        moso_scores(features, weight, labels, bias, backend=backend)
+
+
 def test_row_numbers_and_counts_come_over_exactly() -> None:
     """Beyond 2**24, where float32 has no odd numbers, and beside parameters in float32."""
     rows = 2**24 + 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -19,8 +21,12 @@ from core_support import (
     random_case,
     score_with,
 )
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moso_fast
+from moso_fast import functional
 from moso_fast.backends import Availability, choose, get
 from moso_fast.formulas import FORMULAS
 from moso_fast.functional import LastLayerStats, explain, last_layer_stats, moso_scores
@@ -295,6 +301,152 @@ def test_errors_come_through_compiled_code(bad):
     compiled(**good)
     with pytest.raises(ValueError, match=r"^(labels\[1\] is 9|features\[0, 0\] is nan)"):
         compiled(**arguments)
+
+
+def roads(monkeypatch, call):
+    """What a call gives that goes straight to the engine, and one through the operator."""
+    found = []
+    for watched in (False, True):
+        monkeypatch.setattr(functional, "_watched", lambda problem, watched=watched: watched)
+        found.append(call())
+    return found
+
+
+@pytest.mark.raw_memory
+@pytest.mark.parametrize("sequences", [False, True])
+@pytest.mark.parametrize("heads", [None, 1, 3])
+@pytest.mark.parametrize("kind", ["ids_smoothed", "soft", "mse"])
+@pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)
+def test_with_and_without_the_operator_the_bits_are_the_same(
+    backend, dtype, kind, heads, sequences, monkeypatch
+):
+    options = {"sample_weight": torch.rand(40, generator=generator(5))}
+    if sequences:
+        options["cu_seqlens"] = torch.tensor([0, 9, 9, 40], dtype=torch.int32)
+    case = random_case(kind, n=40, heads=heads, dtype=dtype, **options)
+    straight, through = roads(monkeypatch, lambda: score_with(backend, case))
+    for name in FIELDS:
+        left, right = getattr(straight, name), getattr(through, name)
+        torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
+        assert left.stride() == right.stride()
+        assert not left.requires_grad
+    assert straight.count == through.count and straight.backend == through.backend
+    assert straight._mean_grad_sqnorm.equal(through._mean_grad_sqnorm)
+    storages = {getattr(straight, name).untyped_storage().data_ptr() for name in FIELDS}
+    assert len(storages) == len(FIELDS)  # kept or saved alone, one result is not all of them
+
+
+@pytest.mark.parametrize("bad", [{"labels": torch.tensor([0, 9])}, {"features": torch.tensor(
+    [[float("nan")] * 3, [1.0] * 3])}, {"labels": torch.tensor([0, -100])}, {"chunk_size": 0},
+    {"labels": torch.tensor([0.0, 1.0])}, {"backend": "nonsense"}])  # fmt: skip
+def test_with_and_without_the_operator_the_errors_are_the_same(bad, monkeypatch):
+    good = {
+        "features": torch.ones(2, 3),
+        "weight": torch.ones(4, 3),
+        "labels": torch.tensor([0, 1]),
+    }
+
+    def message():
+        with pytest.raises((ValueError, TypeError)) as error:
+            moso_scores(**{**good, **bad})
+        return type(error.value), str(error.value)
+
+    straight, through = roads(monkeypatch, message)
+    assert straight == through
+
+
+@each_backend
+def test_a_call_checks_its_input_and_chooses_once(backend, monkeypatch):
+    made = []
+    for name in ("build_problem", "choose"):
+        function = getattr(functional, name)
+        counted = lambda *a, f=function, n=name, **k: (made.append(n), f(*a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(functional, name, counted)
+    case = random_case("ids")
+    for call in (moso_scores, last_layer_stats):
+        made.clear()
+        call(*case.args, backend=backend)
+        assert made == ["build_problem", "choose"]
+
+
+class Seen(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def seen_by_a_mode(call, args):
+    with Seen() as seen:
+        call(*args)
+    return seen.names
+
+
+def seen_by_make_fx(call, args, **options):
+    return [str(node.target) for node in make_fx(call, **options)(*args).graph.nodes]
+
+
+def seen_by_jit(call, args):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(call, args, check_trace=False)
+    return [node.kind() for node in traced.graph.nodes()]
+
+
+def seen_by_export(call, args):
+    module = torch.nn.Module()
+    module.forward = call
+    program = torch.export.export(module, args, strict=False)
+    return [str(node.target) for node in program.graph.nodes]
+
+
+@pytest.mark.parametrize("look", [
+    seen_by_a_mode, seen_by_make_fx, partial(seen_by_make_fx, pre_dispatch=True), seen_by_jit,
+    seen_by_export,
+])  # fmt: skip
+def test_whoever_looks_on_sees_one_operator(look):
+    case = random_case("ids")
+    names = look(lambda *args: moso_scores(*args, backend="torch"), case.args)
+    assert sum("last_layer_stats" in name for name in names) == 1
+    assert not any("log1p" in name for name in names)  # as the loss takes it
+
+
+def test_tensors_without_numbers_give_shapes():
+    case = random_case("ids", heads=2)
+    got = moso_scores(*(tensor.to("meta") for tensor in case.args), backend="torch")
+    assert got.is_meta and got.shape == (2, 17)
+    fake = FakeTensorMode()
+    got = moso_scores(*map(fake.from_tensor, case.args), backend="torch")
+    assert isinstance(got, FakeTensor) and got.shape == (2, 17)
+
+
+def test_transforms_of_functions():
+    case = random_case("ids")
+    scores = partial(moso_scores, backend="torch")
+    both = torch.stack([case.features, 2 * case.features])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it takes one after the other
+        got = torch.func.vmap(lambda features: scores(features, *case.args[1:]))(both)
+    for features, found in zip(both, got, strict=True):
+        assert torch.equal(found, scores(features, *case.args[1:]))
+    total = lambda features: scores(features, *case.args[1:]).sum() + features.sum()  # noqa: E731
+    assert torch.func.grad(total)(case.features).eq(1).all()  # scores are constants
+
+
+@each_backend
+def test_negated_only_on_paper(backend):
+    """``z.conj().imag`` shares the memory of ``z``, where every sign is the other one."""
+    case = random_case("ids")
+    views = [torch.complex(torch.zeros_like(t), -t).conj().imag if t.is_floating_point() else t
+             for t in case.args]  # fmt: skip
+    assert views[0].is_neg() and torch.equal(views[0], case.features)
+    got, expected = (moso_scores(*args, backend=backend) for args in (views, case.args))
+    assert_close(got, expected, 2e-6)
 
 
 def test_environment_variable_chooses_the_backend(monkeypatch):

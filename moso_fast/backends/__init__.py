@@ -20,7 +20,7 @@ _REGISTRY: dict[str, Backend] = {
     for backend in (CpuBackend(), TritonBackend(), CudaBackend(), TorchBackend())
 }
 # What "auto" tries, in order, on each kind of device; "torch" is always there and comes last.
-_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
+_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
 def backends() -> dict[str, Availability]:
@@ -53,22 +53,23 @@ def choose(problem: Problem, requested: str = "auto") -> tuple[Backend, list[str
         source = f"{ENVIRONMENT_VARIABLE}={requested}"
     if requested != "auto":
         backend = get(requested)
-        reason = _refusal(backend, problem)
+        reason = _refusal(backend, backend.availability(), problem)
         if reason is not None:
             raise ValueError(f"{source} cannot run this problem: {reason}")
         return backend, [f"{requested}: asked for by {source}"]
     reasons: list[str] = []
     for name in _PREFERENCE.get(problem.device.type, ("torch",)):
         backend = get(name)
-        reason = _refusal(backend, problem) or backend.not_by_default(problem)
+        availability = backend.availability()
+        reason = _refusal(backend, availability, problem) or backend.not_by_default(problem)
         if reason is None:
-            return backend, [*reasons, f"{name}: chosen, {backend.availability().reason}"]
+            return backend, [*reasons, f"{name}: chosen, {availability.reason}"]
         reasons.append(f"{name}: not used, {reason}")
     raise RuntimeError("no backend can run this problem: " + "; ".join(reasons))
 
 
-def _refusal(backend: Backend, problem: Problem) -> str | None:
-    availability = backend.availability()
+def _refusal(backend: Backend, availability: Availability, problem: Problem) -> str | None:
+    """Why ``backend`` cannot run ``problem``, or None."""
     if not availability.available:
         return availability.reason
     if problem.streamed and not backend.streams:

@@ -15,7 +15,7 @@ from ..problem import (
     Problem,
 )
 from .base import Availability, Backend
-from .common import alignments, gradient_sum, logits_of, note, safe_features, safe_labels
+from .common import alignments, gradient_sum, logits_of, safe_features, safe_labels
 
 _MAX_CHUNK_ROWS = 8192
 # A float32 partial of the mean gradient sums at most this many rows: with rows all alike
@@ -73,11 +73,10 @@ class TorchBackend(Backend):
         if problem.loss != "mse":
             total = total + stats.entropy  # NaN where some logit is -inf, the others being finite
         overflow = counted & finite & ~torch.isfinite(total).all(1)
-        note(out.status, STATUS_LABEL, bad_label, rows)
-        note(out.status, STATUS_FEATURE, bad_feature, rows)
-        note(out.status, STATUS_LOGITS, overflow, rows)
+        bad = {STATUS_LABEL: bad_label, STATUS_FEATURE: bad_feature, STATUS_LOGITS: overflow}
         if problem.soft_labels:
-            note(out.status, STATUS_TARGET, _bad_target(problem, labels), rows)
+            bad[STATUS_TARGET] = _bad_target(problem, labels)
+        _note(out.status, bad, rows)
         flat = residual.reshape(residual.shape[0], -1)
         slab_rows = _SLAB_ROWS.get(problem.device.type, _SLAB_ROWS["cpu"])
         grad_sum = gradient_sum(flat, features, slab_rows)
@@ -118,6 +117,19 @@ def _residual(problem, rows, features, labels, counted):  # type: ignore[no-unty
         sample_weight=weights,
     )
     return stats.residual.masked_fill_(~counted[:, None, None], 0.0), stats
+
+
+def _note(status: Tensor, bad: dict[int, Tensor], rows: slice) -> None:
+    """Keep the smallest bad row of every slot: all slots at once, and nobody waits for a device.
+
+    ``bad`` has the masks of the first slots, by slot.
+    """
+    if rows.start == rows.stop:
+        return
+    masks = torch.stack([bad[slot] for slot in range(len(bad))])
+    known = status[: len(bad)]
+    index = torch.arange(rows.start, rows.stop, device=status.device)
+    torch.minimum(known, torch.where(masks, index, known[:, None]).amin(1), out=known)
 
 
 def _bad_target(problem: Problem, targets: Tensor) -> Tensor:

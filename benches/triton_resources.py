@@ -32,6 +32,9 @@ PROVIDERS = (
     ("aot_products", "product_cases"),
     ("aot_few_classes", "cases"),
     ("aot_few_classes", "widened_cases"),
+    ("aot_row_tiles", "row_tiles_cases"),
+    ("aot_row_tiles", "widened_cases"),
+    ("aot_row_tiles", "column_cases"),
 )
 # What multiplies, quickest first; FFMA stands for the CUDA cores.
 _INSTRUCTIONS = ("UTCHMMA", "HGMMA", "HMMA", "FFMA")

@@ -49,22 +49,31 @@ PARTIAL_BYTES = 2**28
 
 
 class Choice(NamedTuple):
-    """A tile and the operands it is for; see :func:`choose_tile`."""
+    """A tile and the operands it is for; see :func:`choose_tile`.
+
+    ``narrow``: residuals are bfloat16 where they lie, and go to the tensor cores as they are.
+    """
 
     rounded: bool
     aligned: bool
     tile: Tile
+    narrow: bool = False
+    majors: tuple[int, ...] = (8, 9, 10)  # compute capabilities: none spills there
 
 
-# By the compiler's figures and the traffic model, not yet by a clock: the largest that compile
-# without spills on sm_80, sm_90 and sm_100. Numbers that must be fetched one by one, because rows
-# are not aligned, take an address each: smaller tiles.
+# The largest that compile without spills on sm_80, sm_90 and sm_100. Numbers that must be fetched
+# one by one, because rows are not aligned, take an address each: smaller tiles. Of the narrow ones
+# the quickest on an H200 or within a few hundredths of it; the others no clock has compared.
 TILES = (
     Choice(True, True, Tile(64, 64, 128, 8, 3, 128, 92160, "HGMMA")),
     Choice(True, True, Tile(32, 128, 128, 8, 3, 192, 66560, "HGMMA")),
     Choice(True, False, Tile(32, 64, 64, 8, 3, 152, 30720, "HGMMA")),
     Choice(False, True, Tile(32, 64, 128, 8, 3, 252, 83968, "HGMMA")),
     Choice(False, False, Tile(32, 64, 32, 8, 3, 160, 34816, "HGMMA")),
+    Choice(True, True, Tile(64, 64, 128, 4, 3, 255, 73_744, "HGMMA"), True),
+    Choice(True, True, Tile(64, 128, 128, 8, 3, 188, 98_320, "HGMMA"), True),
+    Choice(True, True, Tile(64, 64, 256, 8, 3, 208, 122_896, "HGMMA"), True),
+    Choice(True, True, Tile(64, 128, 256, 8, 3, 238, 147_472, "HGMMA"), True, (9, 10)),
 )
 
 
@@ -124,24 +133,34 @@ def gradient_sum(
     rows, classes, dim = *residual.shape, features.shape[1]
     device = features.device
     if tile is None:
-        tile = choose_tile(classes, dim, rounded, aligned(residual) and aligned(features))
+        straight = aligned(residual) and aligned(features)
+        tile = choose_tile(classes, dim, rounded, straight, residual.dtype == torch.bfloat16)
     tiles = triton.cdiv(classes, tile.classes) * triton.cdiv(dim, tile.dim)
     length = slab_rows(rows, tiles, tile.rows, precision)
     slabs = triton.cdiv(rows, length)
     at_once = max(1, min(slabs, PARTIAL_BYTES // (4 * classes * dim)))
-    total = GradientSum(
-        torch.zeros(classes, dim, dtype=torch.float64, device=device),
-        torch.zeros(classes, dtype=torch.float64, device=device) if bias else None,
-    )
+    if rows == 0:
+        nothing = torch.zeros(classes, dim + 1, dtype=torch.float64, device=device)
+        return GradientSum(nothing[:, :dim].contiguous(), nothing[:, dim] if bias else None)
     partial = torch.empty(at_once, classes, dim, device=device)
     bias_partial = torch.empty(at_once, classes, device=device) if bias else None
+    total: GradientSum | None = None
     for first in range(0, slabs, at_once):
         here = min(at_once, slabs - first)
         out = PartialSums(partial[:here], None if bias_partial is None else bias_partial[:here])
         partial_sums(residual, features, counted, out, first, length, tile, precision)
-        total.grad.add_(out.grad.sum(0, dtype=torch.float64))
-        if total.bias is not None and out.bias is not None:
-            total.bias.add_(out.bias.sum(0, dtype=torch.float64))
+        sums = (None if p is None else p.sum(0, dtype=torch.float64) for p in out)
+        part = GradientSum(*sums)
+        total = part if total is None else _add(total, part)
+    assert total is not None
+    return total
+
+
+def _add(total: GradientSum, part: GradientSum) -> GradientSum:
+    """Add ``part`` to ``total`` in its memory."""
+    for sums, more in zip(total, part, strict=True):
+        if sums is not None:
+            sums.add_(more)
     return total
 
 
@@ -193,14 +212,19 @@ def partial_sums(
         )
 
 
-def choose_tile(classes: int, dim: int, rounded: bool, aligned: bool = True) -> Tile:
+def choose_tile(
+    classes: int, dim: int, rounded: bool, aligned: bool = True, narrow: bool = False
+) -> Tile:
     """Return the tile for M = ``classes`` and D = ``dim``.
 
     ``rounded``: bfloat16 operands, else float32. ``aligned``: rows of both operands begin at
-    multiples of 16 bytes and are so long. Of the tiles for these, the smallest that holds all
-    classes and the whole width, else the largest.
+    multiples of 16 bytes and are so long. ``narrow``: residuals are bfloat16 already. Of the tiles
+    for these, the first that holds all classes, else the last that every GPU can take.
     """
-    fitting = [t for t in TILES if (t.rounded, t.aligned) == (rounded, aligned)]
+    wanted = rounded, aligned, narrow and aligned
+    fitting = [
+        t for t in TILES if (t.rounded, t.aligned, t.narrow) == wanted and len(t.majors) == 3
+    ]
     holding = (t for t in fitting if classes <= t.tile.classes)
     return next(holding, fitting[-1]).tile
 
@@ -253,8 +277,6 @@ def gradient_sum_kernel(
     residual_at = residual + row[:, None] * RESIDUAL_STRIDE + column[None, :]
     feature_at = features + row[:, None] * FEATURE_STRIDE + d[None, :]
     grad = tl.zeros([BLOCK_CLASSES, BLOCK_DIM], tl.float32)
-    # Every element on its own: lanes meet once, after the walk.
-    bias = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
     for step in range(0, length, BLOCK_ROWS):
         live = step + lane < length
         if counted is not None:
@@ -262,20 +284,30 @@ def gradient_sum_kernel(
         # 0 in both operands: a row that does not count may hold NaN, and 0 NaN is NaN.
         r = tl.load(residual_at, mask=live[:, None] & (column < CLASSES)[None, :], other=0.0)
         h = tl.load(feature_at, mask=live[:, None] & (d < DIM)[None, :], other=0.0)
-        if bias_partial is not None:
-            bias += r.to(tl.float32)
         r = as_operand(r, ROUND, UPCAST)
         h = as_operand(h, ROUND, UPCAST)
         grad = tl.dot(tl.trans(r), h, grad, input_precision=PRECISION)
         residual_at += BLOCK_ROWS * RESIDUAL_STRIDE
         feature_at += BLOCK_ROWS * FEATURE_STRIDE
 
+    if bias_partial is not None and dim_tile == 0:
+        # A walk of its own: see operands.as_operand.
+        residual_at = residual + row[:, None] * RESIDUAL_STRIDE + column[None, :]
+        # Every element on its own: lanes meet once, after the walk.
+        bias = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
+        for step in range(0, length, BLOCK_ROWS):
+            live = step + lane < length
+            if counted is not None:
+                live &= tl.load(counted + first + step + lane, mask=live, other=0).to(tl.int1)
+            inside = live[:, None] & (column < CLASSES)[None, :]
+            bias += tl.load(residual_at, mask=inside, other=0.0).to(tl.float32)
+            residual_at += BLOCK_ROWS * RESIDUAL_STRIDE
+        bias_at = bias_partial + slab * CLASSES + column
+        tl.store(bias_at, tl.sum(bias, axis=0), mask=column < CLASSES)
+
     out = slab * CLASSES + column
     inside = (column < CLASSES)[:, None] & (d < DIM)[None, :]
     tl.store(partial + out[:, None] * DIM + d[None, :], grad, mask=inside)
-    if bias_partial is not None:
-        only_once = column < tl.where(dim_tile == 0, CLASSES, 0)
-        tl.store(bias_partial + out, tl.sum(bias, axis=0), mask=only_once)
 
 
 def _check(residual: Tensor, features: Tensor, precision: str) -> bool:

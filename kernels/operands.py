@@ -27,6 +27,11 @@ MOST_ROWS = {"highest": 2048, "high": 8192, "medium": 8192}
 def as_operand(x, ROUND: tl.constexpr, UPCAST: tl.constexpr):
     """Return ``x`` as an operand of tl.dot: bfloat16 if ROUND, else float32.
 
+    What is loaded in a loop for a product must not be used there for anything else, such as a norm
+    or a sum: the tensor cores of an H100 read it in shared memory while the loop goes on, and for
+    a tile that goes to registers too Triton (3.6 at least) keeps one buffer less than that takes:
+    the next copy overwrites what is still being read. tests/aot_products.py looks for it.
+
     UPCAST, for the interpreter, whose bfloat16 arithmetic is wrong: the rounded values in float32.
     """
     if ROUND:

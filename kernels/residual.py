@@ -38,6 +38,18 @@ class SoftmaxState(NamedTuple):
     label_residual: Tensor
 
 
+class NarrowResiduals(NamedTuple):
+    """Residuals of one head as matrix products want them, instead of those in place.
+
+    ``residual`` (n, M) bfloat16, contiguous, M at least C: zeros behind the classes; rows of a
+    multiple of 16 bytes are read fastest. ``lost`` (n,) float32, contiguous: |r|^2 less that of
+    the rounded residual.
+    """
+
+    residual: Tensor
+    lost: Tensor
+
+
 @dataclass(frozen=True)
 class RowConfig:
     """One tile, and the resources that every variant compiled for it keeps to.
@@ -81,6 +93,22 @@ SOFT_CONFIGS = (
     _LONGEST,
     RowConfig(None, 1, 2048, 16, 112, 1024),
 )
+# Narrow residuals: 16 bytes of them are twice the lanes of 16 bytes of logits, and a tile that
+# leaves a thread fewer pays for moving logits between threads. On an H200, 100 classes: 8 x 128
+# with 4 warps took three times as long as 16 x 128 with 8 (32 x 128 with 16 is the same work a
+# warp, and spills nowhere). 1000: 1 x 1024 with 4 a third longer than with 2. 128,256: 1 x 4096
+# with 16 a third longer than 1 x 2048 with 8.
+NARROW_CONFIGS = (
+    _ONE_TILE[1],
+    RowConfig(128, 32, 128, 16, 64, 1024),
+    RowConfig(256, 4, 256, 4, 128, 4096),
+    RowConfig(512, 1, 512, 1, 128, 1024),
+    RowConfig(1024, 1, 1024, 2, 128, 1024),
+    RowConfig(2048, 1, 2048, 4, 128, 1024),
+    RowConfig(4096, 1, 4096, 8, 128, 1024),
+    RowConfig(8192, 1, 8192, 16, 128, 1024),
+    RowConfig(None, 1, 2048, 8, 128, 1024),
+)
 ELEMENTWISE_CONFIGS = (
     RowConfig(4, 256, 4, 4, 128, 1024),
     RowConfig(32, 32, 32, 4, 128, 1024),
@@ -88,9 +116,13 @@ ELEMENTWISE_CONFIGS = (
 )
 
 
-def choose_config(classes: int, *, loss: str = "cross_entropy", soft: bool = False) -> RowConfig:
+def choose_config(
+    classes: int, *, loss: str = "cross_entropy", soft: bool = False, narrow: bool = False
+) -> RowConfig:
     """Return the tile for C = ``classes``: the smallest that holds a row, else one that loops."""
-    if loss != "cross_entropy":
+    if narrow:
+        configs = NARROW_CONFIGS
+    elif loss != "cross_entropy":
         configs = ELEMENTWISE_CONFIGS
     else:
         configs = SOFT_CONFIGS if soft else IDS_CONFIGS
@@ -111,6 +143,9 @@ def residual_rows(
     sample_weight: Tensor | None = None,
     counted: Tensor | None = None,
     softmax: SoftmaxState | None = None,
+    bias: Tensor | None = None,
+    narrow: NarrowResiduals | None = None,
+    config: RowConfig | None = None,
 ) -> None:
     """Overwrite logits by residuals dloss/dlogits and write the statistics of every row.
 
@@ -151,6 +186,12 @@ def residual_rows(
     softmax
         Where to leave what ``stacked_alignment`` computes residuals from; cross-entropy with
         class ids only. Strides as in ``out``.
+    bias
+        (K * C,) float32, contiguous, added to the logits; None: they have it. Cross-entropy only.
+    narrow
+        Where the residuals of one head go; the logits stay then. Cross-entropy only.
+    config
+        A tile, or None for ``choose_config``'s.
 
     Raises
     ------
@@ -165,9 +206,15 @@ def residual_rows(
         _check_outputs("softmax", softmax, rows, heads, out.loss.stride(0), logits.device)
     _check_vector("sample_weight", sample_weight, rows, torch.float32, logits.device)
     _check_vector("counted", counted, rows, torch.bool, logits.device)
+    if loss != "cross_entropy" and (bias is not None or narrow is not None):
+        raise ValueError(f"bias and narrow go with cross_entropy; got {loss}")
+    _check_vector("bias", bias, logits.shape[1], torch.float32, logits.device)
+    if config is None:
+        config = choose_config(classes, loss=loss, soft=soft, narrow=narrow is not None)
+    if narrow is not None:
+        _check_narrow(narrow, rows, heads, classes, config, logits.device)
     if rows == 0:
         return
-    config = choose_config(classes, loss=loss, soft=soft)
     items = rows * heads
     grid = (triton.cdiv(items, config.block_rows),)
     arguments = dict(
@@ -196,6 +243,10 @@ def residual_rows(
                 softmax_top=softmax.top if softmax else None,
                 softmax_log_sum=softmax.log_sum if softmax else None,
                 label_residual=softmax.label_residual if softmax else None,
+                bias=bias,
+                narrow=narrow.residual if narrow else None,
+                lost=narrow.lost if narrow else None,
+                COLUMNS=narrow.residual.shape[1] if narrow else 0,
                 **arguments,
             )
         else:
@@ -240,6 +291,28 @@ def _check(
         if value.device != logits.device:
             raise ValueError(f"{name} must be on {logits.device} with logits, got {value.device}")
     return rows, heads
+
+
+def _check_narrow(
+    narrow: NarrowResiduals,
+    rows: int,
+    heads: int,
+    classes: int,
+    config: RowConfig,
+    device: torch.device,
+) -> None:
+    """Raise ValueError unless the residuals of one head fit there."""
+    residual, lost = narrow
+    walked = config.block_classes * triton.cdiv(classes, config.block_classes)
+    fits = residual.dim() == 2 and residual.shape[0] == rows and heads == 1
+    if not fits or not classes <= residual.shape[1] <= walked or not residual.is_contiguous():
+        raise ValueError(
+            f"narrow.residual must be contiguous ({rows}, {classes} to {walked}) and of one head; "
+            f"got {_describe(residual)} for {heads}"
+        )
+    if residual.dtype != torch.bfloat16 or residual.device != device:
+        raise ValueError(f"narrow.residual must be bfloat16 on {device}; got {_describe(residual)}")
+    _check_vector("narrow.lost", lost, rows, torch.float32, device)
 
 
 def _check_outputs(

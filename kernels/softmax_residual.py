@@ -1,4 +1,7 @@
-"""Softmax cross-entropy: logits become residuals in place, and every row yields its statistics.
+"""Softmax cross-entropy: logits become residuals, and every row yields its statistics.
+
+Residuals take the place of the logits, or go to a matrix of their own, in bfloat16 and in rows of
+a multiple of 16 bytes, as matrix products want them. The bias can be added on the way in.
 
 For logits z of one (row, head) with label y, C classes, smoothing eps and sample weight w::
 
@@ -92,6 +95,18 @@ def _merge_lanes(top, rest):
 
 
 @triton.jit
+def _with_bias(z, bias, head, column, live, HEADS: tl.constexpr, CLASSES: tl.constexpr):
+    """Logits ``z`` (items, lanes) of the columns (1, lanes) plus their bias, if there is one."""
+    if bias is None:
+        return z
+    elif HEADS == 1:  # the same line for all rows
+        return z + tl.load(bias + column, mask=column < CLASSES, other=0.0)
+    else:
+        inside = (column < CLASSES) & live[:, None]
+        return z + tl.load(bias + head[:, None] * CLASSES + column, mask=inside, other=0.0)
+
+
+@triton.jit
 def softmax_residual_kernel(
     logits,  # (n, K * C) float32: logits in, residuals out
     labels,  # (n,) integers; SOFT: (n, C) floats
@@ -119,6 +134,10 @@ def softmax_residual_kernel(
     softmax_top=None,  # (K, n) float32 or None, as the next two; see residual.SoftmaxState
     softmax_log_sum=None,
     label_residual=None,
+    bias=None,  # (K * C,) float32, added to the logits; None: they have it
+    narrow=None,  # (n, COLUMNS) bfloat16: where residuals go, the logits stay; HEADS == 1
+    lost=None,  # (n,) float32: |r|^2 less that of the stored residual; with narrow
+    COLUMNS: tl.constexpr = 0,  # of narrow: CLASSES and zeros behind them
 ):
     """Softmax residual in place and row statistics; see the head of this file."""
     ONE_TILE: tl.constexpr = BLOCK_CLASSES >= CLASSES
@@ -148,10 +167,13 @@ def softmax_residual_kernel(
         note_first_row(status, _LABEL, live & (in_range == 0), row + first_row)
         live &= in_range
     z_label = tl.load(base + label, mask=live, other=0.0)
+    if bias is not None:
+        z_label += tl.load(bias + head * CLASSES + label, mask=live, other=0.0)
 
     # First walk: max and sum over the classes that are not the label.
     if ONE_TILE:
         z = tl.load(base[:, None] + lane, mask=(lane < CLASSES) & live[:, None], other=0.0)
+        z = _with_bias(z, bias, head, lane, live, HEADS, CLASSES)
         rival = (lane < CLASSES) & (lane != label[:, None])
         top = tl.where(rival, z, -INF)
         rest = tl.where(is_finite(z), 0.0, float("nan"))
@@ -164,6 +186,7 @@ def softmax_residual_kernel(
             z = tl.load(
                 base[:, None] + column, mask=inside, other=0.0, eviction_policy="evict_last"
             )
+            z = _with_bias(z, bias, head, column, live, HEADS, CLASSES)
             rival = inside & (column != label[:, None])
             x = tl.where(rival, z, -INF)
             higher = x > top
@@ -192,6 +215,7 @@ def softmax_residual_kernel(
     tl.debug_barrier()
 
     # Second walk: residuals out, sums over classes.
+    missing = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
     squares = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
     spread = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
     cost = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
@@ -205,6 +229,7 @@ def softmax_residual_kernel(
             z = tl.load(
                 base[:, None] + column, mask=inside, other=0.0, eviction_policy="evict_first"
             )
+            z = _with_bias(z, bias, head, column, live, HEADS, CLASSES)
         below = tl.where(inside, top[:, None] - z, 0.0)
         e = tl.where(inside, tl.exp(-below), 0.0)
         p = e * inverse[:, None]
@@ -224,7 +249,13 @@ def softmax_residual_kernel(
                 r += tl.where(is_label, smoothing - smoothing / CLASSES, -smoothing / CLASSES)
                 cost += below
         r = tl.where(inside & sane[:, None], r * scale[:, None], 0.0)
-        tl.store(base[:, None] + column, r, mask=stored)
+        if narrow is None:
+            tl.store(base[:, None] + column, r, mask=stored)
+        else:
+            rounded = r.to(tl.bfloat16)
+            padded = (column < COLUMNS) & exists[:, None]
+            tl.store(narrow + row[:, None] * COLUMNS + column, rounded, mask=padded)
+            missing += (r - rounded.to(tl.float32)) * (r + rounded.to(tl.float32))
         squares += r * r
         spread += tl.where(e == 0.0, 0.0, e * below)  # 0 * inf is no entropy
 
@@ -245,6 +276,8 @@ def softmax_residual_kernel(
     tl.store(margin + out, tl.where(sane, z_label - top_rival, float("nan")), mask=exists)
     spread_mean = tl.sum(spread, axis=1) * inverse
     tl.store(entropy + out, tl.where(sane, log_sum + spread_mean, float("nan")), mask=exists)
+    if narrow is not None:
+        tl.store(lost + row, tl.sum(missing, axis=1), mask=exists)
     if softmax_top is not None:
         r_label = -not_label
         if SMOOTH:

@@ -157,7 +157,7 @@ def stacked_alignment(
             labels,
             *softmax,
             sample_weight,
-            *(self_term or (None, None)),
+            *(self_term[:2] if self_term else (None, None)),
             parts,
             rows=rows,
             part_stride=parts.stride(0),

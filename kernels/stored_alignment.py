@@ -72,18 +72,23 @@ PROJECT_TILES = (
     Choice(False, False, Tile(64, 32, 32, 8, 3, 248, 34816, "HGMMA")),
 )
 PULL_TILES = (
-    Choice(True, True, Tile(128, 64, 128, 8, 3, 255, 116736, "HGMMA")),
-    Choice(True, False, Tile(64, 32, 64, 8, 3, 192, 26624, "HGMMA")),
+    Choice(True, True, Tile(64, 64, 128, 8, 3, 255, 81_936, "HGMMA")),
+    Choice(True, False, Tile(64, 32, 64, 8, 3, 208, 26624, "HGMMA")),
     Choice(False, True, Tile(64, 32, 128, 8, 3, 248, 83968, "HGMMA")),
-    Choice(False, False, Tile(64, 32, 32, 8, 3, 192, 34816, "HGMMA")),
+    Choice(False, False, Tile(64, 32, 32, 8, 3, 192, 36_880, "HGMMA")),
 )
 
 
 class SelfTerm(NamedTuple):
-    """What restores a row's product with itself: |h_i|^2, (n,) float32, and N, () int64."""
+    """What restores a row's product with itself: |h_i|^2, (n,) float32, and N, () int64.
+
+    ``lost`` (n,) float32: |r_i|^2 less that of residuals stored in bfloat16, which tell no more
+    what rounding took; of one head. None: the residuals are what they were.
+    """
 
     feature_sqnorm: Tensor
     count: Tensor
+    lost: Tensor | None = None
 
 
 def stored_alignment(
@@ -154,6 +159,10 @@ def stored_alignment(
         return
     classes = mean_grad.shape[0] // heads
     project = order == "project" or (order is None and classes <= dim)
+    lost = None if self_term is None else self_term.lost
+    if lost is not None and heads > 1:
+        raise ValueError(f"self_term.lost is of one head; got {heads}")
+    check_vector("self_term.lost", lost, rows, torch.float32, device)
     if tile is None:
         straight = all(aligned(matrix) for matrix in (features, residual, mean_grad))
         straight = straight and classes * residual.element_size() % 16 == 0
@@ -171,7 +180,7 @@ def stored_alignment(
             mean_grad,
             mean_bias_grad,
             counted,
-            *(self_term or (None, None)),
+            *(self_term[:2] if self_term else (None, None)),
             parts,
             rows=rows,
             part_stride=parts.stride(0),
@@ -191,6 +200,7 @@ def stored_alignment(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=True,  # named, since Triton 3.10 changes the default
+            lost=lost,
         )
     add_parts(parts, out, splits)
 

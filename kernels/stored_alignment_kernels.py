@@ -62,11 +62,12 @@ def projected_alignment_kernel(
     ROUND: tl.constexpr,  # bfloat16 operands
     PRECISION: tl.constexpr,  # of float32 operands
     UPCAST: tl.constexpr,
+    lost=None,  # (rows,) float32: |r|^2 less that of the stored residual, HEADS == 1
 ):
     """S = H G^T tile by tile, folded with R; one part of every row."""
     TILES: tl.constexpr = (CLASSES + BLOCK_CLASSES - 1) // BLOCK_CLASSES
     EACH: tl.constexpr = (TILES + SPLITS - 1) // SPLITS
-    SELF: tl.constexpr = feature_sqnorm is not None
+    SELF: tl.constexpr = feature_sqnorm is not None and lost is None
     part = tl.program_id(0) % (HEADS * SPLITS)
     head = part // SPLITS
     split = part % SPLITS
@@ -84,6 +85,10 @@ def projected_alignment_kernel(
     feature_at = features + row[:, None] * FEATURE_STRIDE + d[None, :]
     residual_at = residual + row[:, None] * RESIDUAL_STRIDE + grad_row
     dot = tl.zeros([BLOCK_ROWS], tl.float32)
+    if lost is not None:
+        once = live & (row < tl.where(split == 0, rows, 0))  # one part has it
+        given_back = tl.load(lost + row, mask=once, other=0.0)
+        dot += own_weight(feature_sqnorm, count, row, once) * given_back
     for tile in range(split * EACH, tl.minimum(split * EACH + EACH, TILES)):
         first = tile * BLOCK_CLASSES
         column = first + tl.arange(0, BLOCK_CLASSES)
@@ -135,6 +140,7 @@ def pulled_alignment_kernel(
     ROUND: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    lost=None,
 ):
     """One tile of Q = R G, folded with H; arguments as of projected_alignment_kernel."""
     part = tl.program_id(0) % (HEADS * SPLITS)
@@ -156,24 +162,33 @@ def pulled_alignment_kernel(
     residual_at = residual + row[:, None] * RESIDUAL_STRIDE + grad_row + lane[None, :]
     grad_at = mean_grad + (grad_row + lane)[:, None] * GRAD_STRIDE + d[None, :]
     q = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-    rest = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
     for start in range(0, CLASSES, BLOCK_CLASSES):
         inside = start + lane < CLASSES
-        r = tl.load(residual_at, mask=live[:, None] & inside[None, :], other=0.0)
+        r = tl.load(residual_at + start, mask=live[:, None] & inside[None, :], other=0.0)
         g = tl.load(grad_at, mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
-        exact = r.to(tl.float32)
-        if mean_bias_grad is not None:
-            bias = tl.load(mean_bias_grad + grad_row + start + lane, mask=inside, other=0.0)
-            rest += exact * bias[None, :]
-        if feature_sqnorm is not None:
-            rounded = exact.to(tl.bfloat16).to(tl.float32)
-            rest += (exact - rounded) * (exact + rounded) * own[:, None]
         r = as_operand(r, ROUND, UPCAST)
         g = as_operand(g, ROUND, UPCAST)
         q = tl.dot(r, g, q, input_precision=PRECISION)
-        residual_at += BLOCK_CLASSES
         grad_at += BLOCK_CLASSES * GRAD_STRIDE
-    dot = tl.where(extra, tl.sum(rest, axis=1), 0.0)
+    dot = tl.zeros([BLOCK_ROWS], tl.float32)
+    restores: tl.constexpr = feature_sqnorm is not None and lost is None
+    if (mean_bias_grad is not None or restores) and dim_tile == 0:
+        # A walk of its own: see operands.as_operand.
+        rest = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
+        for start in range(0, CLASSES, BLOCK_CLASSES):
+            inside = start + lane < CLASSES
+            exact = tl.load(
+                residual_at + start, mask=live[:, None] & inside[None, :], other=0.0
+            ).to(tl.float32)
+            if mean_bias_grad is not None:
+                bias = tl.load(mean_bias_grad + grad_row + start + lane, mask=inside, other=0.0)
+                rest += exact * bias[None, :]
+            if restores:
+                rounded = exact.to(tl.bfloat16).to(tl.float32)
+                rest += (exact - rounded) * (exact + rounded) * own[:, None]
+        dot += tl.sum(rest, axis=1)
+    if lost is not None:
+        dot += own * tl.load(lost + row, mask=extra, other=0.0)
     feature_at = features + row[:, None] * FEATURE_STRIDE + d[None, :]
     h = tl.load(feature_at, mask=live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
     dot += tl.sum(q * h, axis=1)

@@ -1,6 +1,7 @@
-"""``python benches/gpu COMMAND``: check, predict, pack; each has ``--help``.
+"""``python benches/gpu COMMAND``: check, variants, predict, pack; each has ``--help``.
 
     check      tests and timings on this machine's GPU, five minutes a run, goes on where it ended
+    variants   times tiles of the kernels, shipped ones and others, beside products by cuBLAS
     predict    write benches/results/gpu_predictions.md and .json anew
     pack       build the CUDA module for another machine and pack what that machine lacks
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "check": "gpu.check.main",
     "predict": "gpu.model.predictions",
     "pack": "gpu.pack",
+    "variants": "gpu.variants",
     "compile": "gpu.compile_times",
     # What the check starts:
     "worker": "gpu.check.worker",

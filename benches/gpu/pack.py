@@ -32,8 +32,8 @@ SITE = FOLDER / "site"  # worker.py finds packages there
 COMMIT = FOLDER / "commit"
 MOST_BYTES = 40 * 2**20
 TOOLS = ("setuptools>=77", "pybind11>=2.13", "ninja>=1.11")
-# A hanging test names itself and lets the others go on; energy of a call.
-PACKAGES = ("pytest-timeout", "nvidia-ml-py")
+# A hanging test names itself and lets the others go on; energy of a call; peers' losses.
+PACKAGES = ("pytest-timeout", "nvidia-ml-py", "liger-kernel", "cut-cross-entropy")
 _ASK = (
     "import json, sysconfig as s; print(json.dumps([s.get_config_var('EXT_SUFFIX'),"
     " s.get_paths()['include']]))"

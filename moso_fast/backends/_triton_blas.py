@@ -2,7 +2,8 @@
 
 The logits of a chunk, float32, become its residuals where they lie, and the same launch writes
 every row statistic: no second tensor of rows x classes, no softmax, no one-hot. Every loss, any
-number of heads and classes.
+number of heads and classes. Where the products round residuals to bfloat16 anyway, for one head,
+the kernel writes them so ("narrow"): half the memory, and no copy.
 
 bfloat16 features at precision "medium" stay bfloat16 as operands, and weights, residuals and the
 mean gradient are rounded to it for the products alone. float16 cannot hold residuals (1e-8 is
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..engine import FirstPass, RowBuffers
 from ..problem import STATUS_FEATURE, STATUS_LOGITS, Problem
+from ._triton_products import features_and_norms, lost_of, sum_narrow_gradients
 from ._triton_regime import (
     SLAB_ROWS,
     Regime,
@@ -28,14 +30,13 @@ from ._triton_regime import (
     operand_dtype,
     operand_name,
 )
-from .common import alignments, gradient_sum, logits_of, note, safe_features
+from .common import alignments, gradient_sum, logits_of, note, product, safe_features
 
 # Numbers of a block of residuals whose lost self-terms are summed at a time, and the bytes that
 # the sum takes for each.
 BLOCK_NUMBERS = 2**24
 _BLOCK_BYTES = 16
-# Bytes of partial gradient sums that share a launch. Larger ones take one slab at a time: then a
-# slab is work enough for a launch of its own.
+# Bytes of partial gradient sums that share a launch.
 _BATCH_BYTES = 2**28
 
 
@@ -51,6 +52,8 @@ class BlasRegime(Regime):
 
     def row_bytes(self, problem: Problem) -> int:
         """Logits, a product of the same size, operand copies."""
+        if narrow_ones(problem):  # residuals are counted where they are kept
+            return 4 * (problem.classes + min(problem.classes, problem.dim) + 16)
         a_row = 8 * problem.heads * problem.classes
         operand = operand_dtype(problem)
         if operand.itemsize == 2:
@@ -65,11 +68,10 @@ class BlasRegime(Regime):
         """Gradient sums and what is added to them, in float64; float32 sums of slabs; a block."""
         rows = min(problem.rows, self.chunk_rows(problem))
         numbers = problem.weight.numel()
-        partial = 4 * max(1, rows // SLAB_ROWS[problem.precision]) * numbers
-        if partial > _BATCH_BYTES:
-            partial = 4 * numbers
+        slabs = min(rows // SLAB_ROWS[problem.precision], _BATCH_BYTES // (4 * numbers))
+        partial = 4 * max(1, slabs) * numbers
         block = 0
-        if operand_dtype(problem).itemsize == 2:
+        if operand_dtype(problem).itemsize == 2 and not narrow_ones(problem):
             block = _BLOCK_BYTES * min(rows * problem.heads * problem.classes, BLOCK_NUMBERS)
         return 16 * numbers + partial + block
 
@@ -81,7 +83,9 @@ class BlasRegime(Regime):
         self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
     ) -> FirstPass:
         """See :class:`moso_fast.backends.base.Backend`."""
-        features = features_and_norms(problem, rows, out)
+        if narrow_ones(problem):
+            return self._narrow_first_pass(problem, rows, out, keep_residual)
+        features = cleared_features(problem, rows, out)
         residual = residuals(problem, rows, out, features)
         note_norms(problem, rows, out)
         slab_rows = SLAB_ROWS[problem.precision]
@@ -108,6 +112,12 @@ class BlasRegime(Regime):
         """See :class:`moso_fast.backends.base.Backend`."""
         # Rows that do not count may hold anything; each touches its own result alone.
         features = problem.feature_rows(rows).to(operand_dtype(problem))
+        if narrow_ones(problem):
+            if residual is None:
+                residual = narrow_residuals(problem, rows, out, features)[:, None]
+            flat = residual[:, 0]
+            align_narrow(problem, rows, out, features, flat, mean_grad, mean_bias_grad, alignment)
+            return
         if residual is None:
             flat = residuals(problem, rows, out, features)
             residual = flat.reshape(-1, problem.heads, problem.classes)
@@ -115,6 +125,29 @@ class BlasRegime(Regime):
         if features.dtype.itemsize == 2 and problem.cu_seqlens is None:
             dots = dots + lost_self_term(out, rows, residual, problem.classes > problem.dim)
         alignment.copy_(torch.where(out.counted[rows], dots, 0))
+
+    def _narrow_first_pass(
+        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
+    ) -> FirstPass:
+        """First pass with residuals as the products take them.
+
+        cuBLAS multiplies the features of rows that do not count with residuals of 0, and 0 NaN is
+        NaN: whether there are any that are not finite is asked for, which waits for the norms
+        alone. Where there are, or nobody may wait, a kernel that skips such rows makes the sum.
+        """
+        dirty = torch.zeros(1, dtype=torch.int32, device=problem.device)
+        features = features_and_norms(problem, rows, out, dirty)
+        skip = capturing(problem) or bool(dirty)
+        residual = narrow_residuals(problem, rows, out, features)
+        note_norms(problem, rows, out)
+        if skip:
+            grad_sum = sum_narrow_gradients(problem, rows, out, residual, features)
+        else:
+            slab_rows = SLAB_ROWS[problem.precision]
+            total = gradient_sum(residual, features, slab_rows, batch_bytes=_BATCH_BYTES)
+            grad_sum = total[None, : problem.classes]
+        kept = residual[:, None] if keep_residual else None
+        return FirstPass(grad_sum, column_sums(problem, residual), kept)
 
 
 def residual_tile(problem: Problem) -> str:
@@ -128,7 +161,7 @@ def residual_tile(problem: Problem) -> str:
     )
 
 
-def features_and_norms(problem: Problem, rows: slice, out: RowBuffers) -> Tensor:
+def cleared_features(problem: Problem, rows: slice, out: RowBuffers) -> Tensor:
     """Operand features with non-finite rows cleared; writes norms, counted rows and status."""
     counted = problem.counted(rows)
     features, finite, sqnorm = safe_features(
@@ -157,9 +190,15 @@ def residuals(
 
     ``softmax``: where to leave what residuals can be computed from again, or None.
     """
+    logits = logits_of(problem, features)
+    _launch(problem, rows, out, logits, softmax=softmax)
+    return logits
+
+
+def _launch(problem: Problem, rows: slice, out: RowBuffers, logits: Tensor, **options: Any) -> None:
+    """Make residuals of logits and write the statistics of the rows."""
     from moso_fast.kernels.residual import RowOutputs, residual_rows  # imports Triton
 
-    logits = logits_of(problem, features)
     residual_rows(
         logits,
         kernel_targets(problem, rows),
@@ -177,9 +216,88 @@ def residuals(
         ignore_index=problem.ignore_index,
         sample_weight=kernel_weights(problem, rows),
         counted=out.counted[rows],
-        softmax=softmax,
+        **options,
     )
-    return logits
+
+
+def narrow_ones(problem: Problem) -> bool:
+    """Whether residuals are written rounded, in rows of a multiple of 16 bytes.
+
+    The norms of sequences need them as they are, and four columns and fewer are not worth a tile.
+    """
+    rounded = operand_dtype(problem) == torch.bfloat16 and problem.loss == "cross_entropy"
+    return rounded and problem.heads == 1 and problem.cu_seqlens is None and problem.classes > 4
+
+
+def narrow_residuals(problem: Problem, rows: slice, out: RowBuffers, features: Tensor) -> Tensor:
+    """Residuals (n, M) bfloat16, zeros behind the classes; writes statistics and ``lost``."""
+    from moso_fast.kernels.residual import NarrowResiduals  # imports Triton
+
+    weight = _padded(problem.weight[0].to(features.dtype))
+    residual = torch.empty(
+        features.shape[0], weight.shape[0], dtype=torch.bfloat16, device=problem.device
+    )
+    narrow = NarrowResiduals(residual, lost_of(problem, out, rows))
+    logits = product(features, weight.T)[:, : problem.classes]
+    bias = None if problem.bias is None else problem.bias[0].contiguous()
+    _launch(problem, rows, out, logits, bias=bias, narrow=narrow)
+    return residual
+
+
+def _padded(heads: Tensor) -> Tensor:
+    """``heads`` (C, D) with rows of zeros up to a multiple of 8.
+
+    cuBLAS has kernels of the newest kind only for results whose rows begin at multiples of 16
+    bytes: the logits of 100 classes took 1.7 times as long as those of 104 on an H200.
+    """
+    missing = -heads.shape[0] % 8
+    return torch.nn.functional.pad(heads, (0, 0, 0, missing)) if missing else heads
+
+
+def align_narrow(
+    problem: Problem,
+    rows: slice,
+    out: RowBuffers,
+    features: Tensor,
+    residual: Tensor,
+    mean_grad: Tensor,
+    mean_bias_grad: Tensor | None,
+    alignment: Tensor,
+) -> None:
+    """Write <g_i, G> of the rows from narrow residuals, by cuBLAS and one kernel behind it."""
+    from moso_fast.kernels.row_norms import OwnTerm, row_dots
+
+    lost = lost_of(problem, out, rows)
+    own = OwnTerm(out.feature_sqnorm[rows], out.number_counted(), lost)
+    dim, counted = problem.dim, out.counted[rows]
+    gradient = _padded(mean_grad[0].to(features.dtype))
+    if problem.classes <= dim:
+        shift = None
+        if mean_bias_grad is not None:
+            missing = gradient.shape[0] - problem.classes
+            shift = torch.nn.functional.pad(mean_bias_grad[0], (0, missing))
+        row_dots(product(features, gradient.T), residual, alignment[0], counted, own, shift=shift)
+        return
+    if mean_bias_grad is None:
+        pulled, extra = product(residual, gradient), None
+    else:
+        # The bias part as columns of the gradient, in two terms: <r, gb> comes with the product.
+        high = mean_bias_grad[0].to(gradient.dtype)
+        low = (mean_bias_grad[0] - high.float()).to(gradient.dtype)
+        wider = gradient.new_zeros(gradient.shape[0], dim + 8)
+        wider[:, :dim] = gradient
+        wider[: problem.classes, dim] = high
+        wider[: problem.classes, dim + 1] = low
+        pulled = product(residual, wider)
+        pulled, extra = pulled[:, :dim], pulled[:, dim : dim + 2]
+    row_dots(pulled, features, alignment[0], counted, own, extra=extra)
+
+
+def column_sums(problem: Problem, residual: Tensor) -> Tensor:
+    """Sum of narrow residuals over the rows, (1, C) float64."""
+    from moso_fast.kernels.row_norms import column_sums as kernel
+
+    return kernel(residual)[None, : problem.classes]
 
 
 def lost_self_term(out: RowBuffers, rows: slice, residual: Tensor, both_rounded: bool) -> Tensor:
@@ -192,7 +310,7 @@ def lost_self_term(out: RowBuffers, rows: slice, residual: Tensor, both_rounded:
     rows_a_block = max(1, BLOCK_NUMBERS // residual.shape[1:].numel())
     blocks = residual.split(rows_a_block)
     lost = torch.cat([_lost_products(block, both_rounded) for block in blocks]).T
-    return lost * out.feature_sqnorm[rows] / out.counted.sum().clamp_min(1)
+    return lost * out.feature_sqnorm[rows] / out.number_counted().clamp_min(1)
 
 
 def _lost_products(residual: Tensor, both_rounded: bool) -> Tensor:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..engine import RowBuffers
-from ..problem import STATUS_FEATURE, Problem
+from ..problem import Problem
 from ._triton_autotune import kind, tile_for
 from ._triton_regime import limits_of, operand_dtype, tile_shape
-from .common import note
+
+# Where a job leaves what rounding took from |r|^2 of every row, in RowBuffers.scratch.
+_LOST = "lost"
 
 
 class Sums(NamedTuple):
@@ -30,24 +32,27 @@ def kernel_features(problem: Problem, rows: slice) -> Tensor:
     return features
 
 
-def features_and_norms(problem: Problem, rows: slice, out: RowBuffers) -> Tensor:
+def features_and_norms(
+    problem: Problem, rows: slice, out: RowBuffers, dirty: Tensor | None = None
+) -> Tensor:
     """Features as they are; writes norms, counted rows and status, and never waits.
 
     Rows that are not finite stay: every product either touches their own results alone or skips
-    rows that do not count.
+    rows that do not count. ``dirty`` (1,) int32 becomes 1 where there are any.
     """
+    from moso_fast.kernels.row_norms import row_norms
+
     features = kernel_features(problem, rows)
-    counted = problem.counted(rows)
-    # The largest magnitude: |h| may overflow although every number of the row is finite.
-    largest = torch.linalg.vector_norm(features, float("inf"), dim=1)
-    finite = torch.isfinite(largest)
-    norm = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
-    if problem.nonfinite == "exclude":
-        counted &= finite
-    else:
-        note(out.status, STATUS_FEATURE, counted & ~finite, rows)
-    out.feature_sqnorm[rows] = torch.where(finite, norm.square(), 0)
-    out.counted[rows] = counted
+    out.counted[rows] = problem.counted(rows)
+    row_norms(
+        features,
+        out.counted[rows],
+        out.feature_sqnorm[rows],
+        out.status,
+        first_row=rows.start,
+        exclude_nonfinite=problem.nonfinite == "exclude",
+        dirty=dirty,
+    )
     return features
 
 
@@ -69,8 +74,44 @@ def sum_gradients(
     width, dim = residual.shape[1], problem.dim
     key = kind("gradient_sum", width, dim, features.dtype, precision, *operands)
     wanted = kernel.choose_tile(width, dim, *operands)
-    sums = launch(pick_tile(problem, key, kernel.TILES, wanted, operands, launch))
+    choices = [choice for choice in kernel.TILES if not choice.narrow]
+    sums = launch(pick_tile(problem, key, choices, wanted, operands, launch))
     return Sums(sums.grad.view(problem.weight.shape), sums.bias.view(problem.weight.shape[:2]))
+
+
+def sum_narrow_gradients(
+    problem: Problem, rows: slice, out: RowBuffers, residual: Tensor, features: Tensor
+) -> Tensor:
+    """Sum r_i (outer) h_i over the counted rows, (1, C, D); ``residual`` (n, M) as it is stored.
+
+    Columns behind the C classes are zeros.
+    """
+    from moso_fast.kernels import gradient_sum as kernel
+    from moso_fast.kernels.operands import aligned
+
+    counted, precision = out.counted[rows], problem.precision
+
+    def launch(tile: Any) -> Any:
+        return kernel.gradient_sum(
+            residual, features, precision=precision, counted=counted, bias=False, tile=tile
+        )
+
+    narrow, straight = residual.dtype == torch.bfloat16, aligned(residual) and aligned(features)
+    operands = narrow, straight
+    width, dim = residual.shape[1], problem.dim
+    key = kind("gradient_sum", width, dim, features.dtype, precision, *operands, "narrow")
+    wanted = kernel.choose_tile(width, dim, *operands, narrow)
+    choices = [choice for choice in kernel.TILES if choice.narrow == (narrow and straight)]
+    grad = launch(pick_tile(problem, key, choices, wanted, operands, launch)).grad
+    return cast(Tensor, grad)[: problem.classes].view(problem.weight.shape)
+
+
+def lost_of(problem: Problem, out: RowBuffers, rows: slice) -> Tensor:
+    """Return where rows keep what rounding their stored residuals took from |r|^2: (n,) float32."""
+    if _LOST not in out.scratch:
+        out.scratch[_LOST] = torch.empty(problem.rows, device=problem.device)
+    lost: Tensor = out.scratch[_LOST][rows]
+    return lost
 
 
 def align_stored(
@@ -81,8 +122,12 @@ def align_stored(
     mean_bias_grad: Tensor | None,
     residual: Tensor,
     alignment: Tensor,
+    lost: Tensor | None = None,
 ) -> None:
-    """Write <g_i, G> of the rows from their residuals (n, K * C)."""
+    """Write <g_i, G> of the rows from their residuals (n, K * C).
+
+    ``lost`` (n,): what rounding took from |r|^2, of residuals that are stored rounded.
+    """
     from moso_fast.kernels import stored_alignment as kernel
     from moso_fast.kernels.operands import aligned
 
@@ -98,17 +143,19 @@ def align_stored(
             alignment,
             mean_bias_grad=bias,
             counted=out.counted[rows],
-            self_term=None if restored is None else kernel.SelfTerm(*restored),
+            self_term=None if restored is None else kernel.SelfTerm(*restored, lost),
             precision=problem.precision,
             tile=tile,
         )
 
     project = problem.classes <= problem.dim
-    straight = all(aligned(matrix) for matrix in (features, residual, gradient))
-    straight = straight and problem.classes * residual.element_size() % 16 == 0
+    straight = aligned(features) and aligned(gradient)
+    if residual.dtype == torch.float32:  # narrow ones lie in rows of a length of their own
+        straight = straight and aligned(residual)
+        straight = straight and problem.classes * residual.element_size() % 16 == 0
     operands = (gradient.dtype == torch.bfloat16, straight)
     tiles = kernel.PROJECT_TILES if project else kernel.PULL_TILES
-    labels = (problem.heads, features.dtype, problem.precision, project, *operands)
+    labels = (problem.heads, features.dtype, problem.precision, project, *operands, residual.dtype)
     key = kind("stored_alignment", problem.classes, problem.dim, *labels)
     major = limits_of(problem.device).major
     wanted = kernel.choose_tile(problem.classes, project, *operands, major)
@@ -152,7 +199,7 @@ def self_term(problem: Problem, rows: slice, out: RowBuffers) -> tuple[Tensor, T
     """
     if operand_dtype(problem) != torch.bfloat16 or problem.cu_seqlens is not None:
         return None
-    return out.feature_sqnorm[rows], out.counted.sum()
+    return out.feature_sqnorm[rows], out.number_counted()
 
 
 def sum_tile(problem: Problem) -> str:

@@ -42,7 +42,7 @@ class RecomputeRegime(Regime):
     """cuBLAS logits in the first pass, logits and alignments in one kernel in the second."""
 
     name = "recompute"
-    feature_reads = 5  # two norms, logits, gradient sum, alignments
+    feature_reads = 4  # norms, logits, gradient sum, alignments
     stores_residuals = False
 
     def fits(self, problem: Problem) -> str | None:

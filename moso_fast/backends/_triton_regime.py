@@ -17,9 +17,12 @@ from ..problem import Problem
 if TYPE_CHECKING:
     from ..engine import FirstPass, RowBuffers
 
-# Bytes of one chunk's logits, products and copies. Large on a GPU, where a chunk costs some thirty
-# launches; small in the interpreter, whose only purpose is to test.
-CHUNK_BYTES = {"cuda": 2**31, "cpu": 2**17}
+# Bytes of one chunk's logits, products and copies, at most. Large on a GPU, where a chunk costs
+# some thirty launches, and with many classes a sweep over gradients of the size of the head; small
+# in the interpreter, whose only purpose is to test.
+CHUNK_BYTES = {"cuda": 2**33, "cpu": 2**17}
+# Of the memory of a GPU that is no larger than most.
+_CHUNK_SHARE = 8
 
 # Rows of one float32 partial of the mean gradient by cuBLAS; the kernels here have their own
 # (``kernels.operands.MOST_ROWS``). float32 products are added one after the other, and where rows
@@ -78,8 +81,7 @@ class Regime(ABC):
 
     def chunk_rows(self, problem: Problem) -> int:
         """Rows whose working memory fits the chunk's budget."""
-        budget = CHUNK_BYTES.get(problem.device.type, CHUNK_BYTES["cpu"])
-        return max(1, budget // max(1, self.row_bytes(problem)))
+        return max(1, chunk_bytes(problem.device) // max(1, self.row_bytes(problem)))
 
     @abstractmethod
     def describe(self, problem: Problem) -> str:
@@ -103,6 +105,18 @@ class Regime(ABC):
         alignment: Tensor,
     ) -> None:
         """See :class:`moso_fast.backends.base.Backend`."""
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes that a chunk may take on a device: ``CHUNK_BYTES``, and an eighth of its memory.
+
+    A power of two, so that GPUs that differ by what their driver keeps cut the rows alike.
+    """
+    most = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return most
+    share = torch.cuda.get_device_properties(device).total_memory // _CHUNK_SHARE
+    return min(most, 1 << max(0, share.bit_length() - 1))
 
 
 def operand_dtype(problem: Problem) -> torch.dtype:

@@ -1,9 +1,9 @@
 """Regime "stored": logits by cuBLAS, residuals in their place, products of our own after that.
 
 First pass: a chunk's logits by cuBLAS, float32, overwritten by their residuals (one kernel, all
-statistics), then sum r_i (outer) h_i by a kernel that rounds residuals on the way in. Second pass:
-the product with the mean gradient folded into one number a row at once. Beside the logits there
-is no tensor of rows x classes at all: cuBLAS alone would write one for every product.
+statistics), or written beside them, rounded, where the products take them so; then
+sum r_i (outer) h_i. Second pass: the product with the mean gradient folded into one number a row
+at once. No product writes a tensor of rows x classes but that of the logits.
 """
 
 from __future__ import annotations
@@ -12,13 +12,22 @@ from torch import Tensor
 
 from ..engine import FirstPass, RowBuffers
 from ..problem import Problem
-from ._triton_blas import note_norms, residual_tile, residuals
+from ._triton_blas import (
+    column_sums,
+    narrow_ones,
+    narrow_residuals,
+    note_norms,
+    residual_tile,
+    residuals,
+)
 from ._triton_products import (
     align_stored,
     alignment_tile,
     features_and_norms,
     kernel_features,
+    lost_of,
     sum_gradients,
+    sum_narrow_gradients,
     sum_tile,
 )
 from ._triton_regime import Regime, operand_dtype, operand_name
@@ -28,7 +37,7 @@ class StoredRegime(Regime):
     """cuBLAS logits, the in-place residual kernel, fused gradient sum and alignment."""
 
     name = "stored"
-    feature_reads = 5  # two norms, logits, gradient sum, alignments
+    feature_reads = 4  # norms, logits, gradient sum, alignments
 
     def fits(self, problem: Problem) -> str | None:
         """Return None: every problem of the backend."""
@@ -37,6 +46,8 @@ class StoredRegime(Regime):
     def row_bytes(self, problem: Problem) -> int:
         """Logits, and a copy of the features where cuBLAS cannot take them as they are."""
         a_row = 4 * problem.heads * problem.classes
+        if narrow_ones(problem):
+            a_row += 2 * problem.classes
         if operand_dtype(problem) != problem.features.dtype:
             a_row += 4 * problem.dim
         return a_row
@@ -60,6 +71,12 @@ class StoredRegime(Regime):
     ) -> FirstPass:
         """See :class:`moso_fast.backends.base.Backend`."""
         features = features_and_norms(problem, rows, out)
+        if narrow_ones(problem):
+            residual = narrow_residuals(problem, rows, out, features)
+            note_norms(problem, rows, out)
+            grad = sum_narrow_gradients(problem, rows, out, residual, features)
+            kept = residual[:, None] if keep_residual else None
+            return FirstPass(grad, column_sums(problem, residual), kept)
         residual = residuals(problem, rows, out, features.to(operand_dtype(problem)))
         note_norms(problem, rows, out)
         sums = sum_gradients(problem, rows, out, residual, features)
@@ -77,6 +94,13 @@ class StoredRegime(Regime):
         alignment: Tensor,
     ) -> None:
         """See :class:`moso_fast.backends.base.Backend`."""
+        if narrow_ones(problem):
+            if residual is None:
+                features = kernel_features(problem, rows)
+                residual = narrow_residuals(problem, rows, out, features)[:, None]
+            flat, lost = residual[:, 0, : problem.classes], lost_of(problem, out, rows)
+            align_stored(problem, rows, out, mean_grad, mean_bias_grad, flat, alignment, lost)
+            return
         if residual is None:
             features = kernel_features(problem, rows).to(operand_dtype(problem))
             flat = residuals(problem, rows, out, features)

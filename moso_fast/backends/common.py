@@ -68,21 +68,24 @@ def gradient_sum(
 ) -> Tensor:
     """Sum r_i (outer) h_i over the rows, (K C, D): slabs of rows, added up in float64.
 
-    All slabs go in one launch where their partial sums take no more than ``batch_bytes``.
+    As many slabs go in one launch as have partial sums of no more than ``batch_bytes``.
     """
     rows = residual.shape[0]
     if rows <= slab_rows:
         return product(residual.T, features)
     shape = (residual.shape[1], features.shape[1])
     total = torch.zeros(shape, dtype=torch.float64, device=features.device)
-    start = 0
-    if 4 * (rows // slab_rows) * total.numel() <= batch_bytes:
-        start = rows - rows % slab_rows
-        slabs = [t[:start].unflatten(0, (-1, slab_rows)) for t in (residual, features)]
+    at_once = batch_bytes // (4 * total.numel()) * slab_rows
+    whole = rows - rows % slab_rows
+    for start in range(0, whole, at_once or slab_rows):
+        part = slice(start, min(start + (at_once or slab_rows), whole))
+        if part.stop - part.start == slab_rows:
+            total += product(residual[part].T, features[part])
+            continue
+        slabs = [t[part].unflatten(0, (-1, slab_rows)) for t in (residual, features)]
         total += product(slabs[0].transpose(1, 2), slabs[1]).sum(0, dtype=torch.float64)
-    for at in range(start, rows, slab_rows):
-        slab = slice(at, at + slab_rows)
-        total += product(residual[slab].T, features[slab])
+    if whole < rows:
+        total += product(residual[whole:].T, features[whole:])
     return total
 
 

@@ -3,8 +3,8 @@
 A regime (``_triton_*.py``) is one way through the two passes: which kernels, which products by
 cuBLAS, what is stored between. ``_triton_choice.py`` holds the table that decides;
 ``MOSO_FAST_TRITON_REGIME`` forces one, ``MOSO_FAST_AUTOTUNE=1`` searches the tiles. The kernels
-are proven in Triton's interpreter and compiled ahead of time for compute capability 8, 9 and 10;
-no clock has seen them on a GPU yet.
+are proven in Triton's interpreter and compiled ahead of time for compute capability 8, 9 and 10,
+and most have run on an H200.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class TritonBackend(Backend):
                 "run on a machine with an NVIDIA GPU and a PyTorch built for CUDA",
             )
         return Availability(
-            True, f"{label}, kernels proven by interpreter and compiler, not yet timed on a GPU"
+            True, f"{label}, kernels proven by interpreter and compiler, some timed on an H200"
         )
 
     def supports(self, problem: Problem) -> str | None:

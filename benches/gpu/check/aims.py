@@ -10,7 +10,8 @@ from .record import Result
 
 # What plain PyTorch is called at each precision.
 _PLAIN = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
-PLAIN_NAMES = ("eager", "compile")
+# Not ours: plain PyTorch, and other libraries' loss with its gradients.
+PLAIN_NAMES = ("eager", "compile", "liger", "cut_cross_entropy")
 
 # The package's aims, by (N, C, D) and dtype: per cent of the floor, ratios to plain PyTorch.
 _MEMORY = (85.0, {"compile bf16": 1.3})

@@ -28,7 +28,7 @@ STAGES = (
     Stage("ceilings", "what this GPU reads, copies and multiplies", 20, 1, True),
     Stage("kernels", "both passes by events, each kernel by name, tiles swept", 60),
     Stage("profile", "why: counters of both passes by Nsight Compute", 30),
-    Stage("calls", "whole calls beside eager PyTorch, and in graphs", 70),
+    Stage("calls", "whole calls beside eager PyTorch, and in graphs", 70, reuse=True),
     Stage("tests", "tests/gpu, file by file", 50),
     Stage("compile", "torch.compile of the closed form", 40),
     Stage("sanitizer", "compute-sanitizer over the small tests", workers=3),

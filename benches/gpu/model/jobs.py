@@ -19,8 +19,14 @@ import torch
 from moso_fast._native import load_native
 from moso_fast.backends import _triton_few_classes, cuda
 from moso_fast.backends._triton_choice import choose_regime
-from moso_fast.backends._triton_regime import CHUNK_BYTES, Regime, triton_version
-from moso_fast.engine import _CUDA_RESIDUAL_SHARE
+from moso_fast.backends._triton_regime import (
+    _CHUNK_SHARE,
+    CHUNK_BYTES,
+    SLAB_ROWS,
+    Regime,
+    triton_version,
+)
+from moso_fast.engine import _CUDA_RESIDUAL_SHARE, _LARGE_HEAD
 from moso_fast.problem import Problem
 
 from ..outline import outline
@@ -66,12 +72,19 @@ def predict_triton(
         chosen: Regime = choice.regime
         described = f"{chosen.name}: {chosen.describe(problem)}"
         stored = kept and chosen.stores_residuals
-        rows = max(1, CHUNK_BYTES["cuda"] // max(1, chosen.row_bytes(problem)))
+        rows = max(1, _chunk_bytes(gpu) // max(1, chosen.row_bytes(problem)))
         chunks = -(-problem.rows // rows)
         model = TritonSteps(problem, min(rows, problem.rows), stored, gpu, triton_version)
-        steps = [*getattr(model, chosen.name)(), _around(problem, chunks)]
+        single = chosen.name == "blas" and problem.rows <= SLAB_ROWS[precision]
+        steps = [*getattr(model, chosen.name)(), _around(problem, chunks, single)]
     waits = launches(chosen.name, chunks)
     return Prediction("triton", described, tuple(steps), stored, chunks, waits)
+
+
+def _chunk_bytes(gpu: Gpu) -> int:
+    """As ``_triton_regime.chunk_bytes`` has it on that GPU."""
+    share = int(gpu.memory_bytes) // _CHUNK_SHARE
+    return min(CHUNK_BYTES["cuda"], 1 << max(0, share.bit_length() - 1))
 
 
 def predict_cuda(
@@ -107,19 +120,19 @@ def _cuda_first(problem: Problem, kernel: Kernel, chunk_rows: int, gpu: Gpu) -> 
     slab = module.few_classes_slab_rows(chunk_rows, plan["slab_limit"])
     slabs, columns = -(-chunk_rows // slab), module.few_classes_partial_columns(d)
     partials = 4.0 * chunks * slabs * c * (columns + 1)
-    parts, stages = int(plan["parts"]), int(plan["stages"])
-    blocks = min(slabs, gpu.multiprocessors // parts)
+    parts, stages, together = int(plan["parts"]), int(plan["stages"]), int(plan["together"])
+    blocks = min(slabs, together * gpu.multiprocessors // parts)
     features, weights, _ = _terms(problem, kernel)
     flops = 2.0 * n * d * _products(features, weights)
     # Logits by every part of the classes, then the gradient by the part that has them.
     logits, gradient = flops * parts * 8 * -(-c // 8), flops * 16 * -(-c // 16)
-    turns = chunks * -(-slabs // blocks) * -(-slab // plan["tile_rows"])
-    staged = float(max(1, stages - 1) * plan["tile_rows"] * item * d)
+    turns = together * chunks * -(-slabs // blocks) * -(-slab // plan["tile_rows"])
+    staged = float(together * max(1, stages - 1) * plan["tile_rows"] * item * d)
     first = Sweep(
         n * d * item + 4 * n * c + n * 29 + partials,
         first_phases(kernel, turns, gpu, logits, gradient),
         staged,
-        blocks=1,
+        blocks=together,
         staged=stages > 1,
     )
     note = (
@@ -201,11 +214,17 @@ def _products(a: int, b: int) -> int:
     return sum(i + j < max(a, b) for i in range(a) for j in range(b))
 
 
-def _around(problem: Problem, chunks: int) -> Step:
-    """Estimate what the engine does beside the passes: PyTorch's operations on rows and sums."""
+def _around(problem: Problem, chunks: int, single: bool = False) -> Step:
+    """Estimate what the engine does beside the passes: PyTorch's operations on rows and sums.
+
+    ``single``: the sum of an only chunk comes in float32.
+    """
     numbers = float(problem.weight.numel())
-    # Sums of later chunks added, the mean, its square and the sum of that, its float32 form.
-    sums = numbers * (24 * (chunks - 1) + 16 + 24 + 12)
+    # Sums of later chunks added, the mean, its norm, its float32 form. The float32 sum that cuBLAS
+    # makes of an only chunk stays as it is where the head is large.
+    sums = numbers * (24 * (chunks - 1) + 16 + 8 + 12)
+    if chunks == 1 and numbers >= _LARGE_HEAD and single:
+        sums = numbers * (8 + 4)
     sweeps = (Sweep(60.0 * problem.rows), Sweep(sums))
     return Step("rows and mean gradient, by PyTorch", "around", sweeps)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moso_fast.backends._triton_blas import _BATCH_BYTES
+from moso_fast.backends._triton_blas import _BATCH_BYTES, narrow_ones
 from moso_fast.backends._triton_regime import SLAB_ROWS, operand_name
 from moso_fast.problem import Problem
 
@@ -53,6 +53,26 @@ class LibrarySteps:
         return 4.0 * self.problem.rows * self.problem.classes
 
     @property
+    def narrow(self) -> bool:
+        """Whether residuals are written rounded to bfloat16, in rows of a multiple of 16 bytes."""
+        return narrow_ones(self.problem)
+
+    @property
+    def residuals(self) -> float:
+        """Bytes of one read of the residuals as cuBLAS's regimes store them."""
+        if not self.narrow:
+            return self.logits
+        return 2.0 * self.problem.rows * 8 * -(-self.problem.classes // 8)
+
+    @property
+    def products(self) -> float:
+        """Bytes of one float32 number for every row and column of a product with the head.
+
+        Behind narrow residuals the head has rows of zeros up to a multiple of 8.
+        """
+        return 2 * self.residuals if self.narrow else self.logits
+
+    @property
     def numbers(self) -> float:
         """Numbers of the head, and of its gradient."""
         return float(self.problem.weight.numel())
@@ -71,13 +91,18 @@ class LibrarySteps:
         """Sweep that rounds so many matrices of the head's size for every chunk."""
         return Sweep(6.0 * self.numbers * self.calls * matrices if self.rounded else 0.0)
 
-    def two_norms(self) -> Step:
-        """Largest number and norm of every row."""
-        rows = 40.0 * self.problem.rows
-        sweeps = (Sweep(self.features), Sweep(self.features + rows))
-        return Step("two norms of every row", "first", sweeps, 2, "two sweeps of PyTorch")
+    def norms(self) -> Step:
+        """Norm of every row, and which of them are finite."""
+        sweep = Sweep(self.features + 5.0 * self.problem.rows)
+        return Step("norm of every row", "first", (sweep,), 1, "a kernel of its own")
 
-    def logits_and_residuals(self, part: str = "first") -> list[Step]:
+    def column_sums(self) -> list[Step]:
+        """Sum of narrow residuals over the rows; others are summed along with the gradient."""
+        if not self.narrow:
+            return []
+        return [Step("column sums of the residuals", "first", (Sweep(self.residuals),))]
+
+    def logits_and_residuals(self, part: str = "first", *, narrow: bool) -> list[Step]:
         """Operand copy where cuBLAS needs one, H W^T, the residual kernel."""
         from moso_fast.kernels.residual import choose_config
 
@@ -88,14 +113,22 @@ class LibrarySteps:
             steps.append(Step("features to float32", part, (copied,)))
         sweeps = [
             self.operands_of_gradient(),  # of the weights here
-            product(p.rows * p.dim * wide + self.logits, self.gemm(), operand_name(p)),
+            product(
+                p.rows * p.dim * wide + (self.products if narrow else self.logits),
+                self.gemm(self.products / self.logits if narrow else 1.0),
+                operand_name(p),
+            ),
         ]
-        if self.rounded:
+        note = "bias in its epilogue"
+        if narrow:
+            note = "in rows of a multiple of 32 bytes; the residual kernel adds the bias"
+        elif self.rounded:
             sweeps.append(Sweep(2 * self.logits))
-        note = "the bias is added in a sweep of its own" if self.rounded else "bias in its epilogue"
-        config = choose_config(p.classes)
+            note = "the bias is added in a sweep of its own"
+        config = choose_config(p.classes, narrow=narrow)
         walks = 1 if config.block_classes >= p.classes else 2
-        case = f"softmax_residual_kernel-C{config.max_classes or 'any'}-IDS-plain"
+        variant = "SMOOTH-narrow" if narrow else "IDS-plain"
+        case = f"softmax_residual_kernel-C{config.max_classes or 'any'}-{variant}"
         programs = -(-self.chunk_rows // config.block_rows)
         found = fit(case, config, programs, self.gpu, self.version)
         # The label, then the logits; a longer row tile by tile, and again from the L2 cache.
@@ -104,7 +137,9 @@ class LibrarySteps:
             tiles = -(-p.classes // config.block_classes)
             waits = (1 + tiles) * MEMORY_SECONDS + tiles * L2_SECONDS
         idle = found.turns * self.chunks * waits
-        size = (walks + 1) * self.logits + 24.0 * p.rows
+        written = self.residuals if narrow else self.logits
+        given = self.products if narrow else self.logits
+        size = walks * given + written + 24.0 * p.rows
         sweep = Sweep(size, blocks=found.blocks, staged=False, idle=idle)
         again = "" if walks == 1 else "; second walk from L2 where rows in flight fit"
         return [
@@ -114,44 +149,74 @@ class LibrarySteps:
         ]
 
     def blas(self) -> list[Step]:
-        """Every product by cuBLAS."""
-        rows = 24.0 * self.problem.rows
-        norm = Step("norm of every row", "first", (Sweep(self.features + rows),), 1)
-        # Where one look at the norms shows nothing bad, nothing is cleared.
-        again = [] if self.kept else self.logits_and_residuals("second")
-        return [norm, *self.logits_and_residuals(), self._sum(), *again, self._alignment()]
+        """Every product by cuBLAS, of rows that are all finite, as one look has shown."""
+        again = [] if self.kept else self.logits_and_residuals("second", narrow=self.narrow)
+        first = [self.norms(), *self.logits_and_residuals(narrow=self.narrow), self._sum()]
+        second = self._narrow_alignment() if self.narrow else [self._alignment()]
+        return [*first, *self.column_sums(), *again, *second]
 
     def _sum(self) -> Step:
         """R^T H: residuals rounded, the product, slabs added up, column sums of the residuals."""
         p = self.problem
         wide, copied = (2, 1.5 * self.logits) if self.rounded else (4, 0.0)
+        operand = wide / 4 * self.logits
+        if self.narrow:
+            copied, operand = 0.0, self.residuals
         written, added = self._slabs()
         sweeps = (
             Sweep(copied),
             product(
-                wide * float(p.rows) * (p.classes + p.dim) + written,
-                self.gemm(),
+                operand + wide * float(p.rows) * p.dim + written,
+                self.gemm(4 / wide * operand / self.logits),
                 operand_name(p),
             ),
             Sweep(added),
-            Sweep(self.logits),
+            Sweep(0.0 if self.narrow else self.logits),
         )
         note = "residuals rounded in a sweep, " if self.rounded else ""
-        return Step("R^T H by cuBLAS", "first", sweeps, 1, note + "their column sums in another")
+        note += "their column sums in another"
+        if self.narrow:
+            note = "under graph capture by our kernel, which leaves out rows that are not finite"
+        return Step("R^T H by cuBLAS", "first", sweeps, 1, note)
 
     def _slabs(self) -> tuple[float, float]:
         """Bytes of partial sums that the product writes, and of adding them up in float64."""
         rows = SLAB_ROWS[self.problem.precision]
         whole, rest = divmod(self.chunk_rows, rows)
+        columns = self.products / self.logits  # behind the classes of narrow residuals are more
         if self.chunk_rows <= rows:  # taken as it is
-            return 4 * self.numbers * self.calls, 0.0
-        numbers = self.numbers * self.chunks
-        if 4 * whole * self.numbers <= _BATCH_BYTES:
-            # Cleared; whole slabs added up, and that sum to the total; then the shorter slab.
-            together = 8 + (4 * whole + 8) + 24 + 20 * bool(rest)
-            return 4 * numbers * (whole + bool(rest)), numbers * together
-        slabs = self.chunk_rows / rows
-        return 4 * numbers * slabs, numbers * (8 + 20 * slabs)
+            return 4 * self.numbers * self.calls * columns, 0.0
+        numbers = self.numbers * self.chunks * columns
+        together = max(1, int(_BATCH_BYTES / (4 * self.numbers * columns)))
+        groups, left = divmod(whole, together)
+        # The total is cleared. Slabs of a group are read and their sum is written; that, or a slab
+        # on its own, is read, and the total with it, which is written again.
+        added = 8.0
+        for slabs in (*[together] * groups, *[left] * bool(left), *[1] * bool(rest)):
+            added += 20.0 if slabs == 1 else 4 * slabs + 8 + 24
+        return 4 * numbers * (whole + bool(rest)), numbers * added
+
+    def _narrow_alignment(self) -> list[Step]:
+        """H G^T or R [G | gb] by cuBLAS, and the kernel behind it."""
+        p, rows = self.problem, float(self.problem.rows)
+        a_row = 17.0 * rows  # which count, |h|^2, what rounding took; the alignment
+        padded = self.products / self.logits
+        made = [self.operands_of_gradient()]
+        if p.classes <= p.dim:
+            made.append(product(self.features + self.products, self.gemm(padded), operand_name(p)))
+            fold = Sweep(self.products + self.residuals + a_row)
+            name, reads, note = "H G^T by cuBLAS", (1, 0), "<row, residual>, <gb, residual>"
+        else:
+            columns = p.dim + 8 * (p.bias is not None)
+            pulled = 4.0 * rows * columns
+            flops = self.gemm(padded * columns / p.dim)
+            made.append(product(self.residuals + pulled, flops, operand_name(p)))
+            fold = Sweep(pulled + self.features + a_row)
+            name, reads, note = "R [G | gb] by cuBLAS", (0, 1), "<row, features>, and its gb part"
+        return [
+            Step(name, "second", tuple(made), reads[0]),
+            Step("row_dots", "second", (fold,), reads[1], f"{note}; the self-term"),
+        ]
 
     def _alignment(self) -> Step:
         """H G^T or R G, multiplied with the other operand, added up; what rounding took."""

@@ -33,16 +33,26 @@ class Fit:
     in_flight: float | None = None  # bytes asked for at a time, all blocks of a multiprocessor
 
 
-def aligned(problem: Problem) -> bool:
-    """Whether rows of features and residuals begin at multiples of 16 bytes."""
-    return problem.dim * problem.features.dtype.itemsize % 16 == 0 and problem.classes % 4 == 0
+def aligned(problem: Problem, padded: bool = False) -> bool:
+    """Whether rows of features and residuals begin at multiples of 16 bytes.
+
+    ``padded``: residuals lie in rows that always do.
+    """
+    whole = padded or problem.classes % 4 == 0
+    return problem.dim * problem.features.dtype.itemsize % 16 == 0 and whole
 
 
-def case_of(kernel: str, tile: Any, problem: Problem) -> str:
-    """Return the name of a product kernel's case in the compiler's report."""
+def case_of(
+    kernel: str, tile: Any, problem: Problem, *, straight: bool | None = None, narrow: bool = False
+) -> str:
+    """Return the name of a product kernel's case in the compiler's report.
+
+    ``straight``: rows as in ``aligned``, whose answer is the default.
+    """
     dtype = "bf16" if problem.features.dtype == torch.bfloat16 else "fp32"
-    odd = "" if aligned(problem) else "-unaligned"
-    return f"{kernel}-{tile.rows}x{tile.classes}x{tile.dim}-{dtype}{odd}"
+    kind = f"{dtype}-narrow" if narrow else dtype
+    odd = "" if (aligned(problem) if straight is None else straight) else "-unaligned"
+    return f"{kernel}-{tile.rows}x{tile.classes}x{tile.dim}-{kind}{odd}"
 
 
 def fit(

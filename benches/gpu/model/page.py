@@ -20,8 +20,8 @@ DETAILED = TABLE[:5]
 
 _HEAD = """# What every job should take on an H200 and on an H100
 
-Predicted, not measured: no kernel of this package has run on a GPU. Made by
-`python benches/gpu predict`, which asks the backends for regime, tiles, slabs and splits.
+Predicted, not measured. Made by `python benches/gpu predict`, which asks the backends for regime,
+tiles, slabs and splits.
 
 | ceiling | {names} |
 |---|{dashes}

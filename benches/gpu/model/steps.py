@@ -6,12 +6,12 @@ the kernels is in library_steps.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from moso_fast.backends import _triton_few_classes
+from moso_fast.backends import _triton_few_classes, _triton_row_tiles
 
 from .library_steps import LibrarySteps
 from .occupancy import Fit, aligned, barriers, case_of, fit, loop_phases
@@ -99,49 +99,100 @@ class TritonSteps(LibrarySteps):
         size = self.features + residual + 9.0 * p.rows
         return _kernel("few_classes_second", "second", size, work, found)
 
-    def _gradient(self) -> Step:
+    def row_tiles(self) -> list[Step]:
+        """One kernel from features to residuals, gradient sum, alignment."""
+        from moso_fast.kernels.row_tiles import TILES, stored_columns
+
+        p, (rate, times) = self.problem, self.rate
+        products = _triton_row_tiles._products(p)
+        straight = _triton_row_tiles._straight(p)
+        tile = _triton_row_tiles._tile(p, straight)
+        dtype = "bf16" if p.features.dtype == torch.bfloat16 else "fp32"
+        odd = "" if straight else "-unaligned"
+        # Of tiles for class ids alone the report has that variant.
+        choices = [choice for choice in TILES if choice.tile == tile]
+        ids = "" if any("soft" in choice.losses for choice in choices) else "-ids"
+        case = f"rows-{tile.rows}x{tile.classes}x{tile.dim}-{products}-{dtype}-full{ids}{odd}"
+        programs = -(-self.chunk_rows // tile.rows)
+        staged = (tile.num_stages - 1) * tile.rows * tile.dim * self.item
+        found = self._fit(case, tile, programs, staged)
+        item = 2 if products == "bf16" else 4
+        residual = float(item) * p.rows * stored_columns(p.classes, products)
+        flops = 2.0 * p.rows * tile.classes * p.dim * times
+        # The first columns, the labels; what the softmax takes is not counted.
+        work = self._work(found, flops, rate, 2 * MEMORY_SECONDS)
+        partials = 4.0 * programs * self.chunks * p.classes
+        rows = _kernel(
+            "row_tiles",
+            "first",
+            self.features + residual + 29.0 * p.rows + partials,
+            work,
+            found,
+            Sweep(partials),
+            "; softmax not counted",
+        )
+        again = [] if self.kept else [replace(rows, part="second")]
+        narrow = products == "bf16"
+        return [
+            rows,
+            self._gradient(residual, padded=True, narrow=narrow),
+            *again,
+            self._alignment_of_stored(residual, narrow),
+        ]
+
+    def _gradient(self, residual: float, *, padded: bool, narrow: bool) -> Step:
+        """Sum of residuals times features; ``residual``: bytes, in padded rows or not."""
         from moso_fast.kernels import gradient_sum as kernel
 
         p = self.problem
         rate, times = self.rate
-        tile = kernel.choose_tile(p.classes, p.dim, rate == "bfloat16", aligned(p))
+        straight = aligned(p, padded)
+        tile = kernel.choose_tile(p.classes, p.dim, rate == "bfloat16", straight, narrow)
         tiles = -(-p.classes // tile.classes) * -(-p.dim // tile.dim)
         slab = kernel.slab_rows(self.chunk_rows, tiles, tile.rows, p.precision)
         slabs = -(-self.chunk_rows // slab)
         numbers = float(p.classes) * (p.dim + 1)
         at_once = max(1, min(slabs, kernel.PARTIAL_BYTES // (4 * p.classes * p.dim)))
         rounds = -(-slabs // at_once)
-        staged = (tile.num_stages - 1) * tile.rows * (4 * tile.classes + self.item * tile.dim)
-        found = self._fit(
-            case_of("gradient_sum", tile, p), tile, min(slabs, at_once) * tiles, staged
-        )
-        padded = tile.classes * -(-p.classes // tile.classes) / p.classes
-        padded *= tile.dim * -(-p.dim // tile.dim) / p.dim
+        item = 2 if narrow else 4
+        staged = (tile.num_stages - 1) * tile.rows * (item * tile.classes + self.item * tile.dim)
+        case = case_of("gradient_sum", tile, p, straight=straight, narrow=narrow)
+        found = self._fit(case, tile, min(slabs, at_once) * tiles, staged)
+        filled = tile.classes * -(-p.classes // tile.classes) / p.classes
+        filled *= tile.dim * -(-p.dim // tile.dim) / p.dim
         # Which rows count, then the first of them.
-        work = self._work(found, self.gemm(times * padded), rate, 2 * rounds * MEMORY_SECONDS)
+        work = self._work(found, self.gemm(times * filled), rate, 2 * rounds * MEMORY_SECONDS)
         partials = 4.0 * numbers * slabs * self.chunks
-        # Float64 totals are cleared, and read and written again by the sum of every launch.
-        totals = numbers * self.calls * (8.0 + 32.0 * rounds)
+        # The first launch's sum is the total; those of others are written, read and added to it.
+        totals = numbers * self.calls * (8.0 + 32.0 * (rounds - 1))
         return _kernel(
             "gradient_sum",
             "first",
-            self.features + self.logits + partials,
+            self.features + residual + partials,
             work,
             found,
             Sweep(partials + totals),
             f"; {tiles} programs a slab share it through L2",
         )
 
-    def _first(self) -> list[Step]:
-        return [self.two_norms(), *self.logits_and_residuals(), self._gradient()]
+    def _first(self, narrow: bool) -> list[Step]:
+        given = self.residuals if narrow else self.logits
+        gradient = self._gradient(given, padded=narrow, narrow=narrow)
+        return [self.norms(), *self.logits_and_residuals(narrow=narrow), gradient]
 
     def stored(self) -> list[Step]:
-        """CuBLAS logits, residuals in place, gradient sum, alignment."""
+        """CuBLAS logits, residuals in place or rounded beside them, gradient sum, alignment."""
+        again = [] if self.kept else self.logits_and_residuals("second", narrow=self.narrow)
+        alignment = self._alignment_of_stored(self.residuals, self.narrow)
+        return [*self._first(self.narrow), *self.column_sums(), *again, alignment]
+
+    def _alignment_of_stored(self, residual: float, narrow: bool) -> Step:
+        """Product with the mean gradient, folded with so many bytes of residuals."""
         from moso_fast.kernels import stored_alignment as kernel
 
         p, (rate, times) = self.problem, self.rate
-        project = p.classes <= p.dim
-        tile = kernel.choose_tile(p.classes, project, rate == "bfloat16", aligned(p), 9)
+        project, straight = p.classes <= p.dim, aligned(p, narrow)
+        tile = kernel.choose_tile(p.classes, project, rate == "bfloat16", straight, 9)
         if project:
             splits = kernel.class_splits(self.chunk_rows, 1, p.classes, p.dim * self.item, tile)
             tiles = -(-p.classes // tile.classes)
@@ -153,21 +204,21 @@ class TritonSteps(LibrarySteps):
             splits, padded, k, order = -(-p.dim // tile.dim), 1.0, tile.classes, "pulled"
             waits = 3 * MEMORY_SECONDS  # which rows count, their residuals, their features
         programs = -(-self.chunk_rows // tile.rows) * splits
-        staged = (tile.num_stages - 1) * tile.rows * k * (self.item if project else 4)
-        found = self._fit(case_of(order, tile, p), tile, programs, staged)
-        step = _kernel(
+        item = self.item if project else 2 if narrow else 4
+        staged = (tile.num_stages - 1) * tile.rows * k * item
+        case = case_of(order, tile, p, straight=straight, narrow=narrow)
+        found = self._fit(case, tile, programs, staged)
+        return _kernel(
             "stored_alignment, " + ("H G^T" if project else "R G"),
             "second",
-            self.features + self.logits + 9.0 * p.rows + self._parts(splits),
+            self.features + residual + (13.0 if narrow else 9.0) * p.rows + self._parts(splits),
             self._work(found, self.gemm(times * padded), rate, waits),
             found,
             self.operands_of_gradient(),
         )
-        again = [] if self.kept else self.logits_and_residuals("second")
-        return [*self._first(), *again, step]
 
     def recompute(self) -> list[Step]:
-        """As stored; the second pass makes the residuals again."""
+        """As stored, in float32; the second pass makes the residuals again."""
         from moso_fast.kernels import stacked_alignment as kernel
         from moso_fast.kernels.stored_alignment import class_splits
 
@@ -188,7 +239,7 @@ class TritonSteps(LibrarySteps):
             found,
             self.operands_of_gradient(2),
         )
-        return [*self._first(), step]
+        return [*self._first(narrow=False), step]
 
     def _parts(self, splits: int) -> float:
         """Bytes of the parts of every row's alignment, written and added up."""

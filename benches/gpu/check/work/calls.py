@@ -52,6 +52,8 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
     where, name = device(), unit["contender"]
     call: Run = plain(name) if name in PLAIN_NAMES else ours(name, precision)
     clock, gpu = Clock(where), where.type == "cuda"
+    if gpu:
+        torch.cuda.empty_cache()  # what the process has kept of its last unit
     data = inputs(shape, dtype, where)
     emit(item_bytes=item_bytes(dtype))
     emit(**predictions(unit))

@@ -22,17 +22,19 @@ from ...table import DRY_TABLE, KINDS, OURS, TABLE, Shape
 from ..worker import described
 from . import smoke, suites, timing
 from .calls import GRAPHED, STREAMED
+from .peers import PEERS
 
 ROOT = Path(__file__).resolve().parents[4]
 KERNEL_ROWS, PROFILED = TABLE[:5], (TABLE[0], TABLE[2])
 SWEPT = (TABLE[0], TABLE[2])
 STREAMED_ROWS = (TABLE[0], TABLE[2])
 ENERGY_ROWS = TABLE[:3]
+VOCABULARY_ROWS = TABLE[-2:]
 EVERYTHING = ("torch", "cuda", *(f"triton/{name}" for name in REGIMES))
 # How the units of a stage are timed.
 _TIMED = {
     name: (f"benches/gpu/check/work/{name}.py",)
-    for name in ("kernels", "sweep", "profile", "calls")
+    for name in ("kernels", "sweep", "profile", "calls", "peers")
 }
 # What is asked first of every row.
 _ORDER = ("bfloat16", "medium"), ("float32", "highest"), ("float32", "high")
@@ -135,12 +137,15 @@ def _unit(
     stage: str, work: str, shape: Shape, dtype: str, precision: str, job: str, contender: str
 ) -> dict[str, Any]:
     where = timing.device()
+    ours = []
+    if contender not in PEERS:
+        ours.append(timing.sources(contender, shape, dtype, precision, where))
     return {
         "key": f"{job} {contender}",
         "work": work,
         # Compiles nothing, and is the one that could wait for ever.
         "limit": 12.0 if contender == "cuda" and stage != "compile" else 30.0,
-        "sources": [timing.sources(contender, shape, dtype, precision, where), *_TIMED[work]],
+        "sources": [*ours, *_TIMED[work]],
         "shape": shape,
         "dtype": dtype,
         "precision": precision,
@@ -231,6 +236,10 @@ def _calls(gpu: bool) -> Units:
                     graph = _prediction("predicted_seconds", *job_of, f"{name} (graph)")
                     unit["predicted_graph"] = graph.get("predicted")
             units.append(((not first, kind, _rank(name) + (name == "eager"), row), unit))
+        if shape in VOCABULARY_ROWS and kind == 0:
+            for name in PEERS:
+                unit = _unit("calls", "peers", shape, dtype, precision, job, name)
+                units.append(((False, kind, 2, row), {**unit, "informs": True}))
     yield from _ordered(units)
     for shape in STREAMED_ROWS if gpu and backends()["triton"].available else ():
         for crossings in (1, 2):

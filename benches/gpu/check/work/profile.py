@@ -44,8 +44,9 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
     rows = kernels(text)
     emit(kernels=rows)
     for number, row in enumerate(sorted(rows, key=lambda r: -(r["microseconds"] or 0.0))[:4]):
-        # Everything, since the names of counters differ between versions.
-        emit(**{f"counters {number}": counters(text)[rows.index(row)]})
+        # All that count something: their names differ between versions.
+        found = counters(text)[rows.index(row)]
+        emit(**{f"counters {number}": {k: v for k, v in found.items() if _tells(k, v)}})
     if code:
         raise RuntimeError(f"ncu ended with exit code {code}; {text.strip()[-200:]}")
     if not rows:
@@ -111,6 +112,13 @@ def kernels(text: str) -> list[dict[str, Any]]:
         line["stalls"] = stalls(values.items())
         found.append(line)
     return found
+
+
+def _tells(name: str, value: str) -> bool:
+    """Whether a counter says something of this kernel that no other one of the list says."""
+    constant = name.startswith(("device__", "derived__", "c2clink__", "nvlink__", "pcie__"))
+    repeats = re.search(r"\.(min|max|sum)\.(pct|per_)", name)
+    return not constant and not repeats and value not in ("", "0", "0.00")
 
 
 def stalls(values: Iterable[tuple[str, float | None]]) -> list[tuple[str, float]]:

@@ -26,14 +26,17 @@ from .timing import device, dtype_of, forced
 # Both multiples of 16, so that the second compiles nothing.
 ROWS, DRY_ROWS = (608, 20_000), (64, 304)
 # (heads, classes, columns): one for everybody, and what only some have. Three heads take the
-# batched product of few_classes; a hundred classes the CUDA kernels' two blocks a tile.
+# batched product of few_classes; a hundred classes the CUDA kernels' two blocks a tile; rows of
+# 190 columns, in any dtype but float64, do not begin at multiples of 16 bytes.
 SHAPE = (None, 10, 512)
 EXTRA = {
     "cuda": ((None, 100, 512), (3, 10, 256)),
+    "triton/row_tiles": ((None, 100, 512), (None, 250, 512), (None, 10, 190), (None, 100, 190)),
     "triton/few_classes": ((3, 10, 256),),
     "triton/recompute": ((None, 1000, 192),),
-    "triton/stored": ((None, 100, 192), (None, 1000, 192)),  # the residuals' two orders
-    "triton/blas": ((None, 1000, 192),),
+    "triton/stored": ((None, 100, 192), (None, 1000, 192)),  # the alignment's two orders
+    # More classes than columns; weights padded to a multiple of 8 beside rows of an odd length.
+    "triton/blas": ((None, 1000, 192), (None, 100, 190)),
 }
 DTYPES = ("bfloat16", "float32", "float16", "float64")
 FIELDS = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")

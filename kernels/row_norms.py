@@ -67,7 +67,7 @@ def row_norms_kernel(
         finite = sound > 0
         norm = tl.where(finite, norm, 0.0)
         if dirty is not None:
-            tl.atomic_max(dirty, 1 - tl.min(sound, axis=0), sem="relaxed")
+            tl.store(dirty, 1, mask=tl.min(sound, axis=0) == 0)
     tl.store(sqnorm + row, norm, mask=exists)
     counts = tl.load(counted + row, mask=exists, other=0).to(tl.int1)
     if EXCLUDE:

@@ -22,6 +22,7 @@ from moso_fast.kernels.elementwise_residual import elementwise_residual_kernel
 from moso_fast.kernels.residual import (
     ELEMENTWISE_CONFIGS,
     IDS_CONFIGS,
+    NARROW_CONFIGS,
     SOFT_CONFIGS,
     RowConfig,
 )
@@ -136,11 +137,14 @@ _OUTPUTS = ("loss", "residual_sqnorm", "margin", "entropy")
 _COUNTS = ("items", "first_row", "row_stride", "target_stride", "head_stride")
 
 
-def residual_case(kernel: Any, config: RowConfig, *, plain: bool, **constants: bool) -> Case:
+def residual_case(
+    kernel: Any, config: RowConfig, *, plain: bool, narrow: bool = False, **constants: bool
+) -> Case:
     """Build a case of a residual kernel.
 
     ``plain``: one head, aligned contiguous rows, no weights, mask or smoothing, 32-bit strides.
     Otherwise everything at once: three heads, odd C, any 64-bit stride, weights, mask, smoothing.
+    ``narrow``: residuals of one head go to a matrix of their own, and the bias is added.
     """
     targets = "*fp32" if constants.get("SOFT", True) else "*i64"
     types = dict.fromkeys(("logits", *_OUTPUTS), "*fp32") | {"labels": targets, "status": "*i64"}
@@ -152,15 +156,22 @@ def residual_case(kernel: Any, config: RowConfig, *, plain: bool, **constants: b
         types["targets"] = types.pop("labels")
     values: dict[str, Any] = {
         **constants,
-        "HEADS": 1 if plain else 3,
+        "HEADS": 1 if plain or narrow else 3,
         "CLASSES": (config.max_classes or 128256) - (not plain),
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_CLASSES": config.block_classes,
         "CONTIGUOUS": plain,
     }
+    if narrow:
+        types |= {"bias": "*fp32", "narrow": "*bf16", "lost": "*fp32"}
+        columns = 8 * -(-values["CLASSES"] // 8)
+        walked = config.block_classes * -(-values["CLASSES"] // config.block_classes)
+        values["COLUMNS"] = min(columns, walked)
+    elif "SOFT" in constants:
+        values |= dict.fromkeys(("bias", "narrow", "lost")) | {"COLUMNS": 0}
     optional = {"sample_weight": "*fp32", "counted": "*i1"}
     state = ("softmax_top", "softmax_log_sum", "label_residual")
-    if "SOFT" in constants and not constants["SOFT"]:
+    if "SOFT" in constants and not constants["SOFT"] and not narrow:
         optional |= dict.fromkeys(state, "*fp32")
     elif "SOFT" in constants:
         values |= dict.fromkeys(state)
@@ -171,16 +182,23 @@ def residual_case(kernel: Any, config: RowConfig, *, plain: bool, **constants: b
     aligned = tuple(name for name, kind in types.items() if kind.startswith("*"))
     if plain:
         aligned += ("row_stride", "target_stride")
+    if narrow:  # rows of logits are padded
+        aligned += ("row_stride",)
     plainest = "IDS" if "SOFT" in constants else "MSE"
     flags = ",".join(name for name, value in constants.items() if value) or plainest
     limit = config.max_classes or "any"
-    name = f"{kernel.__name__}-C{limit}-{flags}-{'plain' if plain else 'full'}"
+    variant = "plain" if plain else "narrow" if narrow else "full"
+    name = f"{kernel.__name__}-C{limit}-{flags}-{variant}"
     return Case(name, kernel, config, types, values, aligned)
 
 
 def residual_cases() -> list[Case]:
-    """Every configuration of the residual kernels, in its plainest and its fullest variant."""
+    """Every configuration of the residual kernels, in its plainest and its fullest variants."""
     cases = []
+    for soft in (False, True):
+        for config in NARROW_CONFIGS:
+            kernel = softmax_residual_kernel
+            cases.append(residual_case(kernel, config, plain=False, narrow=True, SOFT=soft))
     for plain in (False, True):
         for soft, configs in ((False, IDS_CONFIGS), (True, SOFT_CONFIGS)):
             for config in configs:

@@ -69,6 +69,11 @@ def instructions(cubin: bytes) -> set[str]:
     return set(re.findall(r"\b(HGMMA|HMMA|FFMA|LDGSTS|UTCHMMA|STL|LDL)\b", sass(cubin)))
 
 
+def spilled(used: Resources) -> bool:
+    """Whether registers are written to local memory; a stack that nothing touches costs nothing."""
+    return used.stack > 0 and bool({"STL", "LDL"} & instructions(used.cubin))
+
+
 def sums_leave_tensor_cores(ttgir: str) -> bool:
     """Whether every third matrix product starts from 0: the three of a tf32x3 one are a sum.
 
@@ -86,45 +91,66 @@ def sums_leave_tensor_cores(ttgir: str) -> bool:
 
 
 def gradient_sum_cases() -> Iterator[ProductCase]:
-    """Every tile with a mask, a bias sum and each dtype of features it serves."""
+    """Every tile with a mask, a bias sum and each dtype of features it serves.
+
+    Narrow residuals come in padded rows, to tiles of their own or, beside features whose rows are
+    not aligned, to others; their column sums are made elsewhere.
+    """
     for choice in gradient_sum.TILES:
-        tile = choice.tile
-        odd = 0 if choice.aligned else 1
-        for features in ("bf16",) if choice.rounded else ("fp32", "bf16", "fp16"):
-            types = {
-                "residual": "*fp32",
-                "features": f"*{features}",
-                "counted": "*i1",
-                "partial": "*fp32",
-                "bias_partial": "*fp32",
-                "rows": "i64",
-                "first_slab": "i32",
-                "slab_rows": "i32",
-            }
-            constants = {
-                "CLASSES": 1000 + odd,
-                "DIM": 512 + odd,
-                "RESIDUAL_STRIDE": 1000 + odd,
-                "FEATURE_STRIDE": 512 + odd,
-                "BLOCK_ROWS": tile.rows,
-                "BLOCK_CLASSES": tile.classes,
-                "BLOCK_DIM": tile.dim,
-                "ROUND": choice.rounded,
-                "PRECISION": "tf32" if features == "fp16" else "tf32x3",  # "medium", "highest"
-                "UPCAST": False,
-            }
-            yield ProductCase(
-                f"gradient_sum-{_shape(tile)}-{features}{_suffix(odd)}",
-                gradient_sum.gradient_sum_kernel,
-                tile,
-                types,
-                constants,
-                (*(name for name, kind in types.items() if kind[0] == "*"), "slab_rows"),
-            )
+        kinds = ("bf16",) if choice.rounded else ("fp32", "bf16", "fp16")
+        if choice.narrow:
+            kinds = ("narrow",)
+        elif choice.rounded and not choice.aligned:
+            kinds = ("bf16", "narrow")
+        for kind in kinds:
+            yield _gradient_sum_case(choice, kind)
+
+
+def _gradient_sum_case(choice: gradient_sum.Choice, kind: str) -> ProductCase:
+    tile, odd, narrow = choice.tile, 0 if choice.aligned else 1, kind == "narrow"
+    features = "bf16" if narrow else kind
+    types = {
+        "residual": "*bf16" if narrow else "*fp32",
+        "features": f"*{features}",
+        "counted": "*i1",
+        "partial": "*fp32",
+        "bias_partial": "*fp32",
+        "rows": "i64",
+        "first_slab": "i32",
+        "slab_rows": "i32",
+    }
+    columns = 1000 if narrow else 1000 + odd
+    constants: dict[str, Any] = {
+        "CLASSES": columns,
+        "DIM": 512 + odd,
+        "RESIDUAL_STRIDE": columns,
+        "FEATURE_STRIDE": 512 + odd,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_CLASSES": tile.classes,
+        "BLOCK_DIM": tile.dim,
+        "ROUND": choice.rounded,
+        "PRECISION": "tf32" if features == "fp16" else "tf32x3",  # "medium", "highest"
+        "UPCAST": False,
+    }
+    if narrow:
+        constants["bias_partial"] = None
+        del types["bias_partial"]
+    return ProductCase(
+        f"gradient_sum-{_shape(tile)}-{features}{'-narrow' if narrow else ''}{_suffix(odd)}",
+        gradient_sum.gradient_sum_kernel,
+        tile,
+        types,
+        constants,
+        (*(name for name, kind in types.items() if kind[0] == "*"), "slab_rows"),
+        choice.majors,
+    )
 
 
 def stored_alignment_cases() -> Iterator[ProductCase]:
-    """Every tile of both orders with bias, mask, several heads and, where rounded, self-term."""
+    """Every tile of both orders with bias, mask, several heads and, where rounded, self-term.
+
+    Rounded ones once more with residuals that are stored rounded, of one head, in padded rows.
+    """
     orders = (
         (stored_alignment.projected_alignment_kernel, stored_alignment.PROJECT_TILES),
         (stored_alignment.pulled_alignment_kernel, stored_alignment.PULL_TILES),
@@ -132,13 +158,20 @@ def stored_alignment_cases() -> Iterator[ProductCase]:
     for kernel, choices in orders:
         for choice in choices:
             odd = 0 if choice.aligned else 1
-            for features in ("bf16",) if choice.rounded else ("fp32", "bf16", "fp16"):
+            kinds = ("bf16", "narrow") if choice.rounded else ("fp32", "bf16", "fp16")
+            for kind in kinds:
+                narrow, features = kind == "narrow", "bf16" if kind == "narrow" else kind
                 types, constants = _alignment_arguments(choice, features, odd)
-                types |= {"residual": "*fp32", "counted": "*i1"}
-                constants["RESIDUAL_STRIDE"] = 3 * (1000 + odd)
+                types |= {"residual": "*bf16" if narrow else "*fp32", "counted": "*i1"}
+                constants |= {"RESIDUAL_STRIDE": 3 * (1000 + odd), "lost": None}
+                if narrow:
+                    constants |= {"HEADS": 1, "CLASSES": 1001, "RESIDUAL_STRIDE": 1008}
+                    del constants["lost"]
+                    types["lost"] = "*fp32"
                 order = kernel.__name__.split("_")[0]
+                name = f"{features}-narrow" if narrow else features
                 yield ProductCase(
-                    f"{order}-{_shape(choice.tile)}-{features}{_suffix(odd)}",
+                    f"{order}-{_shape(choice.tile)}-{name}{_suffix(odd)}",
                     kernel,
                     choice.tile,
                     types,

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from moso_fast.backends._triton_choice import REGIMES
+
 TESTS = Path(__file__).resolve().parent
 BENCHES = TESTS.parent / "benches"
 START = (
@@ -418,15 +420,20 @@ def copy_of_the_source(folder: Path) -> Path:
 
 
 TOUCHED = {
-    # Its splits and its self-term serve others too.
+    # Its splits and its self-term serve others too; regime blas asks where they are launched for
+    # its norms and its masked gradient sum.
     "kernels/stored_alignment_kernels.py": {
+        "triton/row_tiles",
         "triton/stored",
+        "triton/blas",
         "triton/few_classes",
         "triton/recompute",
     },
     "kernels/stacked_alignment.py": {"triton/recompute"},
     "kernels/few_classes_tiles.py": {"triton/few_classes"},
+    "kernels/row_tiles_kernel.py": {"triton/row_tiles"},
     "kernels/softmax_residual.py": {"triton/stored", "triton/recompute", "triton/blas"},
+    "kernels/row_norms.py": {"triton/*"},  # named where they share what they keep of a row
     "moso_fast/backends/_triton_blas.py": None,
     "csrc/cuda/few_classes_first.cuh": {"cuda"},
     "csrc/cuda/emulator/emulator.cpp": set(),
@@ -442,7 +449,7 @@ def test_a_fix_leaves_timed_what_it_does_not_touch(tmp_path) -> None:
     """The hash of a contender follows the files that it runs, and no others."""
     sources = importlib.import_module("gpu.check.sources")
     root = copy_of_the_source(tmp_path)
-    regimes = {"triton/few_classes", "triton/stored", "triton/recompute", "triton/blas"}
+    regimes = {f"triton/{name}" for name in REGIMES}
     names = {"cuda", "torch", "plain", *regimes}
 
     def hashes() -> dict[str, str]:

@@ -139,8 +139,11 @@ def test_what_says_the_most_is_planned_first(monkeypatch) -> None:
     assert all(key.endswith(" torch") for key in kernels[-15:])
     calls = [unit["key"] for unit in plan._calls(True)]
     assert all(key.endswith(("cuda", "triton")) for key in calls[:22])
-    assert all(key.endswith("bfloat16 medium eager") for key in calls[22:33])
-    assert all("float32 highest" in key for key in calls[33:66])
+    # Not ours: plain PyTorch for every row, other libraries where there are many classes.
+    behind = 33 + len(plan.VOCABULARY_ROWS) * len(plan.PEERS)
+    plain = [f"bfloat16 medium {name}" for name in ("eager", *plan.PEERS)]
+    assert all(key.endswith(tuple(plain)) for key in calls[22:behind])
+    assert all("float32 highest" in key for key in calls[behind : behind + 33])
     with importlib.import_module("gpu.compile_times").as_on_a_gpu():
         smoke = list(plan._smoke(True))
     assert len(smoke) > 50 and all(unit["limit"] <= 20 for unit in smoke)

@@ -44,10 +44,14 @@ def passes(tool: Any, contender: str, precision: str, data: list[torch.Tensor]) 
 @pytest.mark.parametrize(
     "contender, head",
     [
+        ("triton/row_tiles", (None, 100, 512)),
+        ("triton/row_tiles", (None, 10, 190)),
         ("triton/few_classes", (3, 10, 256)),
         ("triton/recompute", (None, 1000, 192)),
         ("triton/stored", (None, 100, 192)),
+        ("triton/stored", (None, 300, 192)),  # the alignment's other order
         ("triton/blas", (None, 10, 512)),
+        ("triton/blas", (None, 300, 190)),  # the other order of its last product
     ],
 )
 def test_a_regime_compiles_and_is_launched_again(tool, contender, head, dtype, precision) -> None:
@@ -63,7 +67,7 @@ def test_other_losses_compile(tool) -> None:
     features, weight = (torch.randn(n, 64, generator=g) for n in (50, 7))
     targets = torch.rand(50, 7, generator=g)
     for loss in ("binary_cross_entropy", "mse"):
-        for regime in ("few_classes", "stored"):
+        for regime in ("row_tiles", "few_classes", "stored"):
             data = [features, weight, targets, weight[:, 0].contiguous()]
             build = problem.build_problem
 

@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import aot
 import aot_few_classes
 import aot_products
+import aot_row_tiles
 
 # Multiples of a tile's rows: never 1.
 _LARGE = ("slab_rows",)
@@ -36,14 +37,21 @@ def specialised(case: Any) -> Any:
 
 
 def sample() -> dict[str, Any]:
-    """First case of every kernel; of the residual kernels in both variants."""
+    """First case of every kernel; of the residual kernels in all variants, others narrow too.
+
+    Row dots with a shift, and with columns to add.
+    """
     found: dict[str, Any] = {}
     for case in (
         *aot.residual_cases(),
         *aot_products.product_cases(),
         *aot_few_classes.cases(),
+        *aot_row_tiles.row_tiles_cases(),
+        *aot_row_tiles.column_cases(),
     ):
-        found.setdefault(f"{case.kernel.__name__}-{case.constants.get('SOFT')}", case)
+        kind = "narrow" if case.name.endswith("narrow") else case.constants.get("SOFT")
+        kind = "extra" if "extra" in case.types else kind
+        found.setdefault(f"{case.kernel.__name__}-{kind}", case)
     return found
 
 

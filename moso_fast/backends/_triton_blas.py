@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..engine import FirstPass, RowBuffers
 from ..problem import STATUS_FEATURE, STATUS_LOGITS, Problem
-from ._triton_products import features_and_norms, lost_of, sum_narrow_gradients
+from ._triton_products import features_and_norms, kernel_features, lost_of, sum_narrow_gradients
 from ._triton_regime import (
     SLAB_ROWS,
     Regime,
@@ -52,8 +52,9 @@ class BlasRegime(Regime):
 
     def row_bytes(self, problem: Problem) -> int:
         """Logits, a product of the same size, operand copies."""
-        if narrow_ones(problem):  # residuals are counted where they are kept
-            return 4 * (problem.classes + min(problem.classes, problem.dim) + 16)
+        if narrow_ones(problem):  # logits, and residuals or the product behind them
+            product_bytes = 4 * (min(problem.classes, problem.dim) + 16)
+            return 4 * problem.classes + max(product_bytes, 2 * problem.classes)
         a_row = 8 * problem.heads * problem.classes
         operand = operand_dtype(problem)
         if operand.itemsize == 2:
@@ -111,13 +112,14 @@ class BlasRegime(Regime):
     ) -> None:
         """See :class:`moso_fast.backends.base.Backend`."""
         # Rows that do not count may hold anything; each touches its own result alone.
-        features = problem.feature_rows(rows).to(operand_dtype(problem))
         if narrow_ones(problem):
+            features = kernel_features(problem, rows)
             if residual is None:
                 residual = narrow_residuals(problem, rows, out, features)[:, None]
             flat = residual[:, 0]
             align_narrow(problem, rows, out, features, flat, mean_grad, mean_bias_grad, alignment)
             return
+        features = problem.feature_rows(rows).to(operand_dtype(problem))
         if residual is None:
             flat = residuals(problem, rows, out, features)
             residual = flat.reshape(-1, problem.heads, problem.classes)
@@ -154,10 +156,13 @@ def residual_tile(problem: Problem) -> str:
     """Say which tile the residual kernel takes."""
     from moso_fast.kernels.residual import choose_config  # imports Triton
 
-    config = choose_config(problem.classes, loss=problem.loss, soft=problem.soft_labels)
+    narrow = narrow_ones(problem)
+    config = choose_config(
+        problem.classes, loss=problem.loss, soft=problem.soft_labels, narrow=narrow
+    )
     return (
-        f"residuals in place, tile {config.block_rows} x {config.block_classes}, "
-        f"{config.num_warps} warps"
+        f"residuals {'rounded beside the logits' if narrow else 'in place'}, tile "
+        f"{config.block_rows} x {config.block_classes}, {config.num_warps} warps"
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,32 +72,34 @@ def guarded_outputs(rows: int, heads: int, padding: int = 0) -> Outputs:
 
 
 @contextmanager
-def guarded_partials(kernel: str, count: int) -> Iterator[None]:
-    """Put guards around the last ``count`` positional arguments of a launch: the partial sums."""
-    given = getattr(few_classes, kernel)
+def guarded_arguments(module: Any, kernel: str, positions: Sequence[int]) -> Iterator[None]:
+    """Put guards around outputs that a launch allocates: its arguments at these positions."""
+    given = getattr(module, kernel)
 
     class Spy:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def launch(*arguments: Any, **options: Any) -> None:
-                own = arguments[-count:]
-                guards = [Guarded(1, value.numel(), value.numel()) for value in own]
-                for guard in guards:
+                passed, watched = list(arguments), []
+                for position in positions:
+                    value = arguments[position]
+                    if value is None:
+                        continue
+                    guard = Guarded(1, value.numel(), value.numel(), dtype=value.dtype)
                     guard.view.fill_(torch.nan)
-                views = [
-                    guard.view.view(value.shape) for guard, value in zip(guards, own, strict=True)
-                ]
-                given[grid](*arguments[:-count], *views, **options)
-                assert all(guard.intact() for guard in guards), "wrote outside a partial sum"
-                for value, view in zip(own, views, strict=True):
+                    passed[position] = guard.view.view(value.shape)
+                    watched.append((value, guard, passed[position]))
+                given[grid](*passed, **options)
+                for value, guard, view in watched:
+                    assert guard.intact(), "wrote outside an output"
                     value.copy_(view)
 
             return launch
 
-    setattr(few_classes, kernel, Spy())
+    setattr(module, kernel, Spy())
     try:
         yield
     finally:
-        setattr(few_classes, kernel, given)
+        setattr(module, kernel, given)
 
 
 def run(
@@ -124,7 +126,7 @@ def run(
         status = torch.full((STATUS_SLOTS,), rows, dtype=torch.int64)
     inputs = [features, weight, bias, labels, options.get("sample_weight")]
     before = [None if value is None else value.clone() for value in inputs]
-    with guarded_partials("few_classes_first_kernel", 2):
+    with guarded_arguments(few_classes, "few_classes_first_kernel", (-2, -1)):
         sums = few_classes_first(
             features,
             weight,
@@ -170,11 +172,17 @@ def reference(
     }
 
 
-def assert_close(result: dict[str, Any], *args: Any, loosely: float = 1.0, **options: Any) -> None:
+def assert_close(
+    result: dict[str, Any],
+    *args: Any,
+    loosely: float = 1.0,
+    fields: Sequence[str] = FIELDS,
+    **options: Any,
+) -> None:
     """Compare with float64: at most twice the error of float32 PyTorch, plus a small floor."""
     expected = reference(*args, **options)
     rounded = reference(*args, dtype=torch.float32, **options)
-    for name in FIELDS:
+    for name in fields:
         got, exact = result[name].double(), expected[name].double()
         assert got.shape == exact.shape, (name, got.shape, exact.shape)
         assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN in the wrong places"

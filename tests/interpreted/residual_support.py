@@ -6,11 +6,12 @@ formula is shared with the kernels or with moso_fast.losses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from moso_fast.kernels.residual import RowOutputs, residual_rows
+from moso_fast.kernels.residual import NarrowResiduals, RowOutputs, residual_rows
 from torch import Tensor
 
 from moso_fast.problem import STATUS_SLOTS
@@ -21,11 +22,18 @@ FIELDS = ("residual", *RowOutputs._fields)
 
 
 class Guarded:
-    """A strided (rows, columns) float32 view into a buffer whose every other entry is watched."""
+    """A strided (rows, columns) view into a buffer whose every other entry is watched."""
 
-    def __init__(self, rows: int, columns: int, stride: int, offset: int = 0) -> None:
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        stride: int,
+        offset: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         length = 2 * GUARD + offset + rows * stride
-        self.buffer = torch.full((length,), SENTINEL)
+        self.buffer = torch.full((length,), SENTINEL, dtype=dtype)
         self.view = self.buffer.as_strided((rows, columns), (stride, 1), GUARD + offset)
 
     def intact(self) -> bool:
@@ -34,12 +42,15 @@ class Guarded:
         rest.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset()).fill_(
             SENTINEL
         )
-        return bool((rest == SENTINEL).all())
+        return bool((rest == rest[0]).all())  # rest[0] lies in front of everything
 
 
 @dataclass
 class Result:
-    """What a launch left behind: residual (n, K, C), the rest (K, n), status as a list."""
+    """What a launch left behind: residual (n, K, C), the rest (K, n), status as a list.
+
+    ``narrow`` (n, M) and ``lost`` (n,), where residuals went to a matrix of their own.
+    """
 
     residual: Tensor
     loss: Tensor
@@ -47,6 +58,8 @@ class Result:
     margin: Tensor
     entropy: Tensor
     status: list[int]
+    narrow: Tensor | None = None
+    lost: Tensor | None = None
 
 
 def launch(
@@ -56,20 +69,28 @@ def launch(
     padding: int = 0,
     offset: int = 0,
     status: Tensor | None = None,
+    columns: int | None = None,
     **options: object,
 ) -> Result:
     """Run the kernel on logits (n, K, C) in guarded, NaN-filled buffers; check the guards.
 
-    ``padding`` unused columns lie between rows, ``offset`` elements shift the first one.
+    ``padding`` unused columns lie between rows, ``offset`` elements shift the first one. With
+    ``columns`` residuals go to a matrix of so many bfloat16 columns, and the logits must stay.
     """
     rows, heads, classes = logits.shape
-    columns = heads * classes
-    buffer = Guarded(rows, columns, columns + padding, offset)
-    buffer.view.copy_(logits.reshape(rows, columns))
+    width = heads * classes
+    buffer = Guarded(rows, width, width + padding, offset)
+    buffer.view.copy_(logits.reshape(rows, width))
     outputs = [Guarded(heads, rows, rows + padding, offset) for _ in RowOutputs._fields]
     for output in outputs:
         output.view.fill_(float("nan"))
-    inputs = [labels, options.get("sample_weight"), options.get("counted")]
+    apart: list[Guarded] = []
+    if columns is not None:
+        apart = [Guarded(rows, columns, columns, dtype=torch.bfloat16), Guarded(1, rows, rows)]
+        for output in apart:
+            output.view.fill_(float("nan"))
+        options["narrow"] = NarrowResiduals(apart[0].view, apart[1].view[0])
+    inputs = [labels, *(options.get(name) for name in ("sample_weight", "counted", "bias"))]
     before = [None if value is None else value.clone() for value in inputs]
     if status is None:
         status = torch.full((STATUS_SLOTS,), rows, dtype=torch.int64)
@@ -83,9 +104,16 @@ def launch(
     )
     for given, copy in zip(inputs, before, strict=True):
         assert given is None or torch.equal(given.view(torch.uint8), copy.view(torch.uint8))
-    assert all(output.intact() for output in [buffer, *outputs]), "wrote outside an output"
+    assert all(output.intact() for output in [buffer, *outputs, *apart]), "wrote outside an output"
+    statistics = [output.view.clone() for output in outputs]
     residual = buffer.view.clone().reshape(rows, heads, classes)
-    return Result(residual, *(output.view.clone() for output in outputs), status.tolist())
+    if columns is None:
+        return Result(residual, *statistics, status.tolist())
+    same = residual.view(torch.int32) == logits.contiguous().view(torch.int32)
+    assert bool(same.all()), "wrote over the logits"
+    narrow, lost = apart[0].view.clone(), apart[1].view[0].clone()
+    residual = narrow[:, None, :classes].float()
+    return Result(residual, *statistics, status.tolist(), narrow, lost)
 
 
 def reference(
@@ -137,7 +165,14 @@ def reference(
     return {"residual": residual, **fields}
 
 
-def assert_close(result: Result, logits: Tensor, labels: Tensor, **options: object) -> None:
+def assert_close(
+    result: Result,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    fields: Sequence[str] = FIELDS,
+    **options: object,
+) -> None:
     """Compare with float64: at most twice the error of float32 PyTorch, plus a small floor.
 
     The floor is 4e-7 (a few ulp) of the magnitude of each number, and of the logits where a
@@ -145,7 +180,7 @@ def assert_close(result: Result, logits: Tensor, labels: Tensor, **options: obje
     """
     expected = reference(logits, labels, **options)
     rounded = reference(logits, labels, dtype=torch.float32, **options)
-    for name in FIELDS:
+    for name in fields:
         got, exact = getattr(result, name).double(), expected[name]
         assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN in the wrong places"
         own = (rounded[name].double() - exact).abs().nan_to_num(0.0)

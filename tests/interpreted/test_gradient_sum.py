@@ -57,7 +57,9 @@ def test_matches_float64(shape, dtype: torch.dtype, generator: torch.Generator) 
         assert_sums(result, residual, features)
 
 
-@pytest.mark.parametrize("choice", TILES, ids=lambda c: f"{c.tile.classes}x{c.tile.dim}")
+@pytest.mark.parametrize(
+    "choice", TILES, ids=lambda c: f"{c.tile.classes}x{c.tile.dim}{'-narrow' if c.narrow else ''}"
+)
 def test_every_shipped_tile(choice, generator: torch.Generator) -> None:
     tile = choice.tile
     shape = (2 * tile.rows + 1, tile.classes + 1, tile.dim + 1)
@@ -77,6 +79,29 @@ def test_residual_is_rounded_as_an_operand_alone(generator: torch.Generator) -> 
     assert_sums((result.grad, cut.double().sum(0)), cut, features)
     torch.testing.assert_close(result.bias, residual.double().sum(0), rtol=1e-5, atol=1e-5)
     assert (cut.double().sum(0) - result.bias).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "choice", [c for c in TILES if c.narrow], ids=lambda c: f"{c.tile.classes}x{c.tile.dim}"
+)
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_narrow_residuals(choice, more: int, generator: torch.Generator) -> None:
+    """As they are left by the first pass: bfloat16, in padded rows, zeros behind the classes."""
+    tile = choice.tile
+    classes = tile.classes + 8 * more
+    residual, features = operands((tile.rows + more, classes, tile.dim + 8 * more), generator, BF16)
+    residual[:, -3:] = 0
+    counted = torch.arange(tile.rows + more) % 5 != 2
+    features[2] = torch.nan
+    narrow = residual.to(BF16)
+    result = gradient_sum(
+        narrow, features, precision="medium", counted=counted, bias=False, tile=tile
+    )
+    assert result.bias is None and not result.grad[-3:].any()
+    both = narrow[counted], features[counted]
+    assert_sums((result.grad, both[0].double().sum(0)), *both)
+    chosen = gradient_sum(narrow, features, precision="medium", counted=counted)
+    assert_sums(chosen, *both)
 
 
 def test_rows_that_do_not_count_may_hold_anything(generator: torch.Generator) -> None:
@@ -174,10 +199,16 @@ def test_choice_of_tiles() -> None:
     for rounded in (True, False):
         for aligned in (True, False):
             for classes in (1, 64, 65, 10**5):
-                tile = choose_tile(classes, 512, rounded, aligned)
-                assert (rounded, aligned, tile) in TILES
-                assert slab_rows(1, 1, tile.rows, "highest") % tile.rows == 0
-    assert choose_tile(64, 512, True).classes == 64 and choose_tile(65, 512, True).classes == 128
+                for narrow in (False, True) if rounded else (False,):
+                    tile = choose_tile(classes, 512, rounded, aligned, narrow)
+                    kind = (rounded, aligned, narrow and aligned)
+                    fitting = [c for c in TILES if (c.rounded, c.aligned, c.narrow) == kind]
+                    assert tile in [c.tile for c in fitting if c.majors == (8, 9, 10)]
+                    assert slab_rows(1, 1, tile.rows, "highest") % tile.rows == 0
+                    assert slab_rows(2**40, 1, tile.rows, "medium") % tile.rows == 0
+    for narrow in (False, True):
+        assert choose_tile(64, 512, True, narrow=narrow).classes == 64
+    assert choose_tile(65, 512, True).classes == 128
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,51 @@ def test_self_term_is_what_rounding_took(order: str, heads: int, generator) -> N
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("columns", [18, 24])
+def test_residuals_that_were_stored_rounded(
+    order: str, splits: int, columns: int, generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They tell no more what rounding took: |r|^2 comes back by the number that was kept of it."""
+    monkeypatch.setattr(module, "class_splits", lambda *_: splits)
+    rows, classes, dim = 35, 18, 37
+    features, wide, grad, bias = operands((rows, 1, classes, dim), generator, BF16)
+    grad, stored = grad.to(BF16), torch.full((rows, columns), torch.nan, dtype=BF16)
+    stored[:, :classes] = cut(wide).to(BF16)
+    residual = stored[:, :classes]  # padded rows: what lies behind the classes is not read
+    sqnorm = features.double().square().sum(1)
+    lost = wide.double().square().sum(1) - residual.double().square().sum(1)
+    counted = torch.arange(rows) % 5 != 1
+    stored[1], sqnorm[1], lost[1] = torch.nan, torch.nan, torch.nan  # of a row that does not count
+    term = SelfTerm(sqnorm.float(), counted.sum(), lost.float())
+    got = guarded_out(1, rows)
+    stored_alignment(features, residual, grad, got.view, mean_bias_grad=bias, counted=counted,
+                     self_term=term, order=order, tile=SMALL)  # fmt: skip
+    assert got.intact()
+    restored = (lost * sqnorm / counted.sum())[None]
+    exact = torch.where(counted, dots(features, residual, grad, bias, 1) + restored, 0.0)
+    assert restored[:, counted].abs().max() > 1e-2  # far above the bound below
+    used = torch.where(counted[:, None], residual.float(), 0)
+    assert_dots(got.view, exact, features, used, grad, bias)
+    # Once a row, however many programs share it.
+    zero = torch.zeros_like(grad)
+    stored_alignment(features, residual, zero, got.view, counted=counted, self_term=term,
+                     order=order, tile=SMALL)  # fmt: skip
+    given_back = torch.where(counted, restored, 0.0)
+    torch.testing.assert_close(got.view.double(), given_back, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_lost_is_read_within_its_rows(order: str, generator) -> None:
+    features, residual, grad, bias = operands((17, 1, 18, 20), generator, BF16)
+    given = [walled(t) for t in (features, residual.to(BF16), grad.to(BF16))]
+    term = SelfTerm(walled(torch.ones(17)), walled(torch.tensor(17)), walled(torch.zeros(17)))
+    got = launch(*given, mean_bias_grad=walled(bias), self_term=term, order=order, tile=SMALL)
+    exact = dots(*given, bias, 1)
+    assert_dots(got, exact, *given, bias)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_self_term_counts_once_where_a_row_is_split(order: str, generator) -> None:
     features, residual, _, _ = operands((4, 1, 40, 40), generator, BF16)
     grad = torch.zeros(40, 40, dtype=BF16)
@@ -256,14 +301,17 @@ def test_refused_arguments(name: str, value: object, message: str) -> None:
         (SelfTerm(torch.ones(3), torch.tensor(4)), "feature_sqnorm must be"),
         (SelfTerm(torch.ones(4), torch.tensor(4.0)), "count must be"),
         (SelfTerm(torch.ones(4), torch.tensor([4])), "count must be"),
+        (SelfTerm(torch.ones(4), torch.tensor(4), torch.ones(3)), "self_term.lost must be"),
+        (SelfTerm(torch.ones(4), torch.tensor(4), torch.ones(4)), "lost is of one head; got 3"),
     ],
 )
 def test_refused_self_terms(term: SelfTerm, message: str) -> None:
+    heads = 3 if "one head" in message else 1
     with pytest.raises(ValueError, match=message):
         stored_alignment(
             torch.zeros(4, 6, dtype=BF16),
             torch.zeros(4, 3),
             torch.zeros(3, 6, dtype=BF16),
-            torch.zeros(1, 4),
+            torch.zeros(heads, 4),
             self_term=term,
         )

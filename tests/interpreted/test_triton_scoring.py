@@ -36,8 +36,15 @@ from moso_fast.reference import closed_form_stats, explicit_stats
 TRITON = "triton"
 
 
-# Regimes that run cross-entropy with class ids alone.
+# Regimes that run cross-entropy with class ids alone; one head alone; no samples of several rows.
 IDS_ONLY = {"recompute"}
+ONE_HEAD = {"row_tiles"}
+NO_SEQUENCES = {"row_tiles"}
+
+
+def heads_for(regime: str, heads: int | None) -> int | None:
+    """Return so many heads, or the one that the regime takes."""
+    return None if regime in ONE_HEAD else heads
 
 
 @pytest.fixture(params=REGIMES)
@@ -68,7 +75,7 @@ def test_interpreter_makes_it_available_on_a_cpu() -> None:
 
 @each_regime(*KINDS)
 def test_every_loss(kind: str, regime: str) -> None:
-    case = random_case(kind, n=37, heads=3)
+    case = random_case(kind, n=37, heads=heads_for(regime, 3))
     assert_stats_match(score_with(TRITON, case), reference(case), 1e-5)
 
 
@@ -80,24 +87,44 @@ def test_one_head_without_bias(regime: str) -> None:
 @each_regime("ids", "soft", "mse")
 def test_weights_chunks_and_recomputed_residuals(kind: str, regime: str) -> None:
     weights = torch.rand(37, generator=generator(3)) + 0.1
-    case = random_case(kind, n=37, heads=2, sample_weight=weights)
+    case = random_case(kind, n=37, heads=heads_for(regime, 2), sample_weight=weights)
     for chunk_size in (None, 16):
         stats = score_with(TRITON, case, chunk_size=chunk_size)
         assert_stats_match(stats, reference(case), 1e-5, floor=1e-6)
 
 
 def test_chunks_of_one_row(regime: str) -> None:
-    case = random_case("ids_smoothed", n=7, heads=2)
+    case = random_case("ids_smoothed", n=7, heads=heads_for(regime, 2))
     assert_stats_match(score_with(TRITON, case, chunk_size=1), reference(case), 1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 6])
 @each_regime("ids", "soft")
 def test_sequences(kind: str, chunk_size: int | None, regime: str) -> None:
-    case = random_case(kind, heads=2, cu_seqlens=torch.tensor([0, 4, 4, 17]))
+    heads = heads_for(regime, 2)
+    case = random_case(kind, heads=heads, cu_seqlens=torch.tensor([0, 4, 4, 17]))
+    if regime in NO_SEQUENCES:
+        with pytest.raises(ValueError, match="samples of several rows need every residual"):
+            last_layer_stats(*case.args, **case.options, backend=TRITON)
+        return
     if kind == "ids":
         case.labels[2] = -100
     assert_stats_match(score_with(TRITON, case, chunk_size=chunk_size), reference(case), 1e-5)
+
+
+@pytest.mark.parametrize("regime", sorted(ONE_HEAD), indirect=True)
+def test_several_heads_are_refused_with_the_reason(regime: str) -> None:
+    case = random_case("ids", heads=2)
+    message = f"regime '{regime}' cannot run this problem: it takes one head"
+    with pytest.raises(ValueError, match=message):
+        last_layer_stats(*case.args, backend=TRITON)
+
+
+def test_classes_beyond_every_tile_are_refused_with_the_reason(monkeypatch) -> None:
+    monkeypatch.setenv(REGIME_VARIABLE, "row_tiles")
+    case = random_case("ids", c=257)
+    with pytest.raises(ValueError, match="no tile holds C = 257 with these operands"):
+        last_layer_stats(*case.args, backend=TRITON)
 
 
 @pytest.mark.parametrize("classes, dim", [(1, 3), (2, 1), (7, 33), (33, 8), (129, 65), (600, 16)])
@@ -110,6 +137,7 @@ def test_shapes(classes: int, dim: int) -> None:
 @pytest.mark.parametrize("classes, dim, heads", [(5, 7, 2), (15, 6, None)])
 @pytest.mark.parametrize("precision, tolerance", [("highest", 1e-5), ("medium", 1e-2)])
 def test_16_bit_features(precision, tolerance, classes, dim, heads, dtype, regime) -> None:
+    heads = heads_for(regime, heads)
     case = random_case("ids", n=60, c=classes, d=dim, heads=heads, dtype=dtype)
     stats = score_with(TRITON, case, precision=precision)
     assert_stats_match(stats, reference(case), tolerance)
@@ -132,6 +160,9 @@ def test_self_term_is_as_exact_as_the_norm(classes, dim, regime, monkeypatch) ->
     truth = (n * exact.alignment[0] - exact.grad_sqnorm[0]) / (n - 1)
     with_term = relative_error(score_with(TRITON, case).scores(), truth)
     monkeypatch.setattr(_triton_blas, "lost_self_term", lambda *args: 0.0)
+    monkeypatch.setattr(
+        _triton_blas, "lost_of", lambda problem, out, rows: torch.zeros(rows.stop - rows.start)
+    )
     for module in (_triton_products, _triton_recompute, _triton_few_classes):
         monkeypatch.setattr(module, "self_term", lambda *args: None)
     without = relative_error(score_with(TRITON, case).scores(), truth)
@@ -151,7 +182,7 @@ def test_confident_model(regime) -> None:
 def test_many_equal_rows(regime, monkeypatch) -> None:
     """Slabs, batched and left over: a sum in one go would lose two digits."""
     # The interpreter takes its time; where slabs are of fixed length there is more than one.
-    rows = {"blas": 20_001, "few_classes": 1_001}.get(regime, 5_001)
+    rows = {"blas": 20_001, "few_classes": 1_001, "row_tiles": 1_501}.get(regime, 5_001)
     monkeypatch.setattr(_triton_regime, "CHUNK_BYTES", {"cpu": 2**30})
     row = torch.randn(1, 6, generator=generator(1))
     case = Case(
@@ -163,27 +194,39 @@ def test_many_equal_rows(regime, monkeypatch) -> None:
     assert_stats_match(score_with(TRITON, case), closed_form_stats(*case.args), 1e-5)
 
 
-@pytest.mark.parametrize("batch_bytes", [0, 2**20])
-@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17, 30])
+# Slabs of 8 rows with sums of 60 bytes. Nothing to share; less than two sums; two; everything.
+@pytest.mark.parametrize("batch_bytes", [0, 119, 120, 2**20])
+# No whole slab, one, one and a rest; a group of two, one and a rest, and a slab left over; two
+# groups; two groups, a slab and a rest.
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17, 24, 32, 45])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_sum(dtype: torch.dtype, rows: int, batch_bytes: int) -> None:
     g = generator(rows)
     residual, features = (torch.randn(rows, m, generator=g).to(dtype) for m in (5, 3))
-    total = common.gradient_sum(residual, features, 8, batch_bytes=batch_bytes)
-    assert_close(total, residual.double().T @ features.double(), 1e-6)
     strided = torch.randn(rows, 6, generator=g).to(dtype)[:, ::2]
-    total = common.gradient_sum(residual, strided, 8, batch_bytes=batch_bytes)
-    assert_close(total, residual.double().T @ strided.double(), 1e-6)
+    for given in (features, strided):
+        total = common.gradient_sum(residual, given, 8, batch_bytes=batch_bytes)
+        assert_close(total, residual.double().T @ given.double(), 1e-6)
+        one_by_one = common.gradient_sum(residual, given, 8)
+        assert total.dtype == one_by_one.dtype == (torch.float32 if rows <= 8 else torch.float64)
+        assert_close(total, one_by_one, 1e-7)
 
 
-@pytest.mark.parametrize(("batch_bytes", "launches"), [(3 * 60, 2), (3 * 60 - 1, 4)])
-def test_slabs_share_a_launch_where_their_sums_fit(batch_bytes, launches, monkeypatch) -> None:
-    given, shapes = common.product, []
-    monkeypatch.setattr(
-        common, "product", lambda left, right: shapes.append(left.shape) or given(left, right)
-    )
+# Of three whole slabs and a shorter one: all in one, two and one, each on its own.
+@pytest.mark.parametrize(
+    ("batch_bytes", "slabs"),
+    [(2**20, [3]), (180, [3]), (179, [2, 1]), (120, [2, 1]), (119, [1, 1, 1]), (0, [1, 1, 1])],
+)
+def test_slabs_go_in_groups_whose_sums_fit(batch_bytes: int, slabs: list[int], monkeypatch) -> None:
+    given, found = common.product, []
+
+    def noted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        found.append((left.shape[0] if left.dim() == 3 else 1, left.shape[-1]))
+        return given(left, right)
+
+    monkeypatch.setattr(common, "product", noted)
     common.gradient_sum(torch.ones(30, 5), torch.ones(30, 3), 8, batch_bytes=batch_bytes)
-    assert len(shapes) == launches
+    assert found == [*((count, 8) for count in slabs), (1, 6)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -296,7 +339,7 @@ def test_bad_input_is_named(chunk_size: int | None, regime: str) -> None:
 
 
 def test_runs_are_bitwise_equal(regime) -> None:
-    case = random_case("ids", n=200, heads=2)
+    case = random_case("ids", n=200, heads=heads_for(regime, 2))
     first, second = score_with(TRITON, case), score_with(TRITON, case)
     for name in FIELDS:
         assert torch.equal(getattr(first, name), getattr(second, name))

@@ -13,12 +13,19 @@ import numpy as np
 import pytest
 import torch
 from alignment_support import BF16, dots
-from moso_fast.kernels import few_classes_tiles, gradient_sum, stacked_alignment, stored_alignment
+from moso_fast.kernels import (
+    few_classes_tiles,
+    gradient_sum,
+    row_tiles,
+    stacked_alignment,
+    stored_alignment,
+)
 from moso_fast.kernels.few_classes import Recompute
 from moso_fast.kernels.few_classes_tiles import FIRST_TILES, SECOND_TILES
 from moso_fast.kernels.tiles import Tile
 from residual_support import reference
 from test_few_classes_second import run as second_pass
+from test_row_tiles import run as rows_pass
 from test_stacked_alignment import Job
 from test_stored_alignment import launch
 from torch import Tensor
@@ -127,6 +134,19 @@ def wide_job(rows: int, classes: int, dtype: torch.dtype, generator: torch.Gener
     job.grad[0] *= -1
     job.bias_grad = job.grad[:, 0].contiguous()
     return job
+
+
+@pytest.mark.parametrize(("choice", "dtype"), exact_kind(row_tiles.TILES))
+def test_row_tiles_of_wide_features(choice, dtype, generator) -> None:
+    job = wide_job(9, choice.tile.classes, dtype, generator)
+    exact = reference(job.logits(), job.labels)
+    given = job.features, job.weight[None], job.bias[None], job.labels
+    with tensor_cores() as seen:
+        result = rows_pass(*given, tile=choice.tile)
+    assert set(seen) == {"TF32x3"}
+    for name in few_classes_support.STATISTICS:
+        assert relative(result[name], exact[name]) < CONTRACT, name
+    assert relative(result["residual"], exact["residual"]) < CONTRACT
 
 
 @pytest.mark.parametrize(("choice", "dtype"), exact_kind(stacked_alignment.TILES))

@@ -68,7 +68,7 @@ TILES = (
     Choice(True, True, Tile(64, 64, 128, 8, 3, 224, 92160, "HGMMA")),
     Choice(True, True, Tile(32, 128, 128, 8, 3, 252, 66560, "HGMMA")),
     Choice(True, False, Tile(32, 64, 64, 8, 3, 152, 30720, "HGMMA")),
-    Choice(False, True, Tile(32, 64, 128, 8, 3, 255, 83968, "HGMMA")),
+    Choice(False, True, Tile(16, 64, 128, 8, 3, 168, 40_968, "HGMMA")),
     Choice(False, False, Tile(32, 64, 32, 8, 3, 160, 34816, "HGMMA")),
     Choice(True, True, Tile(64, 64, 128, 4, 3, 255, 73_744, "HGMMA"), True),
     Choice(True, True, Tile(64, 128, 128, 8, 3, 188, 98_320, "HGMMA"), True),

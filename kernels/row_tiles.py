@@ -49,7 +49,6 @@ TILES = (
     Choice("bf16", True, Tile(32, 16, 64, 4, 4, 128, 24_576, "HMMA")),
     Choice("bf16", True, Tile(64, 32, 64, 4, 4, 248, 49_184, "HGMMA"), _OLDER),
     Choice("bf16", True, Tile(64, 64, 64, 4, 4, 255, 65_568, "HGMMA"), (9,), ("ids",)),
-    Choice("bf16", True, Tile(64, 64, 64, 8, 4, 224, 65_568, "HGMMA"), (9,)),
     Choice("bf16", True, Tile(32, 64, 64, 8, 4, 128, 36_864, "HMMA")),
     Choice("bf16", True, Tile(32, 128, 64, 8, 4, 224, 61_440, "HMMA")),
     Choice("bf16", True, Tile(16, 256, 64, 16, 3, 128, 69_632, "HMMA")),

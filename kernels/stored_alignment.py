@@ -64,9 +64,9 @@ class Choice(NamedTuple):
 # Of those that spill on none of sm_80, sm_90 and sm_100: the quickest on an H200 where rows
 # are rounded and aligned, elsewhere the largest.
 PROJECT_TILES = (
-    Choice(True, True, Tile(128, 16, 64, 4, 4, 128, 73_744, "HGMMA")),
+    Choice(True, True, Tile(128, 16, 64, 4, 4, 255, 73_744, "HGMMA"), (8, 9)),
     Choice(True, True, Tile(128, 64, 64, 8, 3, 192, 75776, "HGMMA")),
-    Choice(True, True, Tile(64, 128, 64, 4, 4, 176, 98_320, "HGMMA")),
+    Choice(True, True, Tile(64, 128, 64, 4, 4, 255, 98_320, "HGMMA"), (9, 10)),
     Choice(True, True, Tile(128, 128, 64, 8, 3, 255, 100352, "HGMMA")),
     Choice(True, False, Tile(64, 64, 32, 8, 3, 255, 18432, "HGMMA")),
     Choice(False, True, Tile(64, 64, 32, 8, 3, 255, 51200, "HGMMA")),

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..engine import FirstPass, RowBuffers
 from ..problem import Problem
 from ._triton_autotune import kind, tile_for
-from ._triton_products import kernel_features, self_term
+from ._triton_products import kernel_features, row_outputs, self_term, straight_rows
 from ._triton_regime import (
     Regime,
     interpreted,
@@ -70,7 +70,6 @@ class FewClassesRegime(Regime):
     ) -> FirstPass:
         """See :class:`moso_fast.backends.base.Backend`."""
         from moso_fast.kernels.few_classes import few_classes_first
-        from moso_fast.kernels.row_arguments import RowOutputs
 
         features = kernel_features(problem, rows)
         shape = (features.shape[0], problem.heads, problem.classes)
@@ -78,14 +77,7 @@ class FewClassesRegime(Regime):
         if keep_residual:
             residual = torch.empty(shape, dtype=torch.float32, device=problem.device)
         weight, bias = _heads(problem)
-        outputs = RowOutputs(
-            out.loss[:, rows],
-            out.residual_sqnorm[:, rows],
-            out.margin[:, rows],
-            out.entropy[:, rows],
-            out.feature_sqnorm[rows],
-            out.counted[rows],
-        )
+        outputs = row_outputs(out, rows)
 
         def launch(choice: Any) -> Any:
             return few_classes_first(
@@ -157,15 +149,6 @@ def _heads(problem: Problem) -> tuple[Tensor, Tensor | None]:
     return problem.weight.contiguous(), bias
 
 
-def _straight(problem: Problem) -> bool:
-    """Whether rows of the features, as the kernels get them, begin at multiples of 16 bytes."""
-    from moso_fast.kernels.operands import aligned
-
-    if problem.streamed or problem.features.stride(1) != 1:
-        return problem.dim * problem.features.dtype.itemsize % 16 == 0
-    return aligned(problem.features)
-
-
 def _version() -> tuple[int, ...]:
     """Version of the Triton that compiles; the interpreter runs every tile."""
     return _ANY if interpreted() else triton_version()
@@ -180,7 +163,7 @@ def _default(
     """Return the tile that the kernels' own table gives the first or second pass, or None."""
     from moso_fast.kernels import few_classes_tiles as tiles
 
-    straight = _straight(problem) if straight is None else straight
+    straight = straight_rows(problem) if straight is None else straight
     products = tiles.products_of(problem.features.dtype, problem.precision)
     classes, heads = problem.classes, problem.heads
     limits = (limits_of(problem.device).shared_bytes, version or _version())

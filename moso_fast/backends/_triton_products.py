@@ -32,6 +32,29 @@ def kernel_features(problem: Problem, rows: slice) -> Tensor:
     return features
 
 
+def straight_rows(problem: Problem) -> bool:
+    """Whether rows of the features, as the kernels get them, begin at multiples of 16 bytes."""
+    from moso_fast.kernels.operands import aligned
+
+    if problem.streamed or problem.features.stride(1) != 1:
+        return problem.dim * problem.features.dtype.itemsize % 16 == 0
+    return aligned(problem.features)
+
+
+def row_outputs(out: RowBuffers, rows: slice) -> Any:
+    """Return where a kernel that makes rows whole leaves what it finds: a ``RowOutputs``."""
+    from moso_fast.kernels.row_arguments import RowOutputs
+
+    return RowOutputs(
+        out.loss[:, rows],
+        out.residual_sqnorm[:, rows],
+        out.margin[:, rows],
+        out.entropy[:, rows],
+        out.feature_sqnorm[rows],
+        out.counted[rows],
+    )
+
+
 def features_and_norms(
     problem: Problem, rows: slice, out: RowBuffers, dirty: Tensor | None = None
 ) -> Tensor:

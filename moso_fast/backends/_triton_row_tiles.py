@@ -21,6 +21,8 @@ from ._triton_products import (
     alignment_tile,
     kernel_features,
     lost_of,
+    row_outputs,
+    straight_rows,
     sum_narrow_gradients,
 )
 from ._triton_regime import (
@@ -45,7 +47,7 @@ class RowTilesRegime(Regime):
             return "it takes one head, and they share the features"
         if problem.cu_seqlens is not None:
             return "samples of several rows need every residual in float32"
-        if _tile(problem, _straight(problem)) is None:
+        if _tile(problem, straight_rows(problem)) is None:
             return f"no tile holds C = {problem.classes} with these operands"
         return None
 
@@ -71,7 +73,7 @@ class RowTilesRegime(Regime):
         """Products and tiles."""
         from moso_fast.kernels import gradient_sum
 
-        rounded, straight = operand_dtype(problem).itemsize == 2, _straight(problem)
+        rounded, straight = operand_dtype(problem).itemsize == 2, straight_rows(problem)
         tile = _tile(problem, straight)
         sums = gradient_sum.choose_tile(problem.classes, problem.dim, rounded, straight, rounded)
         return (
@@ -114,17 +116,9 @@ def _residuals(
     """Residuals (n, columns) and their sum (C,); writes statistics, norms, status and ``lost``."""
     from moso_fast.kernels import row_tiles as kernel
     from moso_fast.kernels.operands import aligned
-    from moso_fast.kernels.row_arguments import RowOutputs
 
     bias = None if problem.bias is None else problem.bias.contiguous()
-    outputs = RowOutputs(
-        out.loss[:, rows],
-        out.residual_sqnorm[:, rows],
-        out.margin[:, rows],
-        out.entropy[:, rows],
-        out.feature_sqnorm[rows],
-        out.counted[rows],
-    )
+    outputs = row_outputs(out, rows)
 
     def launch(tile: Any) -> Any:
         return kernel.row_tiles(
@@ -167,15 +161,6 @@ def _products(problem: Problem) -> str:
     from moso_fast.kernels.row_tiles import products_of
 
     return products_of(problem.features.dtype, problem.precision)
-
-
-def _straight(problem: Problem) -> bool:
-    """Whether rows of the features, as the kernels get them, begin at multiples of 16 bytes."""
-    from moso_fast.kernels.operands import aligned
-
-    if problem.streamed or problem.features.stride(1) != 1:
-        return problem.dim * problem.features.dtype.itemsize % 16 == 0
-    return aligned(problem.features)
 
 
 def _tile(problem: Problem, straight: bool) -> Any:

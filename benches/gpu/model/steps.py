@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moso_fast.backends import _triton_few_classes, _triton_row_tiles
+from moso_fast.backends import _triton_few_classes, _triton_products, _triton_row_tiles
 
 from .library_steps import LibrarySteps
 from .occupancy import Fit, aligned, barriers, case_of, fit, loop_phases
@@ -105,7 +105,7 @@ class TritonSteps(LibrarySteps):
 
         p, (rate, times) = self.problem, self.rate
         products = _triton_row_tiles._products(p)
-        straight = _triton_row_tiles._straight(p)
+        straight = _triton_products.straight_rows(p)
         tile = _triton_row_tiles._tile(p, straight)
         dtype = "bf16" if p.features.dtype == torch.bfloat16 else "fp32"
         odd = "" if straight else "-unaligned"

@@ -15,7 +15,6 @@ from .few_classes_tiles import (
     choose_first_tile,
     choose_second_tile,
     groups_of,
-    products_of,
     slab_rows,
 )
 from .operands import (
@@ -25,6 +24,7 @@ from .operands import (
     describe,
     input_precision,
     interpreted,
+    products_of,
 )
 from .row_arguments import RowOutputs, check_heads, check_labels, check_outputs, kind_of
 

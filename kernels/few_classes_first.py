@@ -23,7 +23,7 @@ Flops: 4 n T D. At T = 16 and bfloat16 32 flops a byte against a ridge of about 
 three tf32 products for every float32 one ("tf32x3") come to 48 of about 55. |h|^2 and the test
 for infinities ride on the same tile. So says the model; on an H200 it took 2.7 ms for 1.28 million
 rows of 512 bfloat16 numbers (T = 16) that are read in 0.31: one block a multiprocessor waits for
-itself. row_tiles.py and gradient_sum.py together take 0.8, for one head.
+itself. row_tiles.py and gradient_sum.py together take 0.9, for one head.
 """
 
 from __future__ import annotations

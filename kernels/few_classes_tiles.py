@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 
-from .operands import MOST_ROWS, input_precision
+from .operands import MOST_ROWS
 from .tiles import Tile
 
 # Slabs come in multiples of two for every multiprocessor of an H100 or H200. A constant: the
@@ -57,13 +56,6 @@ SECOND_TILES = (
     Choice("tf32", True, False, False, Tile(64, 32, 32, 8, 3, 160, 53_248, "HGMMA")),
     Choice("tf32", False, False, False, Tile(64, 16, 32, 4, 3, 152, 40_960, "HGMMA")),
 )
-
-
-def products_of(dtype: torch.dtype, precision: str) -> str:
-    """Return how features of this dtype are multiplied: ``"bf16"``, ``"tf32"`` or ``"tf32x3"``."""
-    if dtype == torch.bfloat16 and precision == "medium":
-        return "bf16"
-    return input_precision(precision)
 
 
 def choose_first_tile(

@@ -29,8 +29,8 @@ def as_operand(x, ROUND: tl.constexpr, UPCAST: tl.constexpr):
 
     What is loaded in a loop for a product must not be used there for anything else, such as a norm
     or a sum: the tensor cores of an H100 read it in shared memory while the loop goes on, and for
-    a tile that goes to registers too Triton (3.6 at least) keeps one buffer less than that takes:
-    the next copy overwrites what is still being read. tests/aot_products.py looks for it.
+    a tile that goes to registers too Triton (3.6 and 3.9) keeps one buffer less than that takes:
+    the next copy overwrites what is still being read. tests/test_triton_aot_races.py looks for it.
 
     UPCAST, for the interpreter, whose bfloat16 arithmetic is wrong: the rounded values in float32.
     """
@@ -60,6 +60,13 @@ def input_precision(precision: str) -> str:
         known = ", ".join(_PRODUCTS)
         raise ValueError(f"precision must be one of {known}; got {precision!r}")
     return _PRODUCTS[precision]
+
+
+def products_of(dtype: torch.dtype, precision: str) -> str:
+    """Return how features of this dtype are multiplied: ``"bf16"``, ``"tf32"`` or ``"tf32x3"``."""
+    if dtype == torch.bfloat16 and precision == "medium":
+        return "bf16"
+    return input_precision(precision)
 
 
 def capability_major(device: torch.device) -> int:

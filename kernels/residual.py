@@ -96,7 +96,7 @@ SOFT_CONFIGS = (
 # Narrow residuals: 16 bytes of them are twice the lanes of 16 bytes of logits, and a tile that
 # leaves a thread fewer pays for moving logits between threads. On an H200, 100 classes: 8 x 128
 # with 4 warps took three times as long as 16 x 128 with 8 (32 x 128 with 16 is the same work a
-# warp, and spills nowhere). 1000: 1 x 1024 with 4 a third longer than with 2. 128,256: 1 x 4096
+# warp, and spills nowhere). 1000: 1 x 1024 with 4 a quarter longer than with 2. 128,256: 1 x 4096
 # with 16 a third longer than 1 x 2048 with 8.
 NARROW_CONFIGS = (
     _ONE_TILE[1],

@@ -21,6 +21,7 @@ from .operands import (
     describe,
     input_precision,
     interpreted,
+    products_of,
 )
 from .row_arguments import RowOutputs, check_heads, check_labels, check_outputs, kind_of
 from .row_tiles_kernel import row_tiles_kernel
@@ -67,13 +68,6 @@ TILES = (
     Choice("tf32", True, Tile(32, 128, 32, 16, 3, 128, 40_960, "HMMA")),
     Choice("tf32", False, Tile(32, 32, 32, 4, 2, 128, 24_576, "HMMA")),
 )
-
-
-def products_of(dtype: torch.dtype, precision: str) -> str:
-    """Return how features of this dtype are multiplied: ``"bf16"``, ``"tf32"`` or ``"tf32x3"``."""
-    if dtype == torch.bfloat16 and precision == "medium":
-        return "bf16"
-    return input_precision(precision)
 
 
 def stored_columns(classes: int, products: str) -> int:

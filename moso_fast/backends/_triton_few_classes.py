@@ -162,9 +162,10 @@ def _default(
 ) -> Any:
     """Return the tile that the kernels' own table gives the first or second pass, or None."""
     from moso_fast.kernels import few_classes_tiles as tiles
+    from moso_fast.kernels.operands import products_of
 
     straight = straight_rows(problem) if straight is None else straight
-    products = tiles.products_of(problem.features.dtype, problem.precision)
+    products = products_of(problem.features.dtype, problem.precision)
     classes, heads = problem.classes, problem.heads
     limits = (limits_of(problem.device).shared_bytes, version or _version())
     if which == "second":

@@ -158,7 +158,7 @@ def _residuals(
 
 
 def _products(problem: Problem) -> str:
-    from moso_fast.kernels.row_tiles import products_of
+    from moso_fast.kernels.operands import products_of
 
     return products_of(problem.features.dtype, problem.precision)
 

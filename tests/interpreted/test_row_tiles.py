@@ -17,12 +17,12 @@ from few_classes_support import (
     reference,
 )
 from moso_fast.kernels import row_tiles as module
+from moso_fast.kernels.operands import products_of
 from moso_fast.kernels.row_arguments import RowOutputs
 from moso_fast.kernels.row_tiles import (
     TILES,
     Choice,
     choose_tile,
-    products_of,
     row_tiles,
     stored_columns,
 )

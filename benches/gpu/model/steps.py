@@ -25,7 +25,7 @@ class TritonSteps(LibrarySteps):
     @property
     def rate(self) -> tuple[str, int]:
         """What our kernels multiply, and how many of its products one float32 product takes."""
-        from moso_fast.kernels.few_classes_tiles import products_of
+        from moso_fast.kernels.operands import products_of
 
         named = products_of(self.problem.features.dtype, self.problem.precision)
         return {"bf16": ("bfloat16", 1), "tf32": ("tf32", 1), "tf32x3": ("tf32", 3)}[named]

@@ -32,10 +32,16 @@ from torch import Tensor
 
 from ._sums import result_sums, self_check
 from .formulas import check_count
-from .problem import Problem, check_parameters, parameter_sums, raise_for_status
+from .problem import (
+    STATUS_SLOTS,
+    Problem,
+    check_parameters,
+    parameter_sums,
+    raise_for_status,
+)
 
 if TYPE_CHECKING:
-    from .engine import Results
+    from .engine import Results, Whole
 
 __all__ = ["Reading", "Verdict"]
 
@@ -43,6 +49,10 @@ _Judge = Callable[[Sequence[float]], None]
 
 # How ``struct`` calls the numbers of a tensor.
 _CODES = {torch.float32: "f", torch.float64: "d", torch.int64: "q"}
+
+
+# What :meth:`Verdict.whole` reads of every head.
+_HEAD_FACTS = 6
 
 
 class Reading(Enum):
@@ -85,6 +95,28 @@ class Verdict:
             self._ask(result_sums(results, among), partial(self._check_results, results, among))
             if self._open:
                 self._read()
+
+    def whole(self, whole: Whole) -> None:
+        """Judge a job that was done in one go.
+
+        Its facts: the status word, the number of samples that count, and for every head |G|^2,
+        sum_i a_i, sum_i |g_i|, and the sums of its weights, of its bias and of the sample weights.
+        """
+        if self._reading is Reading.NEVER:
+            return
+        facts = whole.facts.tolist()
+        by_head = facts[STATUS_SLOTS + 1 :]
+        columns = [by_head[at::_HEAD_FACTS] for at in range(_HEAD_FACTS)]
+        weights = [sum(columns[3])]
+        if self._problem.bias is not None:
+            weights.append(sum(columns[4]))
+        if self._problem.sample_weight is not None:
+            weights.append(columns[5][0])
+        check_parameters(self._problem, weights)
+        raise_for_status(self._problem, facts[:STATUS_SLOTS])
+        self._take_count(facts[STATUS_SLOTS : STATUS_SLOTS + 1])
+        among = None if self.count == whole.counted.shape[0] else whole.counted
+        self._check_results(whole.results, among, [*columns[0], *columns[1], *columns[2]])
 
     def _ask(self, facts: Sequence[Tensor], judge: _Judge) -> None:
         """Have ``judge`` see the numbers of ``facts`` in their order, now or with all others."""

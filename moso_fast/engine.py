@@ -107,6 +107,15 @@ class Results:
     status: Tensor  # (STATUS_SLOTS,) int64
 
 
+@dataclass(frozen=True)
+class Whole:
+    """All that a backend which does a job in one go leaves behind."""
+
+    results: Results  # NaN where a sample does not count
+    counted: Tensor  # (samples,) bool
+    facts: Tensor  # float64, on the device: what :meth:`moso_fast._verdict.Verdict.whole` reads
+
+
 # The fields of Results that have a value for every sample.
 _SAMPLE_FIELDS = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")
 
@@ -254,6 +263,11 @@ def run(
     offsets = None if problem.cu_seqlens is None else sequence_offsets(problem)
     chunks = list(_chunks(problem.rows, plan.chunk_rows, offsets))
     verdict = Verdict(problem, formula, reading)
+    if len(chunks) == 1 and plan.keep_residual and offsets is None and not problem.streamed:
+        whole = backend.whole(problem)
+        if whole is not None:
+            verdict.whole(whole)
+            return whole.results
     verdict.parameters()
     with closing(make_feed(problem, chunks, plan)) as feed:
         results, counted = _two_passes(feed, backend, plan, offsets, verdict)

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import engine, formulas
 from ._precision import own_precision
 from .backends import Backend, choose
+from .backends._cuda_whole import score as cuda_score
 from .problem import Problem, build_problem, compute_dtype
 
 
@@ -53,6 +54,7 @@ class LastLayerStats:
     backend: str
     _mean_grad_sqnorm: Tensor
     _count: Tensor
+    _direct: bool = False  # whether the backend's own memory is at hand: no operator in between
 
     @property
     def mean_grad_sqnorm(self) -> Any:
@@ -81,7 +83,8 @@ class LastLayerStats:
         return self._scores(formula, scale)
 
     def _scores(self, formula: str, scale: float) -> Tensor:
-        return formulas.score(
+        score = cuda_score if self._direct and self.backend == "cuda" else formulas.score
+        return score(
             formula, self.alignment, self.grad_sqnorm, self._mean_grad_sqnorm, self._count, scale
         )
 
@@ -293,7 +296,8 @@ def _stats(
     if not compiling:  # else the operator chooses when it runs
         chosen = choose(problem, backend)[0]
         backend = chosen.name
-    if compiling or _watched(problem):
+    direct = not (compiling or _watched(problem))
+    if not direct:
         results = torch.ops.moso_fast.last_layer_stats(
             problem.features,
             weight.detach(),
@@ -314,7 +318,16 @@ def _stats(
         results = _run(problem, chosen, chunk_size, formula)
     alignment, grad_sqnorm, loss, el2n, margin, entropy, mean_grad_sqnorm, count = results
     return LastLayerStats(
-        alignment, grad_sqnorm, loss, el2n, margin, entropy, backend, mean_grad_sqnorm, count
+        alignment,
+        grad_sqnorm,
+        loss,
+        el2n,
+        margin,
+        entropy,
+        backend,
+        mean_grad_sqnorm,
+        count,
+        direct,
     )
 
 

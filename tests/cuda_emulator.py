@@ -6,6 +6,7 @@ arrays, reads of what nobody wrote, races between barriers, and warps whose lane
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -21,8 +22,8 @@ from typing import Any
 
 import torch
 
-from moso_fast.backends import cuda
-from moso_fast.problem import Problem
+from moso_fast.backends import _cuda_device, _cuda_jobs, cuda
+from moso_fast.problem import STATUS_SLOTS, Problem
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 FEATURES = ("kFloat32", "kBfloat16", "kFloat16")
@@ -109,12 +110,13 @@ class EmulatedCuda(cuda.CudaBackend):
         self.multiprocessors = 3
         self.bulk = True  # as from sm_90 on
         self.launches: list[tuple[str, dict[str, Any]]] = []
-        patch.setattr(cuda, "_module", lambda: emulator)
-        patch.setattr(cuda, "_shared_limit", lambda device: shared)
-        patch.setattr(cuda, "_multiprocessors", lambda device: self.multiprocessors)
-        patch.setattr(cuda, "_bulk_copies", lambda device: self.bulk)
-        patch.setattr(cuda, "_launch", self._launch)
-        patch.setattr(cuda, "_empty", self._empty)
+        self.wide_loads: dict[str, list[int]] = {}  # of the last launch by each name
+        patch.setattr(_cuda_device, "module", lambda: emulator)
+        patch.setattr(_cuda_device, "shared_limit", lambda device: shared)
+        patch.setattr(_cuda_device, "multiprocessors", lambda device: self.multiprocessors)
+        patch.setattr(_cuda_device, "bulk_copies", lambda device: self.bulk)
+        patch.setattr(_cuda_device, "launch", self._launch)
+        patch.setattr(_cuda_device, "empty", self._empty)
         self.shared = shared
         self._guarded: list[torch.Tensor] = []
 
@@ -133,17 +135,29 @@ class EmulatedCuda(cuda.CudaBackend):
         self._guarded.append(whole)
         return whole[64:-64].view(shape)
 
-    def _launch(self, problem: Problem, function: Any, job: dict[str, Any]) -> None:
+    def _launch(self, device: Any, function: Any, job: dict[str, Any], *parts: Any) -> None:
         name = function.__name__
+        if name == "few_classes_whole":
+            # What the module does in one call, with the arrays of each kernel known by themselves.
+            _reset_status(job["first"]["status"])
+            for part in WHOLE:
+                kernel = getattr(self.emulator, part)
+                self._launch(device, kernel, job[part.rpartition("_")[2]])
+            return
         self.launches.append((name, dict(job)))
-        for key, (size, writable) in _sizes(name, job, problem).items():
+        for key, (size, writable) in _sizes(name, job).items():
             if job[key]:
                 self.emulator.register_array(job[key], size, writable)
         try:
             function({**job, "device": 0, "stream": 0})
         finally:
             self.emulator.forget_arrays()
+        self.wide_loads[name] = self.emulator.last_wide_loads()
         self._check_guards(name)
+
+    def job(self, name: str) -> dict[str, Any]:
+        """Return what the last launch of this kernel was given."""
+        return next(job for launched, job in reversed(self.launches) if launched == name)
 
     def _check_guards(self, name: str) -> None:
         """Fail where a kernel wrote beside an array."""
@@ -152,8 +166,24 @@ class EmulatedCuda(cuda.CudaBackend):
             assert inside, f"{name} wrote beside an array"
 
 
-def _sizes(name: str, job: dict[str, Any], problem: Problem) -> dict[str, tuple[int, bool]]:
+# The kernels of a job in one go, in their order.
+WHOLE = (
+    "few_classes_first",
+    "few_classes_reduce",
+    "few_classes_second",
+    "closing_finish",
+    "closing_judge",
+)
+
+
+def _reset_status(address: int) -> None:
+    ctypes.memset(address, 0x7F, 8 * STATUS_SLOTS)
+
+
+def _sizes(name: str, job: dict[str, Any]) -> dict[str, tuple[int, bool]]:
     """Bytes of every array of a job, and whether the kernel may write it."""
+    if name.startswith("closing"):
+        return _closing_sizes(name, job)
     if name == "few_classes_reduce":
         slabs, classes, dim = job["slabs"], job["classes"], job["dim"]
         columns = -(-dim // 16) * 16
@@ -162,10 +192,14 @@ def _sizes(name: str, job: dict[str, Any], problem: Problem) -> dict[str, tuple[
             "bias_partial": (4 * slabs * classes, False),
             "grad_sum": (8 * classes * dim, True),
             "bias_grad_sum": (8 * classes, True),
+            "mean": (4 * classes * dim, True),
+            "bias_mean": (4 * classes, True),
+            "counted": (job["rows"], False),
+            "counts": (8 * 64, True),
         }
     rows, heads, dim = job["rows"], job["heads"], job["dim"]
     width = heads * job["classes"]
-    item = problem.features.element_size()
+    item = 4 if job["feature"] == _cuda_jobs.DTYPES[torch.float32] else 2
     features = ((rows - 1) * job["row_stride"] + dim) * item
     if name == "few_classes_second":
         column = 4 * ((heads - 1) * job["alignment_stride"] + rows)
@@ -194,4 +228,40 @@ def _sizes(name: str, job: dict[str, Any], problem: Problem) -> dict[str, tuple[
         "residual": (4 * rows * width, True),
         "partial": (4 * slabs * width * (-(-dim // 16) * 16), True),
         "bias_partial": (4 * slabs * width, True),
+    }
+
+
+def _closing_sizes(name: str, job: dict[str, Any]) -> dict[str, tuple[int, bool]]:
+    heads = job["heads"]
+    if name == "closing_judge":
+        numbers, sums = heads * job["classes"], 8 * heads * job["blocks_a_head"] * 3
+        return {
+            "sums": (sums, False),
+            "grad_sum": (8 * numbers * job["dim"], False),
+            "bias_grad_sum": (8 * numbers, False),
+            "weight": (4 * numbers * job["dim"], False),
+            "bias": (4 * numbers, False),
+            "counts": (8 * 64, False),
+            "status": (8 * STATUS_SLOTS, False),
+            "facts": (8 * (STATUS_SLOTS + 1 + 6 * heads), True),
+            "mean_grad_sqnorm": (8 * heads, True),
+            "count": (8, True),
+        }
+    column = 4 * heads * job["rows"]
+    if name == "closing_score":
+        return {
+            "alignment": (column, False),
+            "grad_sqnorm": (column, False),
+            "mean_grad_sqnorm": (8 * heads, False),
+            "count": (8, False),
+            "score": (column, True),
+        }
+    results = ("alignment", "residual_sqnorm", "grad_sqnorm", "loss", "margin", "entropy")
+    return {
+        **{key: (column, True) for key in results},
+        "feature_sqnorm": (4 * job["rows"], False),
+        "counted": (job["rows"], False),
+        "sample_weight": (4 * job["rows"], False),
+        "counts": (8 * 64, False),
+        "sums": (8 * heads * job["blocks_a_head"] * 3, True),
     }

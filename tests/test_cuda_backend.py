@@ -10,7 +10,7 @@ from core_support import Case, random_case
 import moso_fast
 from moso_fast import moso_scores
 from moso_fast._native import NativeModule, load_native
-from moso_fast.backends import choose, cuda, get
+from moso_fast.backends import _cuda_device, choose, cuda, get
 from moso_fast.backends.cuda import CudaBackend
 from moso_fast.problem import build_problem
 
@@ -45,8 +45,8 @@ def machine(monkeypatch):
     ) -> None:
         monkeypatch.setattr(load_native("_cuda").module, "architectures", architectures)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(cuda, "_capability", lambda device: capability)
-        monkeypatch.setattr(cuda, "_limits", lambda device: (shared, 132))
+        monkeypatch.setattr(_cuda_device, "capability", lambda device: capability)
+        monkeypatch.setattr(_cuda_device, "limits", lambda device: (shared, 132))
 
     return pretend
 
@@ -145,7 +145,7 @@ def test_a_module_for_fewer_gpus_says_so(machine, architectures, capability, run
 @pytest.mark.parametrize("capability, bulk", [((8, 0), False), ((9, 0), True), ((10, 3), True)])
 def test_bulk_copies_only_where_the_code_has_them(machine, capability, bulk) -> None:
     machine(capability)
-    assert cuda._bulk_copies(torch.device("cuda:0")) == bulk
+    assert _cuda_device.bulk_copies(torch.device("cuda:0")) == bulk
 
 
 @needs_module
@@ -191,8 +191,8 @@ def test_plans_are_worked_out_once(machine, monkeypatch) -> None:
         return module.few_classes_plan(*size)
 
     monkeypatch.setattr(
-        cuda,
-        "_module",
+        _cuda_device,
+        "module",
         lambda: type(
             "Module",
             (),
@@ -269,7 +269,8 @@ def test_a_launch_that_cuda_refuses_is_an_error_with_its_name() -> None:
     job = dict.fromkeys(
         (
             *("partial", "bias_partial", "slabs", "classes", "dim", "grad_sum"),
-            *("bias_grad_sum", "device", "stream"),
+            *("bias_grad_sum", "mean", "bias_mean", "counted", "rows", "counts"),
+            *("device", "stream"),
         ),
         0,
     )

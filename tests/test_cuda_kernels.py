@@ -18,7 +18,7 @@ from core_support import (
     random_case,
     rank_correlation,
 )
-from cuda_emulator import EmulatedCuda
+from cuda_emulator import WHOLE, EmulatedCuda
 
 from moso_fast import backends as list_backends
 from moso_fast.backends import _REGISTRY, Availability
@@ -82,7 +82,7 @@ def test_every_instantiation(gpu, emulator, dtype, exact, classes, dim) -> None:
     gpu.bulk = classes != 70  # cp.async there, and single numbers in rows of 530
     check(random_case("ids", n=37, c=classes, d=dim, dtype=dtype), ERROR[precision],
           precision=precision)  # fmt: skip
-    first, second = gpu.launches[0][1], gpu.launches[-1][1]
+    first, second = gpu.job("few_classes_first"), gpu.job("few_classes_second")
     assert first["tiles"] == second["tiles"] == {10: 1, 24: 2, 70: 5, 100: 7}[classes]
     assert first["exact"] == second["exact"] == exact
     assert first["bulk"] == (classes in (10, 100))
@@ -430,19 +430,18 @@ def test_features_are_read_once_a_pass(gpu, emulator, bulk) -> None:
     assert counts["bulk 16 bytes" if bulk else "cp.async"] == chunks
     assert counts["cp.async" if bulk else "bulk 16 bytes"] == 0
     assert counts["global 16 bytes"] == chunks
-    assert [name for name, _ in gpu.launches] == [
-        "few_classes_first", "few_classes_reduce", "few_classes_second"
-    ]  # fmt: skip
+    assert [name for name, _ in gpu.launches] == [*WHOLE]
 
 
-def test_second_pass_walks_from_the_last_rows_to_the_first(gpu, emulator) -> None:
+def test_second_pass_walks_from_the_last_rows_to_the_first(gpu) -> None:
     """What the first pass left in the L2 cache is used. Warp w of 16 takes tiles 31 - w, 15 - w."""
     gpu.multiprocessors = 1
     case = random_case("ids", n=512, c=10, d=64, dtype=torch.bfloat16)
     run(case)
-    assert gpu.launches[-1][1]["blocks"] == 2
+    assert gpu.job("few_classes_second")["blocks"] == 2
     start = case.features.data_ptr()
-    tiles = [(address - start) // (16 * 64 * 2) for address in emulator.last_wide_loads()]
+    loads = gpu.wide_loads["few_classes_second"]
+    tiles = [(address - start) // (16 * 64 * 2) for address in loads]
     order = list(dict.fromkeys(tiles))
     pairs = set(zip(order[::2], order[1::2], strict=True))
     assert pairs == {(31 - warp, 15 - warp) for warp in range(16)}

@@ -94,7 +94,7 @@ def test_issue_cycles_of_a_tile_are_what_they_were(load, built) -> None:
     """
     work, jobs, gpu = load("model.cuda_work"), load("model.jobs"), load("model.roofline").H200
     problem = jobs.outline((1_280_000, 10, 512), torch.bfloat16, "medium")
-    plan = jobs.cuda._plan(problem, gpu.shared_bytes)
+    plan = jobs._cuda_jobs.plan_of(problem, gpu.shared_bytes)
     kernel = work.Kernel(plan, 10, 512, 2, False)
     phases = work.first_phases(kernel, 1.0, gpu, 0.0, 0.0)
     cycles = sum(phase.cycles for phase in phases)

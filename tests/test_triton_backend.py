@@ -26,7 +26,7 @@ from moso_fast.backends import (
     choose,
     get,
 )
-from moso_fast.backends import cuda as cuda_backend
+from moso_fast.backends import _cuda_device
 from moso_fast.backends import torch as torch_backend
 from moso_fast.backends import triton as triton_backend
 from moso_fast.backends._triton_choice import REGIMES, RULES, Rule, choose_regime
@@ -61,9 +61,9 @@ def machine(monkeypatch: pytest.MonkeyPatch):
             _triton_row_tiles,
         ):
             monkeypatch.setattr(module, "limits_of", lambda device: limits)
-        monkeypatch.setattr(cuda_backend, "_shared_limit", lambda device: limits.shared_bytes)
-        monkeypatch.setattr(cuda_backend, "_index", lambda device: 0)
-        monkeypatch.setattr(cuda_backend, "_capability", lambda index: capability)
+        monkeypatch.setattr(_cuda_device, "shared_limit", lambda device: limits.shared_bytes)
+        monkeypatch.setattr(_cuda_device, "index", lambda device: 0)
+        monkeypatch.setattr(_cuda_device, "capability", lambda index: capability)
         if interpret:
             monkeypatch.setenv("TRITON_INTERPRET", "1")
         else:

@@ -238,6 +238,7 @@ MOSO_DEVICE Floats2 expand_float16(uint32_t packed) {
   return v;
 }
 MOSO_DEVICE float exponential(float x) { return expf(x); }
+MOSO_DEVICE float square_root(float x) { return sqrtf(x); }
 MOSO_DEVICE float logarithm1p(float x) { return log1pf(x); }
 
 }  // namespace moso_fast::device

@@ -57,6 +57,13 @@ struct Reduce {
   int classes, dim;       // classes of all heads together
   double* grad_sum;       // (classes, dim)
   double* bias_grad_sum;  // (classes)
+  // What a job of one chunk also wants, all or none (mean == null): these sums divided by `rows`,
+  // and how many rows count, which closing.h puts right where it is fewer.
+  float* mean;             // (classes, dim)
+  float* bias_mean;        // (classes)
+  const uint8_t* counted;  // (rows)
+  int64_t rows;
+  int64_t* counts;  // (closing::kCountBlocks)
 };
 
 struct SecondPass {
@@ -67,7 +74,10 @@ struct SecondPass {
   const float* mean_bias_grad;  // (heads * classes) or null
   const float* feature_sqnorm;  // (rows)
   const uint8_t* counted;       // (rows)
-  const int64_t* count;         // rows behind mean_grad; null: leave the self-term alone
+  // Rows behind mean_grad: as the first pass counted them, or (null) as the host knows them; 0: leave
+  // the self-term alone.
+  const int64_t* count;
+  int64_t behind;
   float* alignment;             // (heads, rows), alignment_stride numbers apart
   int64_t alignment_stride;
   int dim, heads, classes;

@@ -1,6 +1,7 @@
 // Python face of the few-classes kernels.
 #include <stdexcept>
 
+#include "closing_job.h"
 #include "few_classes_job.h"
 
 namespace py = pybind11;
@@ -12,18 +13,53 @@ template <class P>
 using Launcher = void (*)(const P&, const Launch&);
 
 template <class P>
-void dispatch(const P& p, const Launch& l, Launcher<P> float32, Launcher<P> bfloat16,
-              Launcher<P> float16) {
-  py::gil_scoped_release release;
-  switch (l.feature) {
+Launcher<P> launcher(Feature feature, Launcher<P> float32, Launcher<P> bfloat16,
+                     Launcher<P> float16) {
+  switch (feature) {
     case Feature::kFloat32:
-      return float32(p, l);
+      return float32;
     case Feature::kBfloat16:
-      return bfloat16(p, l);
+      return bfloat16;
     case Feature::kFloat16:
-      return float16(p, l);
+      return float16;
   }
   throw std::invalid_argument("unknown dtype of features");
+}
+
+using FirstLauncher = Launcher<FirstPass>;
+using SecondLauncher = Launcher<SecondPass>;
+
+FirstLauncher first_launcher(Feature feature) {
+  return launcher<FirstPass>(feature, &launch_first<Feature::kFloat32>,
+                             &launch_first<Feature::kBfloat16>, &launch_first<Feature::kFloat16>);
+}
+SecondLauncher second_launcher(Feature feature) {
+  return launcher<SecondPass>(feature, &launch_second<Feature::kFloat32>,
+                              &launch_second<Feature::kBfloat16>,
+                              &launch_second<Feature::kFloat16>);
+}
+
+// Everything that a job of one chunk needs, launched one behind the other.
+void launch_whole(const py::dict& job) {
+  const py::dict first_job = job["first"], second_job = job["second"];
+  const FirstPass first = read_first_pass(first_job);
+  const Launch first_launch = read_launch(first_job);
+  const Reduce reduce = read_reduce(job["reduce"]);
+  const SecondPass second = read_second_pass(second_job);
+  const Launch second_launch = read_launch(second_job);
+  const closing::Finish finish = closing::read_finish(job["finish"]);
+  const closing::Judge judge = closing::read_judge(job["judge"]);
+  const auto device = first_launch.device;
+  const auto stream = first_launch.stream;
+  const FirstLauncher launch_first = first_launcher(first_launch.feature);
+  const SecondLauncher launch_second = second_launcher(second_launch.feature);
+  py::gil_scoped_release release;
+  closing::reset_status(first.status, device, stream);
+  launch_first(first, first_launch);
+  launch_reduce(reduce, device, stream);
+  launch_second(second, second_launch);
+  closing::launch_finish(finish, device, stream);
+  closing::launch_judge(judge, device, stream);
 }
 
 }  // namespace
@@ -45,15 +81,21 @@ void bind(py::module_& m) {
   m.def(
       "few_classes_first",
       [](const py::dict& job) {
-        dispatch(read_first_pass(job), read_launch(job), &launch_first<Feature::kFloat32>,
-                 &launch_first<Feature::kBfloat16>, &launch_first<Feature::kFloat16>);
+        const FirstPass p = read_first_pass(job);
+        const Launch l = read_launch(job);
+        const FirstLauncher launch = first_launcher(l.feature);
+        py::gil_scoped_release release;
+        launch(p, l);
       },
       py::arg("job"));
   m.def(
       "few_classes_second",
       [](const py::dict& job) {
-        dispatch(read_second_pass(job), read_launch(job), &launch_second<Feature::kFloat32>,
-                 &launch_second<Feature::kBfloat16>, &launch_second<Feature::kFloat16>);
+        const SecondPass p = read_second_pass(job);
+        const Launch l = read_launch(job);
+        const SecondLauncher launch = second_launcher(l.feature);
+        py::gil_scoped_release release;
+        launch(p, l);
       },
       py::arg("job"));
   m.def(
@@ -66,6 +108,22 @@ void bind(py::module_& m) {
         launch_reduce(p, device, stream);
       },
       py::arg("job"));
+  m.def("few_classes_whole", &launch_whole, py::arg("job"),
+        "Both passes over the one chunk of a job and its end, from dicts of the same names.");
+  m.def(
+      "closing_score",
+      [](const py::dict& job) {
+        const closing::Score p = closing::read_score(job);
+        const int device = number<int>(job, "device");
+        const auto stream = number<uintptr_t>(job, "stream");
+        py::gil_scoped_release release;
+        closing::launch_score(p, device, stream);
+      },
+      py::arg("job"));
+  m.attr("closing_count_blocks") = closing::kCountBlocks;
+  m.attr("closing_row_sums") = closing::kRowSums;
+  m.attr("closing_head_facts") = closing::kHeadFacts;
+  m.attr("closing_threads") = closing::kThreads;
 }
 
 }  // namespace moso_fast::few_classes

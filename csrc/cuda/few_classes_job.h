@@ -7,17 +7,9 @@
 #include <stdexcept>
 
 #include "few_classes_launch.h"
+#include "job_fields.h"
 
 namespace moso_fast::few_classes {
-
-template <class T>
-T* address(const pybind11::dict& job, const char* key) {
-  return reinterpret_cast<T*>(job[key].cast<uintptr_t>());  // 0 for "not given"
-}
-template <class T>
-T number(const pybind11::dict& job, const char* key) {
-  return job[key].cast<T>();
-}
 
 inline Launch read_launch(const pybind11::dict& job) {
   return {Feature(number<int>(job, "feature")),
@@ -80,6 +72,11 @@ inline Reduce read_reduce(const pybind11::dict& job) {
   p.dim = number<int>(job, "dim");
   p.grad_sum = address<double>(job, "grad_sum");
   p.bias_grad_sum = address<double>(job, "bias_grad_sum");
+  p.mean = address<float>(job, "mean");
+  p.bias_mean = address<float>(job, "bias_mean");
+  p.counted = address<uint8_t>(job, "counted");
+  p.rows = number<int64_t>(job, "rows");
+  p.counts = address<int64_t>(job, "counts");
   return p;
 }
 
@@ -94,6 +91,7 @@ inline SecondPass read_second_pass(const pybind11::dict& job) {
   p.feature_sqnorm = address<float>(job, "feature_sqnorm");
   p.counted = address<uint8_t>(job, "counted");
   p.count = address<int64_t>(job, "count");
+  p.behind = number<int64_t>(job, "behind");
   p.alignment = address<float>(job, "alignment");
   p.alignment_stride = number<int64_t>(job, "alignment_stride");
   p.dim = number<int>(job, "dim");

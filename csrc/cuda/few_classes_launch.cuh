@@ -4,29 +4,16 @@
 // and thrown as std::runtime_error.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <map>
 #include <mutex>
-#include <stdexcept>
-#include <string>
 #include <utility>
 
 #include "few_classes_first.cuh"
 #include "few_classes_launch.h"
 #include "few_classes_second.cuh"
+#include "launch.cuh"
 
 namespace moso_fast::few_classes {
-
-inline void require(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // not sticky for the next caller in this process
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + " (" +
-                           cudaGetErrorName(status) + ")");
-}
-
-// This module's copy of the CUDA runtime keeps its own current device beside PyTorch's.
-inline void use_device(int device) { require(cudaSetDevice(device), "cudaSetDevice"); }
 
 // Lets a kernel of the current device have this much shared memory. Only ever more: a smaller job
 // of another thread, or behind this one in a graph, must not take it away again.

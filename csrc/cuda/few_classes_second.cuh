@@ -109,7 +109,8 @@ struct RowTile {
   MOSO_DEVICE void finish(int64_t first) {
     const int lane = device::thread_index() % kLanes;
     const int64_t rows[2] = {first + lane / 4, first + lane / 4 + 8};
-    const float shrink = p.count ? 1.0f / float(max_of_one(device::global_load(p.count))) : 0.0f;
+    const int64_t behind = p.count ? max_of_one(device::global_load(p.count)) : p.behind;
+    const float shrink = behind > 0 ? 1.0f / float(behind) : 0.0f;
     float lost[Tiles][4];
     MOSO_UNROLL
     for (int n = 0; n < Tiles; ++n) {
@@ -147,7 +148,7 @@ struct RowTile {
         const int64_t row = rows[half];
         if (lane % 4 != 0 || row >= p.rows) continue;
         float a = sum;
-        if (M::kTerms == 1 && p.count)
+        if (M::kTerms == 1 && behind > 0)
           a += gap * device::global_load(p.feature_sqnorm + row) * shrink;
         const bool counted = device::global_load(p.counted + row) != 0;
         device::global_store(p.alignment + head * p.alignment_stride + row, counted ? a : 0.0f);

@@ -13,8 +13,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const Reduce p) 
 
 void launch_reduce(const Reduce& p, int device, uintptr_t stream) {
   use_device(device);
-  const int64_t blocks = ceil_div(int64_t(p.classes) * p.dim + p.classes, kReduceColumns);
-  reduce_kernel<<<unsigned(blocks), kReduceThreads, kReduceBytes,
+  reduce_kernel<<<unsigned(reduce_blocks(p)), kReduceThreads, kReduceBytes,
                   reinterpret_cast<cudaStream_t>(stream)>>>(p);
   require(cudaGetLastError(), "sum over slabs");
 }

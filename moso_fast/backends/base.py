@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..engine import FirstPass, Plan, RowBuffers
+    from ..engine import FirstPass, Plan, RowBuffers, Whole
     from ..problem import Problem
 
 
@@ -86,3 +86,10 @@ class Backend(ABC):
         one, or with parameters that are not finite, the results are free here too, but no access
         may leave the arrays.
         """
+
+    def whole(self, problem: Problem) -> Whole | None:
+        """Do all of a job whose rows are one chunk and each a sample, or None: pass by pass.
+
+        Where the launches of the engine's own operations would take longer than the work.
+        """
+        return None

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 from moso_fast._native import load_native
-from moso_fast.backends import _triton_few_classes, cuda
+from moso_fast.backends import _cuda_device, _cuda_jobs, _triton_few_classes, cuda
 from moso_fast.backends._triton_choice import choose_regime
 from moso_fast.backends._triton_regime import (
     _CHUNK_SHARE,
@@ -97,10 +97,10 @@ def predict_cuda(
     reason = cuda._unknown(problem) or cuda._too_large(problem, gpu.shared_bytes)
     if reason is not None:
         return reason
-    plan = cuda._plan(problem, gpu.shared_bytes)
+    plan = _cuda_jobs.plan_of(problem, gpu.shared_bytes)
     chunk = cuda._SLABS * int(plan["slab_limit"])
     chunks = -(-problem.rows // chunk)
-    exact = cuda._exact(problem)
+    exact = _cuda_jobs.exact(problem)
     kernel = Kernel(plan, problem.classes, problem.dim, dtype.itemsize, exact)
     steps = [
         *_cuda_first(problem, kernel, min(chunk, problem.rows), gpu),
@@ -114,7 +114,7 @@ def predict_cuda(
 
 def _cuda_first(problem: Problem, kernel: Kernel, chunk_rows: int, gpu: Gpu) -> tuple[Step, Step]:
     """First pass and the sum over its slabs."""
-    module, plan = cuda._module(), kernel.plan
+    module, plan = _cuda_device.module(), kernel.plan
     n, c, d, item = problem.rows, problem.classes, problem.dim, kernel.item
     chunks = n / chunk_rows  # the last one is shorter
     slab = module.few_classes_slab_rows(chunk_rows, plan["slab_limit"])
@@ -237,5 +237,5 @@ def _counts() -> dict[str, list[int]]:
 
 def launches(regime: str, chunks: int) -> int:
     """Return a job's launches under graph capture, as ``predict --count`` found them."""
-    once, each = _counts()[regime]
+    once, each = _counts()["cuda whole" if (regime, chunks) == ("cuda", 1) else regime]
     return once + each * chunks

@@ -196,6 +196,7 @@ inline Floats2 expand_float16(uint32_t packed) {
           emulator::expand_float16(uint16_t(packed >> 16))};
 }
 inline float exponential(float x) { return std::exp(x); }
+inline float square_root(float x) { return std::sqrt(x); }
 inline float logarithm1p(float x) { return std::log1p(x); }
 
 }  // namespace moso_fast::device

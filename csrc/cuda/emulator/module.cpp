@@ -5,6 +5,8 @@
 
 #include <stdexcept>
 
+#include "../closing.cuh"
+#include "../closing_job.h"
 #include "../few_classes_first.cuh"
 #include "../few_classes_job.h"
 #include "../few_classes_second.cuh"
@@ -37,9 +39,23 @@ void second_pass_job(const py::dict& job) {
 }
 void reduce_job(const py::dict& job) {
   Reduce p = read_reduce(job);
-  const int64_t blocks = ceil_div(int64_t(p.classes) * p.dim + p.classes, kReduceColumns);
-  launch([](void* a) { reduce_partials(*static_cast<Reduce*>(a)); }, &p, blocks, kReduceThreads,
-         kReduceBytes);
+  launch([](void* a) { reduce_partials(*static_cast<Reduce*>(a)); }, &p, reduce_blocks(p),
+         kReduceThreads, kReduceBytes);
+}
+void finish_job(const py::dict& job) {
+  closing::Finish p = closing::read_finish(job);
+  launch([](void* a) { closing::finish(*static_cast<closing::Finish*>(a)); }, &p,
+         p.heads * p.blocks_a_head, closing::kThreads, closing::kFinishBytes);
+}
+void judge_job(const py::dict& job) {
+  closing::Judge p = closing::read_judge(job);
+  launch([](void* a) { closing::judge(*static_cast<closing::Judge*>(a)); }, &p, p.heads,
+         closing::kJudgeThreads, closing::kJudgeBytes);
+}
+void score_job(const py::dict& job) {
+  closing::Score p = closing::read_score(job);
+  launch([](void* a) { closing::score(*static_cast<closing::Score*>(a)); }, &p,
+         ceil_div(p.heads * p.rows, closing::kThreads), closing::kThreads, 0);
 }
 
 // [(slab, row, count, last of its slab), ..] that a block works through.
@@ -57,6 +73,15 @@ PYBIND11_MODULE(_cuda_emulator, m) {
   m.def("few_classes_first", &first_pass_job);
   m.def("few_classes_second", &second_pass_job);
   m.def("few_classes_reduce", &reduce_job);
+  m.def("closing_finish", &finish_job);
+  m.def("closing_judge", &judge_job);
+  m.def("closing_score", &score_job);
+  // On a GPU one call; here its parts are launched one by one (tests/cuda_emulator.py).
+  m.def("few_classes_whole", [](const py::dict&) {});
+  m.attr("closing_count_blocks") = closing::kCountBlocks;
+  m.attr("closing_row_sums") = closing::kRowSums;
+  m.attr("closing_head_facts") = closing::kHeadFacts;
+  m.attr("closing_threads") = closing::kThreads;
   m.def("few_classes_plan", &plan_dict);
   m.def("few_classes_slab_rows", &slab_rows_for);
   m.def("few_classes_partial_columns", &partial_columns);

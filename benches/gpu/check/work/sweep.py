@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from moso_fast.backends import _triton_autotune, cuda
+from moso_fast.backends import _cuda_device, _cuda_jobs, _triton_autotune
 
 from ..worker import described
 from .kernels import Passes
@@ -96,7 +96,7 @@ def _is_refusal(error: Exception) -> bool:
 def cuda_plans(data: list[torch.Tensor], precision: str) -> Iterator[dict[str, Any]]:
     """Time both passes under each plan that some amount of shared memory leads to."""
     problem = Passes("cuda", precision, data).problem
-    most, planned = cuda._shared_limit(problem.device), cuda._plan
+    most, planned = _cuda_device.shared_limit(problem.device), _cuda_jobs.plan_of
     clock, seen = Clock(problem.device), set()
     for limit in range(most, 0, -_SHARED_STEP):
         plan = planned(problem, limit)
@@ -104,7 +104,9 @@ def cuda_plans(data: list[torch.Tensor], precision: str) -> Iterator[dict[str, A
         if not plan["ok"] or shape in seen:
             continue
         seen.add(shape)
-        with patch.object(cuda, "_plan", lambda given, _limit, limit=limit: planned(given, limit)):
+        with patch.object(
+            _cuda_jobs, "plan_of", lambda given, _limit, limit=limit: planned(given, limit)
+        ):
             job = Passes("cuda", precision, data)
             job.first()
             times = {

@@ -15,8 +15,8 @@ cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>
 
 void launch_finish(const Finish& p, int device, uintptr_t stream) {
   use_device(device);
-  finish_kernel<<<unsigned(p.heads * p.blocks_a_head), kThreads, kFinishBytes,
-                  stream_of(stream)>>>(p);
+  finish_kernel<<<unsigned(p.heads * p.blocks_a_head), kThreads, kFinishBytes, stream_of(stream)>>>(
+      p);
   require(cudaGetLastError(), "results of rows");
 }
 

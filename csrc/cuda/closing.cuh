@@ -1,8 +1,10 @@
 // The end of a job: the results of rows, the numbers that the host judges by, and the scores.
 //
-//   finish   a = <g, sum of g> / N, q = |r|^2 (|h|^2 + 1), |r|; NaN where a row does not count; sums
+//   finish   a = <g, sum of g> / N, q = |r|^2 (|h|^2 + 1), |r|; NaN where a row does not count;
+//   sums
 //            of a and |g| over the rows of a block
-//   judge    a block for each head: |G|^2 = sum of (gradient sum / N)^2, these sums over all blocks,
+//   judge    a block for each head: |G|^2 = sum of (gradient sum / N)^2, these sums over all
+//   blocks,
 //            and sums over the head's weights, which are not finite where one of them is not
 //   score    one of the formulas of moso_fast/formulas.py, in double
 //

@@ -74,11 +74,11 @@ struct SecondPass {
   const float* mean_bias_grad;  // (heads * classes) or null
   const float* feature_sqnorm;  // (rows)
   const uint8_t* counted;       // (rows)
-  // Rows behind mean_grad: as the first pass counted them, or (null) as the host knows them; 0: leave
-  // the self-term alone.
+  // Rows behind mean_grad: as the first pass counted them, or (null) as the host knows them; 0:
+  // leave the self-term alone.
   const int64_t* count;
   int64_t behind;
-  float* alignment;             // (heads, rows), alignment_stride numbers apart
+  float* alignment;  // (heads, rows), alignment_stride numbers apart
   int64_t alignment_stride;
   int dim, heads, classes;
   int aligned;

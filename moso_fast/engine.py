@@ -104,7 +104,7 @@ class Results:
     entropy: Tensor
     mean_grad_sqnorm: Tensor  # (K,) float64
     count: Tensor  # () int64
-    status: Tensor  # (STATUS_SLOTS,) int64
+    score: Tensor | None = None  # (K, samples), from backends that do that as well
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Whole:
 
     results: Results  # NaN where a sample does not count
     counted: Tensor  # (samples,) bool
-    facts: Tensor  # float64, on the device: what :meth:`moso_fast._verdict.Verdict.whole` reads
+    facts: Tensor  # float64: what :meth:`moso_fast._verdict.Verdict.whole` reads
 
 
 # The fields of Results that have a value for every sample.
@@ -241,8 +241,12 @@ def run(
     backend: Backend,
     chunk_size: int | None = None,
     formula: str | None = None,
+    scale: float = 1.0,
 ) -> Results:
-    """Score ``problem`` with ``backend``; ``formula`` names what the samples must suffice for.
+    """Score ``problem`` with ``backend``.
+
+    ``formula`` and ``scale`` are those of the scores that will be asked for: the samples must
+    suffice for it, and a backend may compute them on the way.
 
     Raises
     ------
@@ -264,7 +268,7 @@ def run(
     chunks = list(_chunks(problem.rows, plan.chunk_rows, offsets))
     verdict = Verdict(problem, formula, reading)
     if len(chunks) == 1 and plan.keep_residual and offsets is None and not problem.streamed:
-        whole = backend.whole(problem)
+        whole = backend.whole(problem, formula, scale, read=reading is not Reading.NEVER)
         if whole is not None:
             verdict.whole(whole)
             return whole.results
@@ -310,7 +314,7 @@ def _two_passes(
             problem, chunk, rows, mean_grad, mean_bias_grad, residual, alignment[:, chunk]
         )
     fields = _fields(problem, rows, alignment, swept.sequence_norms)
-    results = Results(mean_grad_sqnorm=mean_grad_sqnorm, count=count, status=rows.status, **fields)
+    results = Results(mean_grad_sqnorm=mean_grad_sqnorm, count=count, **fields)
     return results, counted
 
 

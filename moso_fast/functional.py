@@ -17,7 +17,6 @@ from torch import Tensor
 from . import engine, formulas
 from ._precision import own_precision
 from .backends import Backend, choose
-from .backends._cuda_whole import score as cuda_score
 from .problem import Problem, build_problem, compute_dtype
 
 
@@ -54,7 +53,7 @@ class LastLayerStats:
     backend: str
     _mean_grad_sqnorm: Tensor
     _count: Tensor
-    _direct: bool = False  # whether the backend's own memory is at hand: no operator in between
+    _score: Tensor | None = None  # where they were computed with the rest, for moso_scores alone
 
     @property
     def mean_grad_sqnorm(self) -> Any:
@@ -83,8 +82,7 @@ class LastLayerStats:
         return self._scores(formula, scale)
 
     def _scores(self, formula: str, scale: float) -> Tensor:
-        score = cuda_score if self._direct and self.backend == "cuda" else formulas.score
-        return score(
+        return formulas.score(
             formula, self.alignment, self.grad_sqnorm, self._mean_grad_sqnorm, self._count, scale
         )
 
@@ -184,8 +182,8 @@ def moso_scores(
         precision=precision,
         nonfinite=nonfinite,
     )
-    stats = _stats(problem, weight, bias, backend, chunk_size, formula)
-    return stats._scores(formula, scale)
+    stats = _stats(problem, weight, bias, backend, chunk_size, formula, scale)
+    return stats._scores(formula, scale) if stats._score is None else stats._score
 
 
 def last_layer_stats(
@@ -221,7 +219,7 @@ def last_layer_stats(
         precision=precision,
         nonfinite=nonfinite,
     )
-    return _stats(problem, weight, bias, backend, chunk_size, formula=None)
+    return _stats(problem, weight, bias, backend, chunk_size, None, 1.0)
 
 
 def explain(
@@ -289,15 +287,16 @@ def _stats(
     backend: str,
     chunk_size: int | None,
     formula: str | None,
+    scale: float,
 ) -> LastLayerStats:
-    """Score a checked problem; ``formula`` says how many samples it takes."""
+    """Score a checked problem; with a formula also its scores, where the backend has them."""
     engine.check_chunk_size(chunk_size)
     compiling = torch.compiler.is_compiling()
     if not compiling:  # else the operator chooses when it runs
         chosen = choose(problem, backend)[0]
         backend = chosen.name
-    direct = not (compiling or _watched(problem))
-    if not direct:
+    score = None
+    if compiling or _watched(problem):
         results = torch.ops.moso_fast.last_layer_stats(
             problem.features,
             weight.detach(),
@@ -315,7 +314,7 @@ def _stats(
             formula,
         )
     else:
-        results = _run(problem, chosen, chunk_size, formula)
+        results, score = _run(problem, chosen, chunk_size, formula, scale)
     alignment, grad_sqnorm, loss, el2n, margin, entropy, mean_grad_sqnorm, count = results
     return LastLayerStats(
         alignment,
@@ -327,7 +326,7 @@ def _stats(
         backend,
         mean_grad_sqnorm,
         count,
-        direct,
+        score,
     )
 
 
@@ -398,17 +397,17 @@ def _last_layer_stats_op(
         precision=precision,
         nonfinite=nonfinite,
     )
-    return _run(problem, choose(problem, backend)[0], chunk_size, formula)
+    return _run(problem, choose(problem, backend)[0], chunk_size, formula, 1.0)[0]
 
 
 def _run(
-    problem: Problem, backend: Backend, chunk_size: int | None, formula: str | None
-) -> _EightTensors:
+    problem: Problem, backend: Backend, chunk_size: int | None, formula: str | None, scale: float
+) -> tuple[_EightTensors, Tensor | None]:
     """Score a problem; results in the order of :class:`LastLayerStats`, (N,) for one head."""
     with own_precision(problem):
-        found = engine.run(problem, backend, chunk_size, formula)
+        found = engine.run(problem, backend, chunk_size, formula, scale)
     shape = found.alignment.shape if problem.stacked else found.alignment.shape[1:]
-    return (
+    results = (
         found.alignment.reshape(shape),
         found.grad_sqnorm.reshape(shape),
         found.loss.reshape(shape),
@@ -418,6 +417,7 @@ def _run(
         found.mean_grad_sqnorm,
         found.count,
     )
+    return results, None if found.score is None else found.score.reshape(shape)
 
 
 def _last_layer_stats_fake(

@@ -117,6 +117,7 @@ class EmulatedCuda(cuda.CudaBackend):
         patch.setattr(_cuda_device, "bulk_copies", lambda device: self.bulk)
         patch.setattr(_cuda_device, "launch", self._launch)
         patch.setattr(_cuda_device, "empty", self._empty)
+        patch.setattr(_cuda_device, "facts", self._facts)
         self.shared = shared
         self._guarded: list[torch.Tensor] = []
 
@@ -135,14 +136,18 @@ class EmulatedCuda(cuda.CudaBackend):
         self._guarded.append(whole)
         return whole[64:-64].view(shape)
 
+    def _facts(self, problem: Problem, numbers: int, read: bool) -> torch.Tensor:
+        return self._empty(problem, numbers, dtype=torch.float64)
+
     def _launch(self, device: Any, function: Any, job: dict[str, Any], *parts: Any) -> None:
         name = function.__name__
         if name == "few_classes_whole":
             # What the module does in one call, with the arrays of each kernel known by themselves.
             _reset_status(job["first"]["status"])
-            for part in WHOLE:
-                kernel = getattr(self.emulator, part)
-                self._launch(device, kernel, job[part.rpartition("_")[2]])
+            for part in (*WHOLE, "closing_score"):
+                own = job[part.rpartition("_")[2]]
+                if own is not None:
+                    self._launch(device, getattr(self.emulator, part), own)
             return
         self.launches.append((name, dict(job)))
         for key, (size, writable) in _sizes(name, job).items():

@@ -134,8 +134,8 @@ def test_supports(machine) -> None:
 )  # fmt: skip
 def test_default_on_a_gpu_where_the_kernels_are_proven(machine, capability, proven) -> None:
     machine(capability=capability)
-    # More classes than the CUDA C++ kernels take by themselves, where they are built.
-    problem = _On(problem_of(random_case("ids", c=40)), "cuda")
+    # More classes than the CUDA C++ kernels take, where they are built.
+    problem = _On(problem_of(random_case("ids", c=130)), "cuda")
     backend, reasons = choose(problem)
     assert backend.name == ("triton" if proven else "torch")
     if proven:

@@ -40,4 +40,9 @@ void reset_status(int64_t* status, int device, uintptr_t stream) {
           "status word");
 }
 
+void wait_for(int device, uintptr_t stream) {
+  use_device(device);
+  require(cudaStreamSynchronize(stream_of(stream)), "kernels of a job");
+}
+
 }  // namespace moso_fast::closing

@@ -75,5 +75,7 @@ void launch_judge(const Judge& p, int device, uintptr_t stream);
 void launch_score(const Score& p, int device, uintptr_t stream);
 // Makes the status word what it is before a first pass.
 void reset_status(int64_t* status, int device, uintptr_t stream);
+// Returns when everything on the stream is done.
+void wait_for(int device, uintptr_t stream);
 
 }  // namespace moso_fast::closing

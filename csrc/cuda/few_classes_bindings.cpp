@@ -39,7 +39,8 @@ SecondLauncher second_launcher(Feature feature) {
                               &launch_second<Feature::kFloat16>);
 }
 
-// Everything that a job of one chunk needs, launched one behind the other.
+// Everything that a job of one chunk needs, launched one behind the other. With "wait" it returns
+// when all of it is done: what the kernels wrote to main memory can be read then.
 void launch_whole(const py::dict& job) {
   const py::dict first_job = job["first"], second_job = job["second"];
   const FirstPass first = read_first_pass(first_job);
@@ -49,6 +50,10 @@ void launch_whole(const py::dict& job) {
   const Launch second_launch = read_launch(second_job);
   const closing::Finish finish = closing::read_finish(job["finish"]);
   const closing::Judge judge = closing::read_judge(job["judge"]);
+  const bool scores = !job["score"].is_none();
+  const closing::Score score =
+      scores ? closing::read_score(py::dict(job["score"])) : closing::Score{};
+  const bool wait = number<bool>(job, "wait");
   const auto device = first_launch.device;
   const auto stream = first_launch.stream;
   const FirstLauncher launch_first = first_launcher(first_launch.feature);
@@ -60,6 +65,8 @@ void launch_whole(const py::dict& job) {
   launch_second(second, second_launch);
   closing::launch_finish(finish, device, stream);
   closing::launch_judge(judge, device, stream);
+  if (scores) closing::launch_score(score, device, stream);
+  if (wait) closing::wait_for(device, stream);
 }
 
 }  // namespace
@@ -110,16 +117,6 @@ void bind(py::module_& m) {
       py::arg("job"));
   m.def("few_classes_whole", &launch_whole, py::arg("job"),
         "Both passes over the one chunk of a job and its end, from dicts of the same names.");
-  m.def(
-      "closing_score",
-      [](const py::dict& job) {
-        const closing::Score p = closing::read_score(job);
-        const int device = number<int>(job, "device");
-        const auto stream = number<uintptr_t>(job, "stream");
-        py::gil_scoped_release release;
-        closing::launch_score(p, device, stream);
-      },
-      py::arg("job"));
   m.attr("closing_count_blocks") = closing::kCountBlocks;
   m.attr("closing_row_sums") = closing::kRowSums;
   m.attr("closing_head_facts") = closing::kHeadFacts;

@@ -91,3 +91,21 @@ def launch(device: torch.device, function: Callable[[Any], None], job: Job, *par
 def empty(problem: Problem, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uninitialised memory where the problem's heads are."""
     return torch.empty(shape, dtype=dtype, device=problem.device)
+
+
+def facts(problem: Problem, numbers: int, read: bool) -> Tensor:
+    """Memory for float64 numbers that kernels write: in main memory if the host will read them."""
+    if read:
+        return torch.empty(numbers, dtype=torch.float64, pin_memory=True)
+    return empty(problem, numbers, dtype=torch.float64)
+
+
+def carve(problem: Problem, alignment: int, **sizes: int) -> tuple[Tensor, dict[str, int]]:
+    """One piece of memory for arrays of these sizes (bytes), and the address of each."""
+    offsets, end = {}, 0
+    for name, size in sizes.items():
+        offsets[name] = end
+        end += -(-size // alignment) * alignment
+    memory = empty(problem, end // 8, dtype=torch.float64)
+    start = memory.data_ptr()
+    return memory, {name: start + offset for name, offset in offsets.items()}

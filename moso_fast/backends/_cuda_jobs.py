@@ -74,8 +74,8 @@ class Chunk:
         """Rows whose gradients go to one partial sum."""
         return int(gpu.module().few_classes_slab_rows(self.count, self.plan["slab_limit"]))
 
-    def first(self, residual: Tensor | None, results: Job) -> Job:
-        """Job of the first pass; ``results`` of :func:`row_results` or :data:`NO_RESULTS`."""
+    def first(self, results: Job) -> Job:
+        """Job of the first pass; ``results`` of :func:`row_results` or :func:`no_results`."""
         problem, plan = self.problem, self.plan
         slab_rows, parts = self.slab_rows(), plan["parts"]
         at_once = gpu.multiprocessors(problem.device) * plan["together"]
@@ -88,45 +88,29 @@ class Chunk:
             blocks=min(-(-self.count // slab_rows), at_once // parts) * parts,
             shared_bytes=plan["first_bytes"],
             first_row=self.rows.start,
-            weight=self._address(problem.weight),
-            bias=self._address(problem.bias),
-            labels=self._address(problem.labels[self.rows].to(torch.int64)),
-            sample_weight=self._address(None if weights is None else weights[self.rows]),
+            weight=self.address(problem.weight),
+            bias=self.address(problem.bias),
+            labels=self.address(problem.labels[self.rows].to(torch.int64)),
+            sample_weight=self.address(None if weights is None else weights[self.rows]),
             ignore_index=problem.ignore_index,
             smoothing=problem.label_smoothing,
             exclude_nonfinite=int(problem.nonfinite == "exclude"),
-            residual=self._address(residual),
             slab_rows=slab_rows,
             tile_rows=plan["tile_rows"],
             stages=plan["stages"],
         )
         return job
 
-    def second(
-        self,
-        out: RowBuffers,
-        residual: Tensor,
-        mean_grad: Tensor,
-        mean_bias_grad: Tensor | None,
-        alignment: Tensor,
-    ) -> Job:
-        """Job of the second pass; whoever wants the self-term put right fills in its count."""
+    def second(self, row_job: Job) -> Job:
+        """Job of the second pass; ``row_job`` of :func:`row_inputs`."""
         device = self.problem.device
         a_multiprocessor = gpu.shared_limit(device) + _RESERVED
         together = min(2, a_multiprocessor // (self.plan["second_bytes"] + _RESERVED))
         job = self._features_job()
         job.update(
+            row_job,
             blocks=min(-(-self.count // 128), together * gpu.multiprocessors(device)),
             shared_bytes=self.plan["second_bytes"],
-            residual=self._address(residual),
-            mean_grad=self._address(mean_grad),
-            mean_bias_grad=self._address(mean_bias_grad),
-            feature_sqnorm=_row_address(out.feature_sqnorm, self.rows),
-            counted=_row_address(out.counted, self.rows),
-            count=0,
-            behind=0,
-            alignment=alignment.data_ptr(),
-            alignment_stride=alignment.stride(0),
         )
         return job
 
@@ -148,7 +132,7 @@ class Chunk:
             "aligned": int(features.data_ptr() % 16 == 0 and stride % 16 == 0),
         }
 
-    def _address(self, tensor: Tensor | None) -> int:
+    def address(self, tensor: Tensor | None) -> int:
         """Address of a tensor, or of a copy of it whose numbers are neighbours; 0 for None."""
         if tensor is None:
             return 0
@@ -157,7 +141,9 @@ class Chunk:
         return tensor.data_ptr()
 
 
-def row_results(out: RowBuffers, rows: slice, partial: Tensor, bias_partial: Tensor) -> Job:
+def row_results(
+    out: RowBuffers, rows: slice, residual: Tensor | None, partial: Tensor, bias_partial: Tensor
+) -> Job:
     """Where the first pass writes the results of rows and the sums of their gradients."""
     return {
         "loss": _row_address(out.loss, rows),
@@ -168,19 +154,34 @@ def row_results(out: RowBuffers, rows: slice, partial: Tensor, bias_partial: Ten
         "feature_sqnorm": _row_address(out.feature_sqnorm, rows),
         "counted": _row_address(out.counted, rows),
         "status": out.status.data_ptr(),
+        "residual": 0 if residual is None else residual.data_ptr(),
         "partial": partial.data_ptr(),
         "bias_partial": bias_partial.data_ptr(),
     }
 
 
-#: For a first pass that writes nothing but residuals.
-NO_RESULTS = dict.fromkeys(
-    (
-        *("loss", "residual_sqnorm", "margin", "entropy", "stat_stride", "feature_sqnorm"),
-        *("counted", "status", "partial", "bias_partial"),
-    ),
-    0,
+def no_results(residual: Tensor) -> Job:
+    """For a first pass that writes nothing but residuals."""
+    return {**dict.fromkeys(_RESULTS, 0), "residual": residual.data_ptr()}
+
+
+_RESULTS = (
+    *("loss", "residual_sqnorm", "margin", "entropy", "stat_stride", "feature_sqnorm"),
+    *("counted", "status", "partial", "bias_partial"),
 )
+
+
+def row_inputs(out: RowBuffers, rows: slice, residual: Tensor, alignment: Tensor) -> Job:
+    """Name what the second pass reads and writes of rows, less the mean gradient."""
+    return {
+        "residual": residual.data_ptr(),
+        "feature_sqnorm": _row_address(out.feature_sqnorm, rows),
+        "counted": _row_address(out.counted, rows),
+        "alignment": alignment.data_ptr(),
+        "alignment_stride": alignment.stride(0),
+        "count": 0,
+        "behind": 0,
+    }
 
 
 def partial_sums(problem: Problem, slabs: int) -> tuple[Tensor, Tensor]:

@@ -87,9 +87,12 @@ class Backend(ABC):
         may leave the arrays.
         """
 
-    def whole(self, problem: Problem) -> Whole | None:
+    def whole(
+        self, problem: Problem, formula: str | None, scale: float, *, read: bool
+    ) -> Whole | None:
         """Do all of a job whose rows are one chunk and each a sample, or None: pass by pass.
 
         Where the launches of the engine's own operations would take longer than the work.
+        ``formula`` and ``scale``: also the scores. ``read``: the facts are to be there on return.
         """
         return None

@@ -134,7 +134,8 @@ def test_graph_capture(regime) -> None:
     torch.cuda.synchronize()
     assert stats.count == expected.count
     for name in FIELDS:
-        assert_close(getattr(stats, name), getattr(expected, name), 1e-6, what=name)
+        # Under capture cuBLAS cuts a product otherwise: 1.6e-6 of the alignments on an H200.
+        assert_close(getattr(stats, name), getattr(expected, name), 1e-5, what=name)
 
 
 def host_case(n: int = 50_000, **options) -> Case:

@@ -1,187 +1,296 @@
-"""Data loaders in data-set order, and what is the input and what the label in a batch."""
+"""Batches as people feed them: what is the input, what the label, what the index of a sample."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    SequentialSampler,
-    TensorDataset,
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from ._arguments import Arguments, decoder_inputs
+from ._batch_parts import (
+    INDEX_KEYS,
+    SampleBatch,
+    checked_index,
+    equal,
+    is_index,
+    joined_index,
+    parts_of,
+    same_inputs,
+    split_batch,
+    stacked_lists,
+    to_device,
 )
+from ._data_errors import collating_hint, hint_on
+from ._labels import as_labels
+from ._loaders import (
+    batch_count,
+    is_stream,
+    known_labels,
+    make_loader,
+    sample_count,
+    shuffling_stage,
+    without_workers,
+)
+from ._packed import PACKING_KEYS, alone, find_documents, mixes_documents
 
-LABEL_KEYS = ("labels", "label")
-_ORDER = "scores come back in data-set order"
+__all__ = [
+    "SampleBatch",
+    "SampleBatches",
+    "batch_count",
+    "known_labels",
+    "make_loader",
+    "sample_count",
+    "split_batch",
+    "to_device",
+]
 
 
-def make_loader(data: Any, batch_size: int) -> DataLoader[Any]:
-    """Return ``data`` if it is a loader in data-set order, or a loader over the data set.
+class SampleBatches:
+    """The batches of a loader, one pass after the other, each split into what the model needs.
 
-    The samples of an `IterableDataset` cannot be known to come in the same order again; that is
-    checked afterwards, by the labels of each pass.
+    Parameters
+    ----------
+    loader
+        In data-set order, see `_loaders.make_loader`.
+    model
+        The network whose forward decides which entries of a dict batch are inputs; None = all.
+    columns
+        Names of the entries that the model gets, see `_arguments.Arguments`.
+    ignore_index
+        The label of tokens that do not count.
 
     Raises
     ------
-    TypeError
-        Neither DataLoader nor data set.
     ValueError
-        A loader that shuffles, leaves samples out or drops the last batch; no samples.
+        A stream that is read by several workers or shuffled, and whose samples bring no index.
     """
-    if isinstance(data, DataLoader):
-        _check_order(data)
-        return data
-    if isinstance(data, IterableDataset):
-        return DataLoader(data, batch_size=batch_size)
-    if not isinstance(data, Dataset) and not _is_map_style(data):
-        raise TypeError(f"data must be a DataLoader or a Dataset, got {type(data).__name__}")
-    if not hasattr(data, "__len__"):
-        raise TypeError(f"data: the data set {type(data).__name__} has no length")
-    if len(data) == 0:
-        raise ValueError("data holds no samples")
-    if type(data) is TensorDataset:
-        # Indexed by a whole batch: no item-by-item collating of what is one tensor already.
-        batches = BatchSampler(SequentialSampler(data), batch_size, drop_last=False)
-        return DataLoader(data, sampler=batches, batch_size=None)
-    return DataLoader(data, batch_size=batch_size, shuffle=False)
 
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        model: nn.Module | None = None,
+        columns: Sequence[str] | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        self.loader, self.model, self.ignore_index = loader, model, ignore_index
+        self.arguments = Arguments(model, columns)
+        self.index: Tensor | None = None
+        self.rows = 0  # of the batches of this pass, or of the last
+        self.packed = False  # whether rows of several documents came
+        self._passes = 0
+        # Calls the model with keyword arguments, to see whether it keeps packed documents apart.
+        self.run: Callable[[dict[str, Any]], Any] | None = None
+        self._mixed: bool | None = None
+        self._indexed = False  # whether a batch brought numbers of its samples
+        # Set where a partition or an index goes by the rows, before any of them was read.
+        self.by_row = False
+        self._flattens: bool | None = None  # whether the loader lays each batch into one row
+        self._from_column: str | None = None  # that the index was taken from
+        self._was_larger = False  # whether the model took a batch of several samples
+        self._collated = loader.collate_fn is default_collate
+        self._stream = is_stream(loader)
+        if self._stream:
+            self._check_stream()
 
-def sample_count(loader: DataLoader[Any]) -> int | None:
-    """Return the number of samples in a pass, or None where only the pass can tell."""
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        return None
-    if loader.batch_sampler is None and not isinstance(loader.sampler, BatchSampler):
-        return None
-    return len(loader.dataset)
+    def __iter__(self) -> Iterator[SampleBatch]:
+        """Go through the data once; afterwards `index` holds the numbers of all samples, if any.
 
-
-def known_labels(data: Any) -> Tensor | None:
-    """Return the labels of ``data`` where they are at hand without going through it."""
-    if type(data) is TensorDataset and len(data.tensors) == 2:
-        return data.tensors[1]
-    return None
-
-
-def batch_count(loader: DataLoader[Any]) -> int | None:
-    """Return the number of batches in a pass, or None where it is unknown."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _is_map_style(data: Any) -> bool:
-    has_items = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    return has_items and not isinstance(data, (str, bytes, Mapping, Tensor))
-
-
-def _check_order(loader: DataLoader[Any]) -> None:
-    if getattr(loader, "drop_last", False) or getattr(loader.batch_sampler, "drop_last", False):
-        raise ValueError("data: the loader has drop_last=True, but every sample gets a score")
-    if isinstance(loader.dataset, IterableDataset):
-        return
-    if loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler:
-        sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
-        if type(sampler) is BatchSampler:
-            _check_order_of(sampler.sampler, loader, sampler.drop_last)
-        else:
-            _check_order_of(sampler, loader)
-        return
-    batches = loader.batch_sampler
-    if not isinstance(batches, Sequence):
-        raise _wrong_order(f"its batch_sampler is a {type(batches).__name__}")
-    if [i for batch in batches for i in batch] != list(range(_length(loader))):
-        raise _wrong_order("its batch_sampler does not visit every sample once, in order")
-
-
-def _check_order_of(sampler: Any, loader: DataLoader[Any], drop_last: bool = False) -> None:
-    if drop_last:
-        raise ValueError("data: the loader has drop_last=True, but every sample gets a score")
-    if isinstance(sampler, SequentialSampler):
-        if len(sampler) != _length(loader):
-            raise _wrong_order("its sampler is for a data set of another length")
-        return
-    if not isinstance(sampler, (Sequence, Tensor)):
-        raise _wrong_order(f"its sampler is a {type(sampler).__name__}")
-    if [int(i) for i in sampler] != list(range(_length(loader))):
-        raise _wrong_order("its sampler does not visit every sample once, in order")
-
-
-def _length(loader: DataLoader[Any]) -> int:
-    length: int = len(loader.dataset)  # type: ignore[arg-type]
-    if length == 0:
-        raise ValueError("data holds no samples")
-    return length
-
-
-def _wrong_order(what: str) -> ValueError:
-    return ValueError(
-        f"data: {_ORDER}, but the loader may shuffle or leave samples out ({what}); "
-        "use DataLoader(dataset, shuffle=False), with a Subset for a part of the data"
-    )
-
-
-def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    """Positional and keyword arguments for the model, and the labels, of one batch.
-
-    (input, label) calls ``model(input)``, ``model(*input)`` for a tuple or list and
-    ``model(**input)`` for a mapping; a mapping with the labels under ``labels`` or ``label`` calls
-    the model with all its other entries.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Another kind of batch; labels that are no tensor of at least one dimension.
-    """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(batch, Mapping):
-        key = next((key for key in LABEL_KEYS if key in batch), None)
-        if key is None:
+        Raises
+        ------
+        TypeError, ValueError
+            Batches of the wrong kind; an index that is not unique; a stream that begins with other
+            samples when it is read again.
+        """
+        indices: list[Tensor | None] = []
+        self.rows = 0
+        first: SampleBatch | None = None
+        for batch in self.read(self.loader):
+            one = self.split(batch)
+            first = first or one
+            indices.append(one.index)
+            self.rows += len(one.labels)
+            yield from self.apart(one)
+        index = joined_index(indices, None if self._stream else self._from_column)
+        if self._passes and not equal(index, self.index):
             raise ValueError(
-                f"data: a batch that is a dict needs the key 'labels' or 'label', got "
-                f"{sorted(map(str, batch))}"
+                "data: the loader yields the samples in another order (by their index) than in "
+                "the pass before; it must give the same order every time"
             )
-        kwargs = {name: value for name, value in batch.items() if name != key}
-        labels = batch[key]
-    elif isinstance(batch, (tuple, list)):
-        if len(batch) != 2:
+        self.index = index
+        self._passes += 1
+        if self._passes == 1 and index is None and first is not None and self._stream:
+            self._check_again(first)
+
+    def apart(self, batch: SampleBatch) -> list[SampleBatch]:
+        """Batches to run instead of ``batch``: itself, or its documents one by one.
+
+        Packed documents stay together where `run` is there to show that the model keeps them apart.
+        """
+        documents = batch.documents
+        if documents is None:
+            return [batch]
+        self.packed = True
+        if self.by_row and not self._flattens:
             raise ValueError(
-                f"data: a batch must be (input, label) or a dict, got a {type(batch).__name__} "
-                f"of {len(batch)}"
+                "data: a row holds several documents, each of which is a sample, and partition= or "
+                "index= was taken to go by the rows; give the rows as a list of dicts or as a "
+                "Hugging Face data set, which show it beforehand"
             )
-        inputs, labels = batch
-        if isinstance(inputs, Mapping):
-            kwargs = dict(inputs)
-        else:
+        if self.run is not None and not batch.args:
+            if self._mixed is None:
+                self._mixed = mixes_documents(self.run, batch.kwargs, batch.labels, documents)
+            if not self._mixed:
+                return [batch]
+        pieces = []
+        for number in range(batch.samples):
+            kwargs, labels = alone(batch.kwargs, batch.labels, documents, number)
+            index = None if batch.index is None else batch.index[number : number + 1]
+            whole = torch.zeros_like(labels, device="cpu")
+            pieces.append(SampleBatch(batch.args, kwargs, labels, index, whole))
+        return pieces
+
+    def read_index(self) -> Tensor | None:
+        """Return the numbers that the data give their samples, None where they give none.
+
+        Goes through the data where batches were seen to have them, but not yet in one whole pass.
+        """
+        if not self._passes and self._indexed:
+            for _ in self:
+                pass
+        return self.index
+
+    def split(self, batch: Any, views: int = 1) -> SampleBatch:
+        """Take a batch apart.
+
+        (input, label) calls ``model(input)``, ``model(*input)`` for a tuple or list and
+        ``model(**input)`` for a mapping; (input, label, index) and (index, (input, label)) also
+        say the number of each sample. A mapping has the labels under ``labels`` or ``label``, may
+        have numbers under ``idx`` or ``index``, and gives the model what its forward names.
+        ``views`` is how many consecutive rows each sample has.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Another kind of batch; labels that are no tensor of at least one dimension.
+        """
+        inputs, labels, index = parts_of(batch)
+        if self._collated:
+            labels = stacked_lists(labels)
+        labels = as_labels(labels)
+        if not isinstance(inputs, Mapping):
+            index = checked_index(index, len(labels), views)
+            self._indexed |= index is not None
             args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    else:
-        raise TypeError(
-            f"data: a batch must be (input, label) or a dict, got {type(batch).__name__}"
-        )
-    try:
-        labels = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"data: labels must be a tensor, got {type(labels).__name__}") from None
-    if labels.dim() == 0:
-        raise ValueError("data: labels must have one entry per sample, got a single number")
-    return args, kwargs, labels.detach()
+            if self._collated and len(args) > self.arguments.places:
+                rows = stacked_lists(list(args))
+                args = (rows,) if isinstance(rows, Tensor) else args
+            if len(args) > self.arguments.places:
+                raise ValueError(
+                    f"data: a batch ((a, b), label) calls the model with {len(args)} inputs, and "
+                    f"forward of {self.arguments.kind} takes {self.arguments.places}; a sample "
+                    "with its index is (input, label, index)"
+                )
+            return SampleBatch(args, {}, labels, index)
+        entries = {name: stacked_lists(v) if self._collated else v for name, v in inputs.items()}
+        if self._flattens is None:
+            # Told by the first batch: the last may hold one sample of any loader.
+            several = self.loader.batch_size not in (None, 1) and sample_count(self.loader) != 1
+            self._flattens = len(labels) == 1 and several
+        documents = find_documents(entries, labels, self._flattens, self.ignore_index)
+        samples = len(labels) if documents is None else int(documents.max()) + 1
+        if index is None:
+            entries, index = self._own_index(entries, samples, views)
+        else:
+            index = checked_index(index, samples, views)
+        self._indexed |= index is not None
+        args, kwargs = self.arguments.choose(entries)
+        kwargs = decoder_inputs(self.model, self.arguments, kwargs, labels)
+        return SampleBatch(args, kwargs, labels, index, documents)
 
+    def may_be_packed(self) -> bool:
+        """Tell whether rows may hold several documents, as far as that shows without reading."""
+        data = self.loader.dataset
+        names = getattr(data, "column_names", None)
+        if names is None and isinstance(data, (list, tuple)) and data:
+            names = data[0]
+        if not isinstance(names, (list, tuple, Mapping)):
+            return False
+        return any(isinstance(name, str) and name in PACKING_KEYS for name in names)
 
-def to_device(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Move the tensors of a nested input, floating-point ones also to ``dtype`` if given."""
-    if isinstance(value, Tensor):
-        target = dtype if dtype is not None and value.is_floating_point() else value.dtype
-        return value.to(device=device, dtype=target, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {name: to_device(item, device, dtype) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device, dtype) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(to_device(item, device, dtype) for item in value)
-    return value
+    @contextmanager
+    def forward_of(self, batch: SampleBatch) -> Iterator[None]:
+        """Run the forward pass of ``batch`` in the block: what fails says how to mend the data."""
+        try:
+            yield
+            self._was_larger |= len(batch.labels) > 1
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            said = str(error).strip().partition("\n")[0]
+            hint = hint_on(said, batch, self._was_larger)
+            if hint is None:
+                raise
+            raise ValueError(f"model: {hint} ({type(error).__name__}: {said})") from error
+
+    def read(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """Batches of a loader as they come; samples that cannot be collated say what to do."""
+        batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, TypeError, ValueError) as error:
+                if self._collated and (hint := collating_hint(str(error))) is not None:
+                    raise hint from error
+                raise
+            yield batch
+
+    def _check_stream(self) -> None:
+        loader = self.loader
+        stage = shuffling_stage(loader.dataset)
+        if loader.num_workers < 2 and stage is None:
+            return
+        first = next(iter(loader), None)
+        if first is None or self.split(first).index is not None:
+            return
+        if stage is not None:
+            raise ValueError(
+                f"data: the stream is shuffled ({stage}), so that no sample keeps its number; "
+                "score it before it is shuffled, or let each sample bring its index: "
+                "(input, label, index), or a column 'idx'"
+            )
+        self.loader = without_workers(loader)
+
+    def _check_again(self, first: SampleBatch) -> None:
+        """Compare the first batch with the first of another reading, if the stream has one."""
+        again = next(iter(self.read(self.loader)), None)
+        if again is None:
+            return
+        other = self.split(again)
+        same = equal(first.labels, other.labels)
+        if same and len(first.labels.unique()) == 1:
+            # One label throughout says nothing about the order.
+            same = same_inputs(first, other)
+        if not same:
+            raise ValueError(
+                "data: the stream begins with other samples when it is read again, so that no "
+                "sample keeps its number; turn its shuffling off, or let each sample bring its "
+                "index: (input, label, index), or a column 'idx'"
+            )
+
+    def _own_index(
+        self, entries: dict[str, Any], samples: int, views: int
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """Take the index out of a dict batch, unless the model has an input of that name."""
+        for name in INDEX_KEYS:
+            if name not in entries or self.arguments.gets(name):
+                continue
+            found = entries[name]
+            if is_index(found, samples):
+                self._from_column = name
+                entries = {key: value for key, value in entries.items() if key != name}
+                return entries, torch.as_tensor(found).long().cpu()[::views]
+        return entries, None

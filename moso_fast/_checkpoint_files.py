@@ -1,4 +1,4 @@
-"""The layouts in which training scripts, Lightning and transformers save weights."""
+"""Reading files and folders in which training leaves its weights, without running their code."""
 
 from __future__ import annotations
 
@@ -8,19 +8,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+from . import _checkpoint_pickle
+from ._checkpoint_contents import Contents, contents_of
+from ._checkpoint_distributed import INDEX, read_distributed
+from ._checkpoint_pickle import StandIn, module_state
+from ._rates import Stated, learning_rate
+from ._trainer_schedule import rate_of_last_step
+
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar", ".pyth", ".th", ".pkl")
+ADAPTER_CONFIG = "adapter_config.json"
 FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# Where training scripts put the weights inside the dictionary that they save.
-_CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
-_OPTIMIZERS = ("optimizer_states", "optimizer", "optimizer_state_dict")
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# Beside the weights, as the Trainer of transformers and accelerate call them.
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
+_SCHEDULER_FILES = ("scheduler.pt", "scheduler.bin")
 
 
 def existing(source: Any) -> Path:
@@ -31,26 +39,54 @@ def existing(source: Any) -> Path:
     return path
 
 
-def read_file(path: Path) -> Mapping[str, Any]:
-    """Read what a file holds, without running code from it; ValueError where that is no mapping."""
+def read_file(path: Path, mmap: bool = False) -> Mapping[str, Any]:
+    """Read what a file holds, without running code from it; ValueError where that is no mapping.
+
+    With ``mmap``, tensors stay in the file until they are used, where its form allows that.
+    """
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
-        return _read_safetensors(path)
+        return {} if mmap else _read_safetensors(path)
     if suffix not in TORCH_SUFFIXES:
         known = ", ".join((*TORCH_SUFFIXES, ".safetensors"))
         raise ValueError(f"checkpoint {path} must end in one of {known}, or be a folder")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _checkpoint_pickle.load(path, mmap)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line), "")
         raise ValueError(
-            f"checkpoint {path} is damaged or holds more than tensors, numbers and containers, "
-            f"which weights_only=True refuses; save its state dict alone. {reason.strip()}".rstrip()
+            f"checkpoint {path} is damaged or holds objects beside the weights that cannot be read "
+            f"without running code, which weights_only=True refuses ({_reason(error)}); save "
+            "model.state_dict() alone"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ) as error:
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"checkpoint {path} is a TorchScript archive, which holds code; save the "
+                "state_dict() of the model instead"
+            ) from error
         raise ValueError(f"checkpoint {path} cannot be read: {_one_line(error)}") from error
+    if isinstance(content, StandIn):
+        state = module_state(content)
+        if state is None:
+            raise ValueError(
+                f"checkpoint {path} must hold a state dict, got an object {content.path}; save "
+                "model.state_dict()"
+            )
+        return state
     if not isinstance(content, Mapping):
-        raise ValueError(f"checkpoint {path} must hold a state dict, got {type(content).__name__}")
+        raise ValueError(
+            f"checkpoint {path} must hold a state dict, got {type(content).__name__}; save "
+            "model.state_dict()"
+        )
     return content
 
 
@@ -68,28 +104,124 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint {path} cannot be read: {_one_line(error)}") from error
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return state dict and training facts of a folder that transformers saved."""
-    name = next((name for name in FOLDER_FILES if (folder / name).is_file()), None)
+def read_contents(path: Path, rates_only: bool = False) -> tuple[Contents, Stated]:
+    """Return what a file or folder holds, and what it says about its learning rate.
+
+    With ``rates_only`` tensors are not read (or left in the file): the call is cheap, and only its
+    second result is whole.
+    """
+    where = str(path)
+    if not path.is_dir():
+        contents = contents_of(read_file(path, mmap=rates_only), where)
+        return contents, stated_in(contents, where)
+    if (path / INDEX).is_file():
+        contents = contents_of(read_distributed(path, with_tensors=not rates_only), where)
+        return contents, stated_in(contents, where)
+    deepspeed = _deepspeed_file(path)
+    if deepspeed is not None:
+        contents = contents_of(read_file(deepspeed, mmap=rates_only), str(deepspeed))
+        return contents, stated_in(contents, where)
+    state = {} if rates_only else _folder_state(path)
+    contents = contents_of(state, where) if state or not rates_only else Contents()
+    return contents, _stated_in_folder(path, contents)
+
+
+def stated_in(contents: Contents, where: str) -> Stated:
+    """Return what the contents say about the learning rate."""
+    lr = contents.lr
+    return Stated(
+        where,
+        None if lr is None else learning_rate(lr, f"learning rate in {where}"),
+        tuple(contents.groups),
+        tuple(contents.last_rates),
+    )
+
+
+def _folder_state(folder: Path) -> dict[str, Any]:
+    """Return the state dict in a folder of transformers, accelerate or peft."""
+    names = (*FOLDER_FILES, *_ADAPTER_FILES)
+    name = next((name for name in names if (folder / name).is_file()), None)
     if name is None:
-        raise ValueError(f"checkpoint folder {folder} has none of {', '.join(FOLDER_FILES)}")
-    if name.endswith(".index.json"):
-        shards = _read_json(folder / name).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise ValueError(f"{folder / name} has no weight_map")
-        state: dict[str, Any] = {}
-        for shard in dict.fromkeys(shards.values()):
-            if Path(shard).name != shard:
-                raise ValueError(f"{folder / name} names {shard!r}, which is not in its folder")
-            state.update(read_file(existing(folder / shard)))
-    else:
-        state = dict(read_file(folder / name))
-    facts: dict[str, Any] = {}
-    if (folder / "trainer_state.json").is_file():
-        trainer = _read_json(folder / "trainer_state.json")
-        rates = [e["learning_rate"] for e in trainer.get("log_history", ()) if "learning_rate" in e]
-        facts = {"lr": rates[-1] if rates else None, "step": trainer.get("global_step")}
-    return state, facts
+        # FSDP under the Trainer of transformers or accelerate.
+        inner = [p for p in folder.glob("pytorch_model_fsdp_*") if (p / INDEX).is_file()]
+        if len(inner) == 1:
+            return read_distributed(inner[0])
+        raise ValueError(
+            f"checkpoint folder {folder} has none of {', '.join(names)}, no {INDEX} of "
+            f"torch.distributed.checkpoint and no *_model_states.pt of DeepSpeed; it has "
+            f"{_entries(folder)}"
+        )
+    # accelerate numbers the models of one training; which one is meant shows by names and shapes.
+    more = sorted(folder.glob(f"{Path(name).stem}_[0-9]*{Path(name).suffix}"))
+    if not name.endswith(".index.json"):
+        if more and name in FOLDER_FILES:
+            first = {f"{Path(name).stem}_0": read_file(folder / name)}
+            return {**first, **{p.stem: read_file(p) for p in more}}
+        return dict(read_file(folder / name))
+    shards = _read_json(folder / name).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{folder / name} has no weight_map")
+    state: dict[str, Any] = {}
+    for shard in dict.fromkeys(shards.values()):
+        if Path(shard).name != shard:
+            raise ValueError(f"{folder / name} names {shard!r}, which is not in its folder")
+        state.update(read_file(existing(folder / shard)))
+    lost = [tensor for tensor in shards if tensor not in state]
+    if lost:
+        raise ValueError(
+            f"{folder / name} names {lost[0]!r} ({len(lost)} in all), which is in none of its files"
+        )
+    return state
+
+
+def _deepspeed_file(folder: Path) -> Path | None:
+    """Return the file with the weights in a folder of DeepSpeed; None where it is none.
+
+    Raises
+    ------
+    ValueError
+        The weights are spread over processes (ZeRO-3, tensor or pipeline parallel).
+    """
+    if any((folder / name).is_file() for name in FOLDER_FILES):
+        return None  # weights that were put together lie beside the shards
+    places = [folder]
+    if (folder / "latest").is_file():
+        places.append(folder / (folder / "latest").read_text(encoding="utf-8").strip())
+    for place in places:
+        files = sorted(place.glob("*model_states.pt")) if place.is_dir() else []
+        if len(files) == 1 and not files[0].name.startswith(("zero_pp", "bf16_zero_pp", "layer_")):
+            return files[0]
+        if files:
+            raise ValueError(
+                f"checkpoint folder {place} holds the shards of {len(files)} DeepSpeed processes; "
+                "put them together with the zero_to_fp32.py that lies in it, and give the file "
+                "that it writes"
+            )
+    return None
+
+
+def _stated_in_folder(folder: Path, contents: Contents) -> Stated:
+    where = str(folder)
+    later = None
+    beside: dict[str, Mapping[str, Any]] = {}
+    for names, key in ((_OPTIMIZER_FILES, "optimizer"), (_SCHEDULER_FILES, "scheduler")):
+        file = next((folder / name for name in names if (folder / name).is_file()), None)
+        if file is not None:
+            beside[key] = read_file(file, mmap=True)
+            if later is None or not later.any():
+                later = stated_in(contents_of({key: beside[key]}, str(file)), str(file))
+    if not (folder / "trainer_state.json").is_file():
+        return Stated(where, later=later)
+    trainer = _read_json(folder / "trainer_state.json")
+    contents.step = trainer.get("global_step")
+    logged = [e for e in trainer.get("log_history") or () if "learning_rate" in e]
+    rate = logged[-1]["learning_rate"] if logged else None
+    if not rate or logged[-1].get("step", contents.step) != contents.step:
+        # Not logged at this very step, or the rate of the next one at the end of the schedule.
+        of_step = rate_of_last_step(folder, trainer, beside.get("scheduler"))
+        rate = rate if of_step is None else of_step
+    lr = None if rate is None else learning_rate(rate, f"learning rate in {where}")
+    return Stated(where, lr, later=later)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -102,54 +234,40 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def unwrap(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Find the state dict in what a training script saved."""
-    for name in _CONTAINERS:
-        inner = content.get(name)
-        if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
-            return _check_state(inner, where)
-    return _check_state(content, where)
+def adapter_config(path: Path) -> dict[str, Any] | None:
+    """Return the configuration of the peft adapter at a file or folder; None where it is none."""
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and any((path / name).is_file() for name in FOLDER_FILES):
+        return None
+    if not path.is_dir() and path.name not in _ADAPTER_FILES:
+        return None
+    file = folder / ADAPTER_CONFIG
+    return _read_json(file) if file.is_file() else None
 
 
-def _check_state(state: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    strange = [
-        name
-        for name, value in state.items()
-        if not isinstance(value, Tensor) and not str(name).endswith("_extra_state")
-    ]
-    if strange or not state:
-        what = f"{strange[0]!r} holds no tensor" if strange else "it is empty"
-        raise ValueError(
-            f"checkpoint ({where}) must be a state dict of tensors, or hold one under one of "
-            f"{', '.join(_CONTAINERS)}; {what}"
-        )
-    return state
+def _entries(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    more = ", ..." if len(names) > 8 else ""
+    return (", ".join(names[:8]) + more) or "nothing"
 
 
-def training_facts(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Find learning rate and step beside the weights in a saved dictionary; None if unknown."""
-    rate = content.get("lr", content.get("learning_rate"))
-    for name in _OPTIMIZERS:
-        if rate is None:
-            rate = _optimizer_rate(content.get(name))
-    if rate is None:
-        for scheduler in _sequence(content.get("lr_schedulers")):
-            if rate is None and isinstance(scheduler, Mapping):
-                rate = (_sequence(scheduler.get("_last_lr")) or [None])[0]
-    steps = (content.get(name) for name in ("global_step", "step", "epoch"))
-    return {"lr": rate, "step": next((step for step in steps if step is not None), None)}
-
-
-def _optimizer_rate(saved: Any) -> Any:
-    for optimizer in _sequence(saved) or [saved]:
-        groups = _sequence(optimizer.get("param_groups")) if isinstance(optimizer, Mapping) else []
-        if groups and isinstance(groups[0], Mapping) and "lr" in groups[0]:
-            return groups[0]["lr"]
-    return None
-
-
-def _sequence(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else []
+def _reason(error: BaseException) -> str:
+    """Return the sentence of torch's message that says what was refused."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any("Unsupported operand" in line for line in lines):
+        return "it was saved with a pickle_protocol above 2, or is no file of torch.save"
+    known = (
+        "Unsupported",
+        "Trying to",
+        "Can only",
+        "must be imported",
+        "blocked",
+        "Only persistent",
+    )
+    told = [line for line in lines if any(word in line for word in known)]
+    reason = (told or lines or [type(error).__name__])[0]
+    reason = reason.split("Please use")[0].removeprefix("WeightsUnpickler error:")
+    return " ".join(reason.split()).rstrip(". ")
 
 
 def _one_line(error: BaseException) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -18,14 +20,18 @@ from torch.utils.data import (
     default_collate,
 )
 
-from ._batches import split_batch, to_device
+from ._batches import SampleBatch, SampleBatches, to_device
+from ._full_flat import Flat
+from ._loaders import SequentialBatches
+from ._norms.packed import some_of
 
 
 @dataclass(frozen=True)
 class Batch:
     """Inputs and labels of some samples, each of which has ``views`` consecutive rows.
 
-    ``index`` (n,) holds their numbers in the data set.
+    ``index`` (n,) holds their numbers in the data set. ``flat`` says which of the inputs hold the
+    values of all rows one after the other.
     """
 
     args: tuple[Any, ...]
@@ -33,6 +39,7 @@ class Batch:
     labels: Tensor
     index: Tensor
     views: int = 1
+    flat: tuple[Flat, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -51,13 +58,24 @@ class Batch:
         if len(chosen) == self.samples and bool((chosen.diff() == 1).all()):
             return self
         args, kwargs, labels = _rows_of((self.args, self.kwargs, self.labels), rows, self.rows)
-        return Batch(args, kwargs, labels, self.index[chosen], self.views)
+        if self.flat:
+            inputs, form = tree_flatten((self.args, self.kwargs))
+            given, _ = tree_flatten((args, kwargs))
+            for flat in self.flat:
+                for number, value in flat.take(inputs, rows, self.rows).items():
+                    given[number] = value
+            args, kwargs = tree_unflatten(given, form)
+        return Batch(args, kwargs, labels, self.index[chosen], self.views, self.flat)
+
+    def inputs(self) -> list[Any]:
+        """List what the model is given, in the order in which `Flat` counts."""
+        return tree_flatten((self.args, self.kwargs))[0]
 
     def on(self, device: torch.device, dtype: torch.dtype | None) -> Batch:
         """Move it to a device, floating-point inputs also to ``dtype`` if given."""
         args, kwargs = to_device((self.args, self.kwargs), device, dtype)
         labels = to_device(self.labels, device, dtype)
-        return Batch(args, kwargs, labels, self.index, self.views)
+        return Batch(args, kwargs, labels, self.index, self.views, self.flat)
 
 
 def _rows_of(value: Any, rows: Tensor, count: int) -> Any:
@@ -70,6 +88,8 @@ def _rows_of(value: Any, rows: Tensor, count: int) -> Any:
         return value.index_select(0, rows.to(value.device))
     if isinstance(value, Mapping):
         return {name: _rows_of(item, rows, count) for name, item in value.items()}
+    if isinstance(value, PackedSequence):
+        return some_of(value, rows)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_rows_of(item, rows, count) for item in value))
     if isinstance(value, (tuple, list)):
@@ -77,32 +97,38 @@ def _rows_of(value: Any, rows: Tensor, count: int) -> Any:
     return value
 
 
-def batches(loader: DataLoader[Any], members: Tensor | None, views: int = 1) -> Iterator[Batch]:
+def batches(
+    loader: DataLoader[Any],
+    members: Tensor | None,
+    views: int = 1,
+    data: SampleBatches | None = None,
+    prepared: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Iterator[Batch]:
     """Yield the batches of one part: ``members`` are its sample numbers, ascending; None = all.
 
     The samples of a part are collated to whole batches of their own where the data set can be
-    indexed; otherwise they are picked from the batches as they come.
+    indexed; otherwise they are picked from the batches as they come. ``prepared`` makes each batch
+    ready for that.
 
     Raises
     ------
     ValueError
         A batch whose rows are not samples times views.
     """
+    data = data or SampleBatches(loader)
     if members is not None and not isinstance(loader.dataset, IterableDataset):
-        rebuilt = _of_subset(loader, members)
+        rebuilt = None if data.may_be_packed() else _of_subset(loader, members)
         if rebuilt is not None:
             start = 0
-            for batch in rebuilt:
-                one = _batch(batch, views)
-                yield _numbered(one, members[start : start + one[2]], views)
+            for one in _pieces(rebuilt, data, views):
+                yield prepared(_numbered(one, members[start : start + one[2]], views))
                 start += one[2]
             return
     start = 0
-    for batch in loader:
-        one = _batch(batch, views)
+    for one in _pieces(loader, data, views):
         numbers = torch.arange(start, start + one[2])
         start += one[2]
-        whole = _numbered(one, numbers, views)
+        whole = prepared(_numbered(one, numbers, views))
         if members is None:
             yield whole
             continue
@@ -111,11 +137,23 @@ def batches(loader: DataLoader[Any], members: Tensor | None, views: int = 1) -> 
             yield whole.take(chosen)
 
 
-def _batch(batch: Any, views: int) -> tuple[Any, Tensor, int]:
-    args, kwargs, labels = split_batch(batch)
+def _pieces(
+    loader: DataLoader[Any], data: SampleBatches, views: int
+) -> Iterator[tuple[Any, Tensor, int]]:
+    """Arguments, labels and number of samples of each batch; packed documents one by one."""
+    if loader is data.loader:  # a whole pass, which notes and compares what the data say
+        yield from (_batch(one, views) for one in data)
+        return
+    for batch in data.read(loader):
+        for one in data.apart(data.split(batch, views)):
+            yield _batch(one, views)
+
+
+def _batch(batch: SampleBatch, views: int) -> tuple[Any, Tensor, int]:
+    labels = batch.labels
     if len(labels) % views:
         raise ValueError(f"data: a batch of {len(labels)} rows cannot hold {views} views a sample")
-    return (args, kwargs), labels, len(labels) // views
+    return (batch.args, batch.kwargs), labels, len(labels) // views
 
 
 def _numbered(one: tuple[Any, Tensor, int], numbers: Tensor, views: int) -> Batch:
@@ -130,11 +168,14 @@ def _of_subset(loader: DataLoader[Any], members: Tensor) -> DataLoader[Any] | No
         size = loader.sampler.batch_size
         pieces = [numbers[k : k + size] for k in range(0, len(numbers), size)]
         return DataLoader(loader.dataset, sampler=pieces, batch_size=None)
-    if loader.batch_size is None:
+    fixed = loader.batch_size
+    if isinstance(loader.batch_sampler, SequentialBatches):
+        fixed = loader.batch_sampler.batch_size
+    if fixed is None:
         return None
     return DataLoader(
         Subset(loader.dataset, numbers),
-        batch_size=loader.batch_size,
+        batch_size=fixed,
         shuffle=False,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
@@ -188,7 +229,8 @@ def seeded_views(loader: DataLoader[Any], views: int, seed: int) -> DataLoader[A
         by_index = isinstance(loader.sampler, BatchSampler)
         if isinstance(loader.dataset, IterableDataset) or not by_index:
             raise ValueError("views needs a data set that is read sample by sample, by its index")
-    size = loader.batch_size or getattr(loader.sampler, "batch_size", 1)
+    given = loader.batch_sampler if loader.batch_size is None else loader
+    size = getattr(given or loader.sampler, "batch_size", 1)
     collate: Callable[[Any], Any] = loader.collate_fn
     if loader.batch_size is None:
         collate = default_collate

@@ -59,7 +59,7 @@ class FullJob(Job):
                 options["loss"],
                 options["label_smoothing"],
                 options["ignore_index"],
-                scorer.shift,
+                per=scorer.per,
             ),
             self.parameters,
             scorer.device or first.device,
@@ -81,6 +81,7 @@ class FullJob(Job):
             "chunk_size": scorer.chunk_size,
             "views": f"{scorer.views}, seed {self.seed}" if scorer.views > 1 else "1",
             "autocast": self._autocast(),
+            "per": scorer.per,
         }
 
     def _autocast(self) -> str | None:
@@ -105,7 +106,7 @@ class FullJob(Job):
                 stats = self._score(on_batch)
             results.append(stats)
             if self.store is not None:
-                facts = (self._labels, self.precision, self.feature_dtype)
+                facts = (self._labels, self.precision, self.feature_dtype, self.shift.stored())
                 self.store.save(Group(k, [name], *facts, stats))
         if self.store is not None and self.store.beyond(len(self.rates)):
             self._check_end(None)
@@ -149,10 +150,18 @@ class FullJob(Job):
         return stats
 
     def _batches(self, members: Tensor | None, seen: list[Tensor] | None = None) -> Iterable[Batch]:
-        for batch in batches(self.loader, members, self.scorer.views):
+        for batch in batches(self.loader, members, self.scorer.views, self.data, self._ready):
             if seen is not None:
                 seen.append(batch.labels)
             yield batch
+
+    def _ready(self, batch: Batch) -> Batch:
+        """See to it that samples can be taken out of a batch."""
+        network = self.engine.network
+        if network.loss.loss == "cross_entropy":
+            ready = batch.on(network.device, network.dtype)
+            network.loss.shift = self.shift.decide(ready.args, ready.kwargs, batch.labels)
+        return self.engine.know(batch.on(network.device, network.dtype))
 
     def _check_part(self, part: int, count: int) -> None:
         if self.ids is None:
@@ -171,6 +180,7 @@ class FullJob(Job):
         return {
             "parameters": f"{len(self.parameters)} ({total} numbers), {scope}",
             "views": scorer.views,
+            "per": scorer.per,
             "autocast": self._autocast(),
-            **self.engine.methods.describe(),
+            **self.engine.describe(),
         }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from ._labels import fit_labels
 from .losses import LOSSES, SOFT_LABEL_TOLERANCE, row_statistics
 
 
@@ -30,6 +31,14 @@ class RowLosses:
     counted: Tensor
     tangent: Tensor | None = None
 
+    def first(self, rows: int) -> RowLosses:
+        """Those of the first rows."""
+        cut: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            cut[field.name] = None if value is None else value[:rows]
+        return RowLosses(**cut)
+
 
 class OutputLoss:
     """The loss of a batch of outputs, by name or as a callable ``(outputs, labels) -> (B,)``.
@@ -38,12 +47,14 @@ class OutputLoss:
     ----------
     loss
         ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"mse"`` of the logits (B, C), or
-        (B, T, C) with labels (B, T), where a row's loss is the sum over its counted tokens; or a
-        callable that gets the model's output as it is.
+        (B, T, C) with labels (B, T), where a row's loss is that of its counted tokens (see
+        ``per``); or a callable that gets the model's output as it is.
     label_smoothing, ignore_index
         As in `torch.nn.functional.cross_entropy`.
     shift
         Whether logits at t go with the label at t + 1.
+    per
+        Of a row of tokens: ``"token"``, the mean over those that count, or ``"sample"``, the sum.
     """
 
     def __init__(
@@ -52,7 +63,9 @@ class OutputLoss:
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         shift: bool = False,
+        per: str = "token",
     ) -> None:
+        self.per = per
         self.loss, self.label_smoothing = loss, label_smoothing
         self.ignore_index, self.shift = ignore_index, shift
 
@@ -73,6 +86,8 @@ class OutputLoss:
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         tokens = logits.dim() == 3
+        if not tokens:
+            labels = fit_labels(labels, logits.shape[-1], str(self.loss))
         if tokens and self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
         flat = logits.reshape(-1, logits.shape[-1])
@@ -97,15 +112,16 @@ class OutputLoss:
 
         counts = per_row(used.to(flat.dtype))
         loss, sqnorm, margin, entropy = map(per_row, values)
+        mean = 1.0 / counts.clamp_min(1) if tokens and self.per == "token" else 1.0
         return RowLosses(
             # Its gradient is the residual, which is exact also where the loss rounds to nothing.
-            differentiable=per_row((primal * residual).sum(1)),
-            loss=loss,
-            residual_sqnorm=sqnorm,
+            differentiable=per_row((primal * residual).sum(1)) * mean,
+            loss=loss * mean,
+            residual_sqnorm=sqnorm * mean**2,
             margin=margin / counts,
             entropy=entropy / counts,
             counted=counts > 0,
-            tangent=None if tangent is None else per_row((tangent * residual).sum(1)),
+            tangent=None if tangent is None else per_row((tangent * residual).sum(1)) * mean,
         )
 
     def _called(self, outputs: Any, labels: Tensor) -> RowLosses:
@@ -147,7 +163,10 @@ class OutputLoss:
         """Raise ValueError for the first label outside the classes, by its sample's number."""
         if callable(self.loss):
             return
-        classes = find_logits(outputs).shape[-1]
+        logits = find_logits(outputs)
+        classes = logits.shape[-1]
+        if logits.dim() == 2:
+            labels = fit_labels(labels, classes, str(self.loss))
         if self.loss == "cross_entropy" and not labels.is_floating_point():
             ids = labels.long()
             if ids.dim() == 2 and self.shift:

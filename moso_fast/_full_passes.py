@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from ._full_batches import Batch
 from ._full_loss import OutputLoss, RowLosses
-from ._norms.normalization import with_strides_of
-from ._norms.recurrent import recurrent
+from ._full_modes import Sound, Substitution
+from ._norms.checkpointing import whole_graph
 from ._norms.tape import Plan, Tape
-from ._norms.trace import RECURRENT, Trace, untraced_uses, whole_graph
+from ._norms.trace import Trace, leaves, untraced_uses
 
 Gradients = dict[int, Tensor]
 
@@ -53,14 +51,28 @@ class Network:
         if autocast is None and torch.is_autocast_enabled(device.type):
             autocast = torch.get_autocast_dtype(device.type)
         self.device, self.dtype, self.autocast = device, dtype, autocast
+        #: Whether a row that is alone goes through the model twice; None = not known yet.
+        self.pairs: bool | None = None
+
+    def enough(self, batch: Batch) -> Batch:
+        """Return the rows that the model is given for those of ``batch``: two where one fails.
+
+        A bare ``.squeeze()`` takes the samples' own dimension away from a batch of one.
+        """
+        if self.pairs and batch.rows == 1:
+            return batch.take(torch.tensor([0, 0]))
+        return batch
 
     def forward(self, batch: Batch) -> Any:
         """Call the model."""
-        return self.model(*batch.args, **batch.kwargs)
+        given = self.enough(batch)
+        return self.model(*given.args, **given.kwargs)
 
     def losses(self, outputs: Any, batch: Batch) -> RowLosses:
         """Losses of the rows of a batch."""
-        return self.loss(outputs, batch.labels)
+        given = self.enough(batch)
+        losses = self.loss(outputs, given.labels)
+        return losses if given is batch else losses.first(batch.rows)
 
     def context(self, plain_attention: bool = False) -> contextlib.ExitStack:
         """Open the surroundings of a pass: the whole graph, and autocast without its cache.
@@ -82,33 +94,62 @@ class Network:
         return rows if batch.views == 1 else rows.reshape(batch.samples, -1).mean(1)
 
 
-def explicit_gradients(network: Network, batch: Batch, only: Sequence[int] = ()) -> Gradients:
-    """Gradient of the loss of a batch of one sample, by plain autograd: id -> tensor."""
+def explicit_gradients(
+    network: Network, batch: Batch, only: Sequence[int] = (), whole: bool = False
+) -> Gradients:
+    """Gradient of the loss of a batch of one sample, by plain autograd: id -> tensor.
+
+    ``whole``: the backward pass also goes where it leads to none of the parameters.
+    """
     chosen = [p for p in network.parameters if not only or id(p) in only]
     with torch.enable_grad(), network.context():
-        with _Sound():
+        with Sound():
             outputs = network.forward(batch)
         total = network.losses(outputs, batch).differentiable.sum() / batch.views
     if not total.requires_grad:
         return {id(p): torch.zeros_like(p) for p in chosen}
-    found = torch.autograd.grad(total, chosen, allow_unused=True)
+    others = leaves(total, {id(p) for p in chosen}) if whole else []
+    found = torch.autograd.grad(total, [*chosen, *others], allow_unused=True)[: len(chosen)]
     return {
-        id(p): torch.zeros_like(p) if g is None else g.detach()
+        id(p): torch.zeros_like(p) if g is None else dense(g.detach())
         for p, g in zip(chosen, found, strict=True)
     }
 
 
+@contextlib.contextmanager
+def keeps_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Run explicit gradients; raise ValueError where the model keeps some of them to itself.
+
+    Gradient checkpointing of a model's own may run a backward pass within the backward pass: what
+    that finds lands in ``parameter.grad``, and plain autograd does not return it.
+    """
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+        if any(p.grad is not None for p in parameters):
+            raise ValueError(
+                "model: its backward pass writes to the gradients of parameters instead of "
+                "returning them, as some gradient checkpointing does; switch that off to score it"
+            )
+    finally:
+        for p, gradient in zip(parameters, before, strict=True):
+            p.grad = gradient
+
+
 def traced(
-    network: Network, plan: Plan, batch: Batch, expanding: bool = True
+    network: Network, plan: Plan, batch: Batch, expanding: bool = True, marked: bool = False
 ) -> tuple[RowLosses, list[Tensor | None], Tape]:
     """One forward and backward pass: losses, summed gradients, and a tape with the norms.
 
     Parameters that the trace has missed are added to ``plan.others``, and the pass begins again.
+    ``marked``: the tape also tells the samples in the calls' outputs apart (see `order_changes`).
     """
     while True:
-        tape = Tape(plan, batch.rows, batch.samples, network.device)
+        trace, tape = _trace(network, plan, batch, expanding, marked)
         with torch.enable_grad(), network.context():
-            with Trace(tape, expanding):
+            with trace:
                 outputs = network.forward(batch)
             network.loss.check(outputs, batch.labels, batch.index, batch.views)
             losses = network.losses(outputs, batch)
@@ -119,7 +160,52 @@ def traced(
             break
     gradients = torch.autograd.grad(total, network.parameters, allow_unused=True)
     tape.finish()
-    return losses, list(gradients), tape
+    tape.moves = trace.moves
+    return losses, [None if g is None else dense(g) for g in gradients], tape
+
+
+def _trace(
+    network: Network, plan: Plan, batch: Batch, expanding: bool, marked: bool
+) -> tuple[Trace, Tape]:
+    given = network.enough(batch)
+    tape = Tape(plan, given.rows, given.samples, network.device)
+    tape.marks = {} if marked else None
+    trace = Trace(tape, expanding)
+    trace.know_packed((given.args, given.kwargs))
+    return trace, tape
+
+
+def order_changes(
+    network: Network, plan: Plan, batch: Batch, tape: Tape, expanding: bool, tolerance: float
+) -> set[int]:
+    """Find calls in which the samples do not lie as they do in the batch: ids of their parameters.
+
+    The batch goes through the model once more, the last sample first. What a call makes of a sample
+    must be where that sample is now, and is what it was, up to rounding.
+    """
+    assert tape.marks is not None
+    turned = batch.take(torch.arange(batch.samples).flip(0))
+    trace, again = _trace(network, plan, turned, expanding, True)
+    with torch.no_grad(), network.context(), trace:
+        network.forward(turned)
+    assert again.marks is not None
+    if [call.key for call, _, _ in tape.calls] != [call.key for call, _, _ in again.calls]:
+        return {key for _, _, used in (*tape.calls, *again.calls) for key in used}
+    wrong: set[int] = set()
+    for call, _, used in tape.calls:
+        one, other = tape.marks.get(call.number), again.marks.get(call.number)
+        if one is None or other is None:
+            wrong.update(used)
+            continue
+        scale = one.abs().max().clamp_min(1e-30)
+        if not bool(((one - other.flip(0)).abs() <= tolerance * scale).all()):
+            wrong.update(used)
+    return wrong
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Fill a gradient with the zeros that it leaves out."""
+    return gradient.to_dense() if gradient.layout != torch.strided else gradient
 
 
 def missed(plan: Plan, total: Tensor) -> bool:
@@ -128,78 +214,6 @@ def missed(plan: Plan, total: Tensor) -> bool:
     for key in new:
         plan.others[key] = "used by an operation without a rule of its own"
     return bool(new)
-
-
-class _Sound(TorchFunctionMode):
-    """Keeps plain autograd clear of two faults.
-
-    That of batch norm in `with_strides_of`; and cuDNN's recurrent layers have no backward in eval
-    mode: they are written out.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in RECURRENT and args[0].is_cuda:
-            result = recurrent(F.linear, RECURRENT[func], args, kwargs or {})
-            if result is not NotImplemented:
-                return result
-        result = func(*args, **(kwargs or {}))
-        if func is F.batch_norm:
-            return with_strides_of(args[0], result)
-        return result
-
-
-class Substitution(TorchFunctionMode):
-    """Within this mode, every call gets other tensors in place of some: id -> tensor.
-
-    Recurrent layers are written out, since their fused kernels know neither forward mode nor vmap.
-    """
-
-    def __init__(self, tensors: Mapping[int, Tensor]) -> None:
-        super().__init__()
-        self.tensors = tensors
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Exchange the arguments of one call."""
-        args = tuple(map(self._replaced, args))
-        kwargs = {k: self._replaced(v) for k, v in kwargs.items()} if kwargs else {}
-        if func in RECURRENT:
-            result = recurrent(F.linear, RECURRENT[func], args, kwargs)
-            if result is not NotImplemented:
-                return result
-        if func is F.batch_norm and args[0].dtype in (torch.float16, torch.bfloat16):
-            # Its forward-mode rule gives a tangent of another dtype than the 16-bit result.
-            return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
-        result = func(*args, **kwargs)
-        if func is F.embedding:
-            return _padding_held(result, *args, **kwargs)
-        return result
-
-    def _replaced(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self.tensors.get(id(value), value)
-        if type(value) in (list, tuple):
-            return type(value)(map(self._replaced, value))
-        return value
-
-
-def _padding_held(
-    result: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """Take the tangent from the padding token's row: its gradient is 0 by definition."""
-    primal, tangent = forward_ad.unpack_dual(result)
-    if padding_idx is None or tangent is None:
-        return result
-    padding = input == padding_idx % weight.shape[0]
-    return torch.where(padding[..., None], primal, result)
 
 
 def alignment_forward(network: Network, batch: Batch, tangents: Gradients) -> RowLosses:
@@ -219,7 +233,7 @@ def alignment_forward(network: Network, batch: Batch, tangents: Gradients) -> Ro
 def alignment_double_backward(network: Network, batch: Batch, tangents: Gradients) -> RowLosses:
     """Compute the same by differentiating <sum of v_i g_i, tangents> with respect to v."""
     with torch.enable_grad(), network.context(True):
-        with _Sound():
+        with Sound():
             outputs = network.forward(batch)
         losses = network.losses(outputs, batch)
         rows = losses.differentiable

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _per_sample
 from ._full_batches import Batch
+from ._full_checks import SelfCheckError
 from ._full_loss import RowLosses
 from ._full_passes import (
     Gradients,
@@ -21,17 +22,18 @@ from ._full_passes import (
     alignment_double_backward,
     alignment_forward,
     explicit_gradients,
+    keeps_gradients,
     traced,
 )
+from ._full_rows import Rows, tolerance
 from ._norms.layout import Layout, clear
 from ._norms.tape import Plan, Tape
 from ._norms.trace import Trace
 
-# Allowed relative difference to plain autograd; beyond it, the rule itself must be wrong.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
-_ROUGH_TOLERANCE = 0.1
 # What rounding leaves of a parameter's gradient that should vanish, relative to the whole one.
 _FLOOR = 1e-6
+
+_PAIRS = "the model fails in a batch of one: a row that is alone goes through it twice"
 
 Aligned = Callable[[Network, Batch, Gradients], RowLosses]
 
@@ -40,23 +42,22 @@ class Methods:
     """How the gradients of one network are had; filled in by `prepare`."""
 
     def __init__(self, network: Network) -> None:
-        self.network = network
+        self.network, self.rows = network, Rows(network)
         self.plan = Plan(dict(network.names))
         self.expanding = True
         self.others = _per_sample.vmapped
         self.others_reason = ""
+        self._known_others: set[int] = set()
         self.aligned: Aligned | None = alignment_forward
         self.reasons: list[str] = []
         self.prepared = False
+        self.moves = False  # whether the model may give the samples another order
         self.bytes_per_sample = 0
 
     @property
     def tolerance(self) -> float:
         """Allowed relative difference of two ways to the same gradient."""
-        dtype = self.network.parameters[0].dtype
-        if self.network.autocast is not None:
-            return _ROUGH_TOLERANCE
-        return _TOLERANCE.get(dtype, _ROUGH_TOLERANCE)
+        return tolerance(self.network)
 
     def prepare(self, batch: Batch) -> None:
         """Find and check the methods on the first samples of ``batch``, all of which count.
@@ -67,33 +68,19 @@ class Methods:
             The samples of a batch influence each other.
         """
         few = batch.take(slice(0, 3))
-        if few.samples == 1 and few.views == 1 and batch.rows > 1:
-            few = batch.take(torch.tensor([0, 0]))
         first, last = few.take(slice(0, 1)), few.take(slice(few.samples - 1, few.samples))
-        expected = [explicit_gradients(self.network, one) for one in (first, last)]
-        self._check_independence(few, first)
-        if few.rows > 1:
-            self._find_layouts(few)
+        self.rows.check_independence(few, (first, last), self.prepared)
+        with keeps_gradients(self.network.parameters):
+            expected = [explicit_gradients(self.network, one, whole=True) for one in (first, last)]
+        probed = self.network.enough(few)
+        if probed.rows > 1:
+            self._find_layouts(probed)
         self._check_norms(few, expected)
         self._check_sum(first, expected[0])
-        if self.plan.others:
-            self._choose_others(few, expected)
+        self.know_others(few, expected)
         if not self.prepared:
             self._choose_alignment(few, expected)
         self.prepared = True
-
-    def _check_independence(self, few: Batch, first: Batch) -> None:
-        with torch.no_grad(), self.network.context():
-            together = self.network.losses(self.network.forward(few), few).loss
-            alone = self.network.losses(self.network.forward(first), first).loss
-        mine = together[: len(alone)]
-        scale = together.abs().max().clamp_min(1e-3)
-        if bool(((mine - alone).abs() > max(self.tolerance, 1e-3) * scale).any()):
-            raise ValueError(
-                "model: the loss of a sample changes with the other samples of its batch "
-                f"({float(alone[0]):.6g} alone, {float(mine[0]):.6g} among {few.samples}); "
-                "gradients of single samples are not defined"
-            )
 
     def _find_layouts(self, few: Batch) -> None:
         """Find by the gradients of single rows where the samples lie in each call's output."""
@@ -139,6 +126,7 @@ class Methods:
         tape = Tape(self.plan, few.rows, few.samples, network.device, probing=True)
         with torch.enable_grad(), network.context():
             trace = Trace(tape, self.expanding)
+            trace.know_packed((few.args, few.kwargs))
             with trace:
                 outputs = network.forward(few)
             rows = network.losses(outputs, few).differentiable
@@ -153,15 +141,15 @@ class Methods:
             error = wanted if g is None else g - wanted
             length = sum(float(e.double().square().sum()) for e in expected.values()) ** 0.5
             if not float(error.double().norm()) <= self.tolerance * length + 1e-30:
-                raise RuntimeError(
+                raise SelfCheckError(
                     f"self-check failed: the gradient of {self.plan.names[id(p)]} differs from "
-                    "plain autograd; please report this with the model"
+                    "plain autograd"
                 )
 
     def _check_norms(self, few: Batch, expected: list[Gradients]) -> None:
         """Compare norms parameter by parameter; what differs is not traced any more."""
         _, _, tape = traced(self.network, self.plan, few, self.expanding)
-        for at, gradients in zip((0, -1), expected, strict=True):
+        for at, gradients in zip((0, few.samples - 1), expected, strict=True):
             squares = {key: float(g.double().square().sum()) for key, g in gradients.items()}
             floor = _FLOOR * sum(squares.values())
             for key, square in squares.items():
@@ -171,6 +159,18 @@ class Methods:
                 if abs(found - square) > self.tolerance * square + floor:
                     self.plan.others[key] = "its traced gradients differ from plain autograd"
 
+    def know_others(self, batch: Batch, expected: list[Gradients] | None = None) -> None:
+        """Choose how parameters that are not traced get their gradients, if some are new."""
+        new = self.plan.others.keys() - self._known_others
+        self._known_others |= new
+        if not new or self.others is not _per_sample.vmapped:
+            return
+        few = batch.take(slice(0, 3))
+        if expected is None:
+            ends = few.take(slice(0, 1)), few.take(slice(few.samples - 1, few.samples))
+            expected = [explicit_gradients(self.network, one) for one in ends]
+        self._choose_others(few, expected)
+
     def _choose_others(self, few: Batch, expected: list[Gradients]) -> None:
         only = list(self.plan.others)
         wanted = [sum(float(g[k].double().square().sum()) for k in only) for g in expected]
@@ -179,7 +179,7 @@ class Methods:
         except Exception as error:  # whatever the model does that vmap cannot
             self.others, self.others_reason = _per_sample.one_by_one, _first_line(error)
             return
-        for at, square in zip((0, -1), wanted, strict=True):
+        for at, square in zip((0, few.samples - 1), wanted, strict=True):
             if not abs(float(found[at]) - square) <= self.tolerance * square + 1e-30:
                 self.others = _per_sample.one_by_one
                 self.others_reason = "vmap gives other gradients than plain autograd"
@@ -236,6 +236,7 @@ class Methods:
             alignment = explicit
         return {
             "alignment": "; ".join([alignment, *self.reasons]),
+            **({"rows_in_pairs": _PAIRS} if self.network.pairs else {}),
             "norms": f"{len(names) - len(self.plan.others)} of {len(names)} parameters traced",
             "norms_explicit": others,
             "norms_explicit_by": explicit if others else "",

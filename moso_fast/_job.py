@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._head import describe_head
+from ._head_check import HeadReading, read_again
 from ._job_base import Job
+from ._logit_map import LogitMap
+from ._noise import cancellation, warn_if_noise
 from ._resume import Group
+from ._row_weights import RowWeights
 from ._weights import Snapshot, digest
-from .features import FeatureCapture, Features
+from .features import FeatureCapture, Features, evaluating
 from .formulas import check_count
 from .formulas import score as formula_score
 from .parts import PartStats, score_parts, split_parts
@@ -42,18 +47,22 @@ class ScoringJob(Job):
         seed: int,
         index: Tensor | None,
         resume: str | os.PathLike[str] | None,
+        row_weights: RowWeights,
     ) -> None:
         head = scorer.head
         assert head is not None
         super().__init__(scorer, head, data, checkpoints, formula, partition, seed, index)
-        self.head = head
+        self.head, self.row_weights = head, row_weights
+        samples = self.samples if self.samples >= 0 else None
+        row_weights.check(samples, getattr(head, "out_features", None))
         self.capture = FeatureCapture(
             scorer.model,
             scorer.head_name,
             head,
-            self.loader,
+            self.data,
             cache=scorer.feature_cache,
-            shift=scorer.shift,
+            loss=scorer.options["loss"],
+            shift=self.shift,
             ignore_index=scorer.options["ignore_index"],
             device=scorer.device,
             dtype=scorer.dtype,
@@ -67,6 +76,16 @@ class ScoringJob(Job):
             "chunk_size": scorer.chunk_size,
             "head": scorer.head_name,
             "feature_cache": scorer.feature_cache,
+            **self.row_weights.describe(),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Say for the record which weights were scored, and what lies behind them."""
+        return {
+            "head": self.scorer.head_name,
+            **describe_head(self.scorer.model, self.head),
+            "logits": "the head's output",
+            **self.capture.inputs.check.notes,
         }
 
     def _run(self, on_batch: Callable[[], None]) -> list[PartStats]:
@@ -94,32 +113,66 @@ class ScoringJob(Job):
                 self._check_digest(stored, k, name)
                 continue
             if features is None:
-                features = self._features(tensors, on_batch)
+                features, reading = self._features(tensors, on_batch)
+            else:
+                reading = self._read_again(tensors, features)
+            if pending is not None and pending.input_scale != reading.input_scale:
+                results.append(self._finish(pending))
+                pending = None
             if pending is None:
-                pending = HeadGroup(k, features)
-            with self.weights.lent(tensors, head_only=True):
-                pending.add(self.head, name)
+                found = self.capture.inputs.check.map
+                pending = HeadGroup(k, features, reading.input_scale, found)
+            pending.add(reading, name)
         if pending is not None:
             results.append(self._finish(pending))
         self._check_end(stored)
         return results
 
-    def _features(self, tensors: Mapping[str, Tensor], on_batch: Callable[[], None]) -> Features:
+    def warn_if_noise(self, groups: list[PartStats]) -> None:
+        """Warn once where the products were too coarse for what is left of the scores."""
+        precision = self.scorer.options["precision"] or self.precision
+        # The torch backend computes in float32 whatever is allowed.
+        rounded = [group for group in groups if group.backend != "torch"]
+        if precision == "medium" and rounded and self.formula != "alignment":
+            warn_if_noise(max(cancellation(g[-1], g.counts, self.ids) for g in rounded))
+
+    def _features(
+        self, tensors: Mapping[str, Tensor], on_batch: Callable[[], None]
+    ) -> tuple[Features, HeadReading]:
+        """Features of all samples, and the weights of the head that they went into."""
         with self.weights.lent(tensors):
             features = self.capture.run(on_batch)
+            reading = self._own(self.capture.inputs.reading, features)
         self._know_samples(features.samples)
         self.precision = default_precision(features.features)
         self.feature_dtype = str(features.features.dtype).removeprefix("torch.")
         self._check_counted(features.counted(self.capture.ignore_index))
         if self.store is not None:
             self._know_labels(digest({"labels": features.labels}))
-        return features
+        return features, reading
+
+    def _read_again(self, tensors: Mapping[str, Tensor], features: Features) -> HeadReading:
+        """Read the weights of another checkpoint's head for the features that are there."""
+        inputs = self.capture.inputs
+        assert inputs.sample is not None
+        with self.weights.lent(tensors, head_only=True), evaluating(self.scorer.model):
+            reading = read_again(inputs.name, self.head, inputs.sample, inputs.plain)
+            return self._own(reading, features)
+
+    def _own(self, reading: HeadReading | None, features: Features) -> HeadReading:
+        """Copy the weights, which are lent, to where they are scored."""
+        assert reading is not None
+        # Features that do not fit on the model's GPU lie in main memory, and are streamed to it.
+        weight = reading.weight
+        return reading.copied(weight.device if weight.is_cuda else features.features.device)
 
     def _finish(self, heads: HeadGroup) -> PartStats:
         scorer, features = self.scorer, heads.features
         weight, bias = heads.stacked()
+        inputs = heads.inputs()
+        self.precision = default_precision(inputs)
         stats = score_parts(
-            features.features,
+            inputs,
             weight,
             features.labels,
             bias,
@@ -127,33 +180,62 @@ class ScoringJob(Job):
             # Scores are computed from the statistics, so that stored ones give every formula.
             formula="alignment",
             cu_seqlens=features.cu_seqlens,
+            sample_weight=self.row_weights.of(features, weight.shape[-2]),
             backend=scorer.backend,
             chunk_size=scorer.chunk_size,
+            **heads.to_logits(),
             **scorer.options,
         )
         if self.store is not None:
-            facts = (self._labels, self.precision, self.feature_dtype)
+            facts = (self._labels, self.precision, self.feature_dtype, self.shift.stored())
             self.store.save(Group(heads.first, heads.digests, *facts, stats))
         return stats
 
 
 class HeadGroup:
-    """Copies of the heads of consecutive checkpoints that share their features."""
+    """Heads of consecutive checkpoints that share their features, and the factors in them.
 
-    def __init__(self, first: int, features: Features) -> None:
+    ``input_scale`` multiplies the features of all of them, ``logit_map`` takes their outputs to the
+    logits.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        features: Features,
+        input_scale: float = 1.0,
+        logit_map: LogitMap | None = None,
+    ) -> None:
         self.first, self.features = first, features
+        self.input_scale, self.logit_map = input_scale, logit_map
         self.digests: list[str] = []
+        self.scales: list[float] = []
         self._weights: list[Tensor] = []
         self._biases: list[Tensor] = []
 
-    def add(self, head: torch.nn.Linear, name: str) -> None:
-        """Copy the weights that ``head`` has now; ``name`` is the digest of the checkpoint."""
-        # Features that do not fit on the model's GPU lie in main memory, and are streamed to it.
-        device = self.features.features.device if not head.weight.is_cuda else head.weight.device
-        self._weights.append(head.weight.detach().to(device, copy=True))
-        if head.bias is not None:
-            self._biases.append(head.bias.detach().to(device, copy=True))
+    def add(self, reading: HeadReading, name: str) -> None:
+        """Take a head whose tensors nobody else writes to; ``name`` is the checkpoint's digest."""
+        self._weights.append(reading.weight)
+        if reading.bias is not None:
+            self._biases.append(reading.bias)
+        self.scales.append(reading.output_scale)
         self.digests.append(name)
+
+    def to_logits(self) -> dict[str, Any]:
+        """Arguments of `_mapped.head_stats`: what lies between weights and logits."""
+        if self.logit_map is None or self.logit_map.kind != "scale":
+            return {"logit_map": self.logit_map, "logit_scale": self.scales}
+        factor = float(self.logit_map.values[0])
+        return {"logit_scale": [factor * scale for scale in self.scales]}
+
+    def inputs(self) -> Tensor:
+        """(rows, D) features that the weights are multiplied with."""
+        features = self.features.features
+        if self.input_scale == 1.0:
+            return features
+        # In float32 at least: a product rounded to 16 bits would be another feature.
+        wide = torch.promote_types(features.dtype, torch.float32)
+        return features.to(wide) * self.input_scale
 
     def full(self) -> bool:
         """Tell whether one more head would make the stack too large."""

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ._batches import batch_count, known_labels, make_loader, sample_count
+from ._batches import SampleBatches, batch_count, known_labels, make_loader, sample_count
+from ._checkpoint_fit import Fitted
+from ._labels import counts
 from ._progress import progress_bar
+from ._rates import ScoredParameters, Stated
+from ._rates_together import check_presence, settle
 from ._resume import Group, ResultStore
+from ._shift import LabelShift
 from ._weights import ModelWeights, same_memory
-from .checkpoints import LoadedCheckpoint, check_same_presence, iterate, read
+from .checkpoints import Checkpoint, LoadedCheckpoint, iterate, read, stated_rate
 from .formulas import check_count
 from .partition import check_part_sizes, partition_digest, resolve_partition
 from .parts import PartStats
@@ -33,6 +39,8 @@ class Job:
 
     passes = 1  # over the data, for one checkpoint
     store: ResultStore | None = None
+    combine = "mean"  # how checkpoints are combined: whether learning rates decide anything
+    parameters: Mapping[str, nn.Parameter] = {}  # in scope, where there is no head
 
     def __init__(
         self,
@@ -45,25 +53,40 @@ class Job:
         seed: int,
         index: Tensor | None,
     ) -> None:
+        if isinstance(checkpoints, (Checkpoint, Mapping, str, os.PathLike)):
+            checkpoints = [checkpoints]
         self.scorer, self.checkpoints = scorer, checkpoints
-        self.loader = make_loader(data, scorer.batch_size)
+        self.data = SampleBatches(
+            make_loader(data, scorer.batch_size),
+            scorer.model,
+            scorer.columns,
+            scorer.options["ignore_index"],
+        )
+        self.loader = self.data.loader
         self.formula = formula
         self.partition, self.seed, self.index = partition, seed, index
         self.weights = ModelWeights(scorer.model, head, scorer.device, scorer.dtype)
         self.ids: Tensor | None = None
         self.samples = -1
         count = sample_count(self.loader)
-        if count is not None:
+        if count is not None and not self.data.may_be_packed():
             self._know_samples(count)
-        labels = known_labels(data)
+            self.data.by_row = partition is not None or index is not None
+        labels = known_labels(self.loader)
         if labels is not None and labels.dim() == 1 and not labels.is_floating_point():
-            self._check_counted(labels != scorer.options["ignore_index"])
+            self._check_counted(counts(labels, scorer.options["ignore_index"]))
         self._stream = None if checkpoints is None else iterate(checkpoints)
         # A generator may go on training these very tensors before it yields the next ones.
         self._may_change = not isinstance(checkpoints, (list, tuple))
+        self._head = head
         self.rates: list[float | None] = []
+        self._stated: list[Stated] = []
+        self._settled: list[float | None] = []
+        self._told: set[str] = set()
         self.described: list[dict[str, Any]] = []
         self.precision = self.feature_dtype = self._labels = ""
+        ignored = scorer.options["ignore_index"]
+        self.shift = LabelShift(scorer.model, scorer.shift_labels, ignored)
 
     def resume(self, folder: str | os.PathLike[str] | None) -> None:
         """Keep finished checkpoints in ``folder``, and take up those that are there."""
@@ -90,22 +113,70 @@ class Job:
     def _weights_in_order(self) -> Iterator[tuple[dict[str, Tensor], bool]]:
         """Tensors of each checkpoint, and whether they may be overwritten before the next."""
         if self._stream is None:
-            self._note(LoadedCheckpoint({}, None, None, "the model as it was given"))
+            self.rates = [None]
+            self.described = [
+                {"source": "the model as it was given", "lr": None, "step": None},
+            ]
             yield self.weights.own(), False
             return
         previous: dict[str, Tensor] = {}
-        for k, checkpoint in enumerate(self._stream):
+        stream: Iterable[Checkpoint] = self._stream
+        if not self._may_change:
+            # Every rate is known before the first forward pass, so that none is run in vain.
+            stream = list(stream)
+            self._stated = [stated_rate(checkpoint) for checkpoint in stream]
+            self._settled = settle(self._stated, self._scored_parameters(), self.combine)
+        for k, checkpoint in enumerate(stream):
             loaded = read(checkpoint)
-            self._note(loaded)
-            tensors = self.weights.resolve(loaded.state, loaded.description)
+            fitted = self.weights.resolve(loaded)
+            self._note(loaded, fitted)
+            del loaded  # what the optimiser remembers is not kept while the data are scored
             in_memory = isinstance(checkpoint.source, Mapping)
             if in_memory and not self._may_change:
-                _warn_if_same(k, tensors, previous)
-                previous = tensors
-            yield tensors, in_memory and self._may_change
+                _warn_if_same(k, fitted.tensors, previous)
+                previous = fitted.tensors
+            yield fitted.tensors, in_memory and self._may_change
+        if self._may_change:
+            self.rates = settle(self._stated, self._scored_parameters(), self.combine)
+            for facts, rate in zip(self.described, self.rates, strict=True):
+                facts["lr"] = rate
+
+    def _scored_parameters(self) -> ScoredParameters:
+        """Parameters whose learning rate counts: of the head, or all in scope."""
+        model = self.scorer.model
+        head = {} if self._head is None else dict(self._head.named_parameters())
+        candidates = list((head or self.parameters).values())
+        # Of a head with an adapter, the adapter is trained; a model may come all frozen, too.
+        trained = [p for p in candidates if p.requires_grad] or candidates
+        wanted = {id(p) for p in trained}
+        named = dict(model.named_parameters())
+        shapes = {name: tuple(p.shape) for name, p in named.items() if id(p) in wanted}
+        what = f"the head {self.scorer.head_name!r}" if head else "the parameters in scope"
+        return ScoredParameters(shapes, what, Counter(tuple(p.shape) for p in named.values()))
+
+    def _brought_index(self) -> Tensor | None:
+        index = self.data.read_index()
+        if index is None and self.store is not None:
+            index = self.store.load_index()
+        return index
+
+    def index_source(self) -> str:
+        """Return where the index of the table is from, in words."""
+        if self.index is not None:
+            return "given"
+        return "place in the data" if self._brought_index() is None else "brought by the data"
+
+    def table_index(self) -> Tensor:
+        """(N,) int64 numbers of the samples: as the caller gave them, the data, or 0..N-1."""
+        own = self._brought_index() if self.index is None else self.index
+        if own is not None and len(own) != self.samples:
+            raise ValueError(
+                f"data: {self.samples} samples bring an index of {len(own)}; give index= instead"
+            )
+        return torch.arange(self.samples) if own is None else own
 
     def _know_samples(self, count: int) -> None:
-        if self.samples >= 0:
+        if self.samples == count:
             return
         self.samples = count
         self.ids = resolve_partition(self.partition, count, self.seed)
@@ -127,11 +198,40 @@ class Job:
                 "the labels of the data set differ from those that were scored"
             )
         self._labels = labels
+        index = self.data.read_index()
+        if index is not None:
+            self.store.save_index(index)
 
-    def _note(self, loaded: LoadedCheckpoint) -> None:
-        self.rates.append(loaded.lr)
-        check_same_presence({0: self.rates[0], len(self.rates) - 1: loaded.lr})
-        self.described.append({"source": loaded.description, "lr": loaded.lr, "step": loaded.step})
+    def _note(self, loaded: LoadedCheckpoint, fitted: Fitted) -> None:
+        k = len(self.rates)
+        if self._may_change:
+            stated = loaded.stated
+            self._stated.append(stated)
+            lr = None
+            if self.combine == "mean":
+                lr = loaded.stated.rate(self._scored_parameters())
+            # What differs already from the first checkpoint need not wait for the last one.
+            first = self._stated[0]
+            known = {j: one.any() or one.later is not None for j, one in ((0, first), (k, stated))}
+            check_presence(
+                {j: 1.0 if one else None for j, one in known.items()},
+                {0: first.where, k: stated.where},
+            )
+            lr = None
+            if self.combine == "mean":
+                lr = stated.rate(self._scored_parameters())
+        else:
+            lr = self._settled[k]
+        self.rates.append(lr)
+        facts = {"source": loaded.description, "lr": lr, "step": loaded.step}
+        if fitted.entry:
+            facts["entry"] = fitted.entry.rstrip(".")
+        self.described.append(facts)
+        for note in fitted.notes:
+            kind = note.replace(loaded.description, "")
+            if kind not in self._told:
+                self._told.add(kind)
+                warnings.warn(note, stacklevel=2)
 
     def _load(self, first: int) -> Group | None:
         group = None if self.store is None else self.store.load(first)
@@ -139,6 +239,7 @@ class Job:
             self._know_samples(group.stats[0]["alignment"].shape[0])
             self._know_labels(group.labels)
             self.precision, self.feature_dtype = group.precision, group.feature_dtype
+            self.shift.restore(group.shift)
         return group
 
     def _check_digest(self, stored: Group, k: int, name: str) -> None:
@@ -171,7 +272,7 @@ class Job:
             "moso_fast": __version__,
             "samples": None if self.samples < 0 else self.samples,
             **scorer.options,
-            "shift_labels": scorer.shift,
+            "shift_labels": scorer.shift_labels,
             "dtype": None if scorer.dtype is None else str(scorer.dtype),
             **self._facts(),
             "partition": partition,

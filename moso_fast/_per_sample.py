@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._full_batches import Batch
-from ._full_passes import Gradients, Network, Substitution, explicit_gradients
+from ._full_modes import Substitution
+from ._full_passes import Gradients, Network, explicit_gradients
+from ._norms.packed import sequence_orders
 
 # Bytes of gradients at a time.
 _BYTES = 1 << 28
@@ -28,7 +30,15 @@ def one_by_one(network: Network, batch: Batch, only: Sequence[int]) -> Iterator[
 
 
 def vmapped(network: Network, batch: Batch, only: Sequence[int]) -> Iterator[tuple[Any, Any]]:
-    """Yield the same by ``vmap(grad)`` over as many samples as fit."""
+    """Yield the same by ``vmap(grad)`` over as many samples as fit.
+
+    Raises
+    ------
+    ValueError
+        Samples of different sizes; vmap adds errors of its own for what it cannot do.
+    """
+    if batch.flat or any(True for _ in sequence_orders((batch.args, batch.kwargs))):
+        raise ValueError("the samples of a batch have inputs of different sizes")
     chosen = [p for p in network.parameters if id(p) in only]
     size = sum(p.numel() * p.element_size() for p in chosen)
     step = max(1, min(_SAMPLES, _BYTES // max(size, 1)))

@@ -18,7 +18,7 @@ from ._files import atomic_path
 from .parts import FIELDS, PartStats
 
 FORMAT = 1
-_FACTS = ("digests", "labels", "precision", "feature_dtype")
+_FACTS = ("digests", "labels", "precision", "feature_dtype", "shift")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Group:
     labels: str
     precision: str
     feature_dtype: str
+    shift: str  # of `LabelShift.stored`
     stats: PartStats
 
     @property
@@ -119,6 +120,23 @@ class ResultStore:
         arrays = {name: _stacked(stats, name).numpy() for name in FIELDS}
         with atomic_path(self._path(group.first)) as path, path.open("wb") as file:
             np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+
+    def save_index(self, index: Tensor) -> None:
+        """Write the numbers (N,) that the data give their samples, for a run that reads no data."""
+        with atomic_path(self.folder / "index.npy") as path, path.open("wb") as file:
+            np.save(file, index.numpy())
+
+    def load_index(self) -> Tensor | None:
+        """Return what `save_index` wrote, None where the data give no numbers."""
+        path = self.folder / "index.npy"
+        if not path.exists():
+            return None
+        try:
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"resume: {path} is damaged; delete the folder to start anew"
+            ) from error
 
     def beyond(self, count: int) -> list[str]:
         """Names of the stored groups that begin at checkpoint ``count`` or later."""

@@ -1,10 +1,19 @@
-"""Reading and writing a ScoreTable: parquet, csv and npz, one column a statistic."""
+"""Reading and writing a ScoreTable: one column a statistic, whatever the format.
+
+The direction (does a high or a low score mean keep?) stands in the description of a file, and in
+.parquet and .csv also in the column ``higher_is_better``, 1 or 0 in every row: descriptions are
+lost where pandas, polars or a spreadsheet write the file anew, or where a .csv is moved without
+the file beside it. A column comes through all of these, and through sorting and filtering; a
+comment or another first line would break whoever reads the file, and be dropped by them too.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import warnings
 import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +28,26 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".parquet", ".csv", ".npz")
 VERSION = 1
-_META_KEY = b"moso_fast"
+DIRECTION = "higher_is_better"  # no metric can have this name
 _NPZ_META = "@meta"  # no column can have this name
-_CSV_BLOCK_ROWS = 1 << 16
 
 Columns = dict[str, npt.NDArray[Any]]
 
 
+@dataclass
+class Content:
+    """What a file holds: columns, the JSON text that describes them, what was left out and why."""
+
+    columns: Columns
+    text: str | None
+    notes: list[str] = field(default_factory=list)
+
+
 def save(table: ScoreTable, path: Path) -> Path:
     """Write ``table`` in the format that the suffix of ``path`` names."""
+    from ._table_csv import save_csv
+    from ._table_parquet import save_parquet
+
     suffix = _suffix(path)
     meta = {
         "version": VERSION,
@@ -40,29 +60,41 @@ def save(table: ScoreTable, path: Path) -> Path:
         raise TypeError(f"provenance must be JSON-able: {error}") from error
     columns: Columns = {"index": table.index.numpy(), "score": table.scores.numpy()}
     columns |= {name: values.numpy() for name, values in table.metrics.items()}
+    if suffix != ".npz":  # nobody writes one anew without its description
+        columns[DIRECTION] = np.full(len(table), table.higher_is_better, dtype=np.bool_)
     for name, values in table.per_checkpoint.items():
         columns |= {f"{name}@{k}": row.numpy() for k, row in enumerate(values)}
     check_folder(path)
-    {".parquet": _save_parquet, ".csv": _save_csv, ".npz": _save_npz}[suffix](path, columns, text)
+    {".parquet": save_parquet, ".csv": save_csv, ".npz": _save_npz}[suffix](path, columns, text)
     return path
 
 
-def load(path: Path) -> ScoreTable:
-    """Read the table at ``path``."""
+def load(path: Path, higher_is_better: bool | None = None) -> ScoreTable:
+    """Read the table at ``path``; ``higher_is_better`` is what the caller says of it."""
+    from ._table_csv import load_csv
+    from ._table_parquet import load_parquet
+
     suffix = _suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"no score table at {path}: there is no such file")
-    reader = {".parquet": _load_parquet, ".csv": _load_csv, ".npz": _load_npz}[suffix]
-    columns, text = reader(path)
-    try:
-        meta = json.loads(text)
-        known = meta["version"] == VERSION
-        direction, provenance = bool(meta["higher_is_better"]), dict(meta["provenance"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise _not_a_table(path, f"its description is unreadable ({error})") from error
-    if not known:
-        raise _not_a_table(path, f"its version is {meta['version']}, this release reads {VERSION}")
-    return _from_columns(path, columns, direction, provenance)
+    content = {".parquet": load_parquet, ".csv": load_csv, ".npz": _load_npz}[suffix](path)
+    described, provenance = _description(path, content.text)
+    said = {
+        "its description": described,
+        f"its column {DIRECTION!r}": _column_direction(path, content),
+        "the caller": higher_is_better,
+    }
+    direction = _one_direction(path, {who: word for who, word in said.items() if word is not None})
+    if direction is None:
+        direction = True
+        content.notes.append(
+            f"the file does not say whether high or low scores mean keep, and high is assumed; "
+            f"a column {DIRECTION!r} of 1 or 0 says it, or load(..., {DIRECTION}=...)"
+        )
+    table = _from_columns(path, content.columns, direction, provenance)
+    for note in content.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=3)
+    return table
 
 
 def _suffix(path: Path) -> str:
@@ -74,16 +106,57 @@ def _suffix(path: Path) -> str:
     return path.suffix
 
 
+def _description(path: Path, text: str | None) -> tuple[bool | None, dict[str, Any]]:
+    """Direction and provenance of a description; (None, {}) where there is none."""
+    if text is None:
+        return None, {}
+    try:
+        meta = json.loads(text)
+        known = meta["version"] == VERSION
+        direction, provenance = meta["higher_is_better"], dict(meta["provenance"])
+        if not isinstance(direction, bool):
+            raise TypeError(f"higher_is_better is {direction!r}, neither true nor false")
+    except (ValueError, TypeError, KeyError) as error:
+        raise not_a_table(path, f"its description is unreadable ({error})") from error
+    if not known:
+        raise not_a_table(path, f"its version is {meta['version']}, this release reads {VERSION}")
+    return direction, provenance
+
+
+def _column_direction(path: Path, content: Content) -> bool | None:
+    """Take the column of the direction out of ``content``: what it says, None without a row."""
+    values = content.columns.pop(DIRECTION, None)
+    if values is None or not values.size:
+        return None
+    different = np.unique(values.astype(np.float64))  # NaN where a cell is empty
+    if not np.isin(different, (0.0, 1.0)).all():
+        wrong = different[~np.isin(different, (0.0, 1.0))][0]
+        found = "no value in some rows" if np.isnan(wrong) else f"{wrong:g}"
+        raise not_a_table(path, f"the column {DIRECTION!r} must hold 1 or 0; it holds {found}")
+    if different.size > 1:
+        raise not_a_table(
+            path,
+            f"the column {DIRECTION!r} holds 1 and 0: tables of opposite direction were joined; "
+            "negate the scores of one of them",
+        )
+    return bool(different[0])
+
+
+def _one_direction(path: Path, said: dict[str, bool]) -> bool | None:
+    """Return the direction that all who ``said`` one agree on; None where nobody did."""
+    if len(set(said.values())) > 1:
+        words = ", ".join(f"{who} says {word}" for who, word in said.items())
+        raise ValueError(f"{path}: is a higher score better? {words}; correct what is wrong")
+    return next(iter(said.values()), None)
+
+
 def _from_columns(
     path: Path, columns: Columns, direction: bool, provenance: dict[str, Any]
 ) -> ScoreTable:
     from .table import ScoreTable
 
-    for name in ("index", "score"):
-        if name not in columns:
-            raise _not_a_table(path, f"the column {name!r} is missing")
     metrics: dict[str, torch.Tensor] = {}
-    checkpoints: dict[str, dict[int, torch.Tensor]] = {}
+    checkpoints: dict[str, dict[int, npt.NDArray[Any]]] = {}
     for name, values in columns.items():
         if name in ("index", "score"):
             continue
@@ -91,18 +164,18 @@ def _from_columns(
         if not mark:
             metrics[name] = torch.from_numpy(values)
         elif number.isdecimal():
-            checkpoints.setdefault(base, {})[int(number)] = torch.from_numpy(values)
+            checkpoints.setdefault(base, {})[int(number)] = values
         else:
-            raise _not_a_table(path, f"the column {name!r} is unknown")
+            raise not_a_table(path, f"the column {name!r} is unknown")
     for base, rows in checkpoints.items():
         if sorted(rows) != list(range(len(rows))):
-            raise _not_a_table(path, f"a column of {base}@0 .. {base}@{max(rows)} is missing")
+            raise not_a_table(path, f"a column of {base}@0 .. {base}@{max(rows)} is missing")
     try:
         return ScoreTable(
             scores=torch.from_numpy(columns["score"]),
             metrics=metrics,
             per_checkpoint={
-                base: torch.stack([rows[k] for k in range(len(rows))])
+                base: torch.from_numpy(np.stack([rows[k] for k in range(len(rows))]))
                 for base, rows in checkpoints.items()
             },
             index=torch.from_numpy(columns["index"]),
@@ -110,68 +183,37 @@ def _from_columns(
             provenance=provenance,
         )
     except (ValueError, TypeError) as error:
-        raise _not_a_table(path, str(error)) from error
+        raise not_a_table(path, str(error)) from error
 
 
-def _not_a_table(path: Path, reason: str) -> ValueError:
+def check_names(path: Path, names: list[str], nameless: Sequence[str] = (), why: str = "") -> None:
+    """Raise unless ``names`` hold what a table needs, each once; ``nameless`` were left out.
+
+    ``why`` begins the message where something is missing.
+    """
+    for name in ("index", "score"):
+        if name not in names:
+            hint = ""
+            if name == "index" and nameless:
+                hint = (
+                    f"; the column {nameless[0]!r} counts rows of pandas: if it holds the "
+                    "data-set indices, give it the name 'index'"
+                )
+            raise not_a_table(path, f"{why}the column {name!r} is missing{hint}")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise not_a_table(path, f"a column stands there twice: {twice[0]!r}")
+
+
+def not_a_table(path: Path, reason: str) -> ValueError:
+    """Return the error for a file that can be read and is no score table."""
     return ValueError(f"{path} is not a score table: {reason}")
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
+def damaged(path: Path, error: Exception) -> ValueError:
+    """Return the error for a file that cannot be read."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return ValueError(f"{path} is not a score table, or is damaged: {reason}")
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            '.parquet files need pyarrow: pip install "moso-fast[table]", or use .csv or .npz'
-        ) from error
-    return pyarrow, pyarrow.parquet
-
-
-def _save_parquet(path: Path, columns: Columns, text: str) -> None:
-    arrow, parquet = _pyarrow()
-    # Values without nulls: NaN stays a NaN, it does not become "missing".
-    arrays = [arrow.array(values, from_pandas=False) for values in columns.values()]
-    fields = [
-        arrow.field(name, array.type, nullable=False)
-        for name, array in zip(columns, arrays, strict=True)
-    ]
-    schema = arrow.schema(fields, metadata={_META_KEY: text.encode()})
-    with atomic_path(path) as temporary:
-        # A dictionary of floats costs time and saves nothing: nearly all values differ.
-        parquet.write_table(
-            arrow.Table.from_arrays(arrays, schema=schema),
-            temporary,
-            compression="zstd",
-            use_dictionary=False,
-        )
-
-
-def _load_parquet(path: Path) -> tuple[Columns, str]:
-    arrow, parquet = _pyarrow()
-    try:
-        table = parquet.read_table(path, partitioning=None)
-    except (arrow.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
-    text = (table.schema.metadata or {}).get(_META_KEY)
-    if text is None:
-        raise _not_a_table(path, "its schema carries no moso_fast entry")
-    columns: Columns = {}
-    for name in table.column_names:
-        values = table.column(name)
-        if values.null_count or not _is_number(values.type, arrow):
-            raise _not_a_table(path, f"the column {name!r} holds {values.type} or missing values")
-        columns[name] = np.array(values.to_numpy())  # a writable copy that owns its memory
-    return columns, text.decode()
-
-
-def _is_number(kind: Any, arrow: Any) -> bool:
-    return kind in (arrow.int64(), arrow.float32(), arrow.float64())
 
 
 def _save_npz(path: Path, columns: Columns, text: str) -> None:
@@ -182,97 +224,17 @@ def _save_npz(path: Path, columns: Columns, text: str) -> None:
                 np.lib.format.write_array(entry, values, allow_pickle=False)
 
 
-def _load_npz(path: Path) -> tuple[Columns, str]:
+def _load_npz(path: Path) -> Content:
     try:
         with np.load(path, allow_pickle=False) as archive:
             columns = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     meta = columns.pop(_NPZ_META, None)
     if meta is None or meta.dtype.kind != "U":
-        raise _not_a_table(path, f"the entry {_NPZ_META!r} is missing")
+        raise not_a_table(path, f"the entry {_NPZ_META!r} is missing")
     for name, values in columns.items():
         if values.dtype.kind not in "fi" or values.ndim != 1:
-            raise _not_a_table(path, f"the entry {name!r} is no column of numbers")
-    return columns, str(meta)
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".meta.json")
-
-
-def _save_csv(path: Path, columns: Columns, text: str) -> None:
-    # 9 and 17 significant digits bring every float32 and float64 back bitwise; the shortest
-    # float32 text would not, since readers round twice on the way through float64.
-    digits = {"int64": "%d", "float32": "%.9g", "float64": "%.17g"}
-    line = ",".join(digits[values.dtype.name] for values in columns.values()) + "\n"
-    rows = len(columns["index"])
-    with atomic_path(path) as temporary:
-        with temporary.open("w", encoding="ascii", newline="") as file:
-            file.write(",".join(columns) + "\n")
-            for start in range(0, rows, _CSV_BLOCK_ROWS):
-                block = [v[start : start + _CSV_BLOCK_ROWS].tolist() for v in columns.values()]
-                file.writelines(line % values for values in zip(*block, strict=True))
-        description = {
-            **json.loads(text),
-            "dtypes": {name: values.dtype.name for name, values in columns.items()},
-            "sha256": _digest(temporary),
-        }
-        # The description goes first: a stop between the two leaves a pair that load() refuses.
-        with atomic_path(_sidecar(path)) as beside:
-            beside.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _load_csv(path: Path) -> tuple[Columns, str]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            names = file.readline().strip().split(",")
-            empty = not file.readline().strip()
-    except UnicodeDecodeError as error:
-        raise _damaged(path, error) from error
-    for name in ("index", "score"):
-        if name not in names:
-            raise _not_a_table(path, f"the column {name!r} is missing")
-    if len(set(names)) != len(names):
-        raise _not_a_table(path, "a column stands there twice")
-    text, dtypes = _csv_description(path)
-    kinds = [(name, "i8" if name == "index" else "f8") for name in names]
-    if empty:
-        data = np.empty(0, dtype=kinds)
-    else:
-        try:
-            data = np.loadtxt(path, dtype=kinds, delimiter=",", skiprows=1, ndmin=1, comments=None)
-        except ValueError as error:
-            raise _damaged(path, error) from error
-    dtypes = {name: dtypes.get(name, "float32") for name in names} | {"index": "int64"}
-    return {name: data[name].astype(dtypes[name]) for name in names}, text
-
-
-def _csv_description(path: Path) -> tuple[str, dict[str, str]]:
-    """Text and dtypes of the file beside a .csv; defaults where there is none."""
-    beside = _sidecar(path)
-    if not beside.is_file():
-        plain = {"version": VERSION, "higher_is_better": True, "provenance": {}}
-        return json.dumps(plain), {}
-    try:
-        description = json.loads(beside.read_text(encoding="utf-8"))
-        dtypes = {str(name): str(kind) for name, kind in description.pop("dtypes").items()}
-        digest = description.pop("sha256")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise _damaged(beside, error) from error
-    if not set(dtypes.values()) <= {"int64", "float32", "float64"}:
-        raise _not_a_table(beside, f"unknown dtypes {sorted(set(dtypes.values()))}")
-    if digest != _digest(path):
-        raise ValueError(
-            f"{path} has changed since {beside.name} was written beside it; "
-            "delete that file to read the numbers without their origin"
-        )
-    return json.dumps(description), dtypes
+            raise not_a_table(path, f"the entry {name!r} is no column of numbers")
+    check_names(path, list(columns))
+    return Content(columns, str(meta))

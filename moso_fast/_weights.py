@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import match_keys
-
-_SHOWN = 3
+from ._checkpoint_fit import Fitted
+from ._checkpoint_models import fitted
+from .checkpoints import LoadedCheckpoint
 
 
 class ModelWeights:
@@ -72,7 +71,7 @@ class ModelWeights:
         """Return the model's own tensors, in the form that `resolve` gives."""
         return {name: t.detach() for name, t in self.tensors.items()}
 
-    def resolve(self, state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    def resolve(self, loaded: LoadedCheckpoint) -> Fitted:
         """Tensors of a checkpoint by the model's names, each tied weight once.
 
         Raises
@@ -87,23 +86,7 @@ class ModelWeights:
                 "cannot be exchanged; load each checkpoint yourself and score it with "
                 "checkpoints=None"
             )
-        matched = match_keys(state, list(self._names))
-        found = {self._names[n]: t for n, t in matched.items() if n in self._names}
-        missing = [name for name in self.tensors if name not in found]
-        unexpected = [name for name in matched if name not in self._names]
-        if missing or unexpected:
-            parts = [_listed(missing, "missing"), _listed(unexpected, "unexpected")]
-            raise ValueError(
-                f"checkpoint ({where}) does not fit the model: "
-                f"{'; '.join(part for part in parts if part)}"
-            )
-        for name, tensor in found.items():
-            if tensor.shape != self.tensors[name].shape:
-                raise ValueError(
-                    f"checkpoint ({where}) does not fit the model: {name} has shape "
-                    f"{tuple(tensor.shape)}, in the model {tuple(self.tensors[name].shape)}"
-                )
-        return found
+        return fitted(self.model, self._names, self.tensors, loaded)
 
     def backbone(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of ``tensors`` that decide the features."""
@@ -124,6 +107,7 @@ class ModelWeights:
         if not head_only and (self.device is not None or self.dtype is not None):
             exchange += [(t, t.detach()) for t in self._others]
         saved: list[tuple[Tensor, Tensor]] = []
+        computed = computed_tensors(self.model)
         try:
             for target, source in exchange:
                 saved.append((target, target.data))
@@ -134,6 +118,8 @@ class ModelWeights:
         finally:
             for target, data in reversed(saved):
                 target.data = data
+            for module, tensors_of in computed:
+                module.__dict__.update(tensors_of)
             torch.clear_autocast_cache()
 
     def _placed(self, source: Tensor, target: Tensor) -> Tensor:
@@ -147,6 +133,20 @@ class ModelWeights:
         if fits and not private and source.stride() == target.stride():
             return source
         return torch.empty_like(target, device=device, dtype=dtype).copy_(source)
+
+
+def computed_tensors(model: nn.Module) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """List the tensors that modules hold as plain attributes, by module and name.
+
+    The hooks of weight_norm, spectral_norm and pruning put the weight of a module there in every
+    forward pass: after one with other parameters it would be that of a checkpoint.
+    """
+    found = []
+    for module in model.modules():
+        tensors = {n: v for n, v in module.__dict__.items() if isinstance(v, Tensor)}
+        if tensors:
+            found.append((module, tensors))
+    return found
 
 
 class Snapshot:
@@ -189,10 +189,3 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():
             result.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return result.hexdigest()
-
-
-def _listed(names: list[str], what: str) -> str:
-    if not names:
-        return ""
-    more = ", ..." if len(names) > _SHOWN else ""
-    return f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{more})"

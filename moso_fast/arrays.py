@@ -159,7 +159,10 @@ def _from_numpy(path: Path, values: np.ndarray[Any, Any]) -> Tensor:
         try:
             return torch.from_numpy(values)
         except (TypeError, ValueError) as error:
-            hint = "; bfloat16 goes into .safetensors" if values.dtype.kind == "V" else ""
+            hint = {
+                "V": "; bfloat16 goes into .safetensors",
+                "U": "; class names become ids by numpy.unique(names, return_inverse=True)",
+            }.get(values.dtype.kind, "")
             raise ValueError(f"{path} holds {values.dtype}, which torch lacks{hint}") from error
 
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ._checkpoint_files import existing, read_file, read_folder, training_facts, unwrap
+from ._checkpoint_contents import Contents, contents_of
+from ._checkpoint_files import adapter_config, existing, read_contents, stated_in
+from ._rates import Stated, learning_rate
+from ._rates_together import check_presence
 
-__all__ = [
-    "Checkpoint",
-    "LoadedCheckpoint",
-    "check_same_presence",
-    "iterate",
-    "load_state_dict",
-    "match_keys",
-    "read",
-]
+__all__ = ["Checkpoint", "LoadedCheckpoint", "iterate", "load_state_dict", "read", "stated_rate"]
 
-_PREFIXES = ("", "model.", "net.")
+# Where training scripts put the weights inside the dictionary that they save.
+_USUAL = ("state_dict.", "model_state_dict.", "model.", "net.")
+_IN_MEMORY = "a state dict in memory"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,16 +29,30 @@ class Checkpoint:
     Parameters
     ----------
     source
-        A state dict (name -> tensor), or a path: ``.pt``/``.pth``/``.tar``/``.bin``/``.ckpt``
-        (read with ``weights_only=True``; a bare state dict, or one under ``state_dict``,
-        ``model_state_dict``, ``model`` or ``net``), ``.safetensors``, or a folder that
-        transformers saved.
+        A state dict (name -> tensor), or a dictionary or path that holds one:
+
+        - ``.pt``, ``.pth``, ``.tar``, ``.bin``, ``.ckpt``: read with ``weights_only=True``, so
+          that no code of the file runs; objects beside the weights (``argparse.Namespace``, numpy
+          numbers, paths) do not matter. The weights may lie in any dictionary of the file, under
+          prefixes of wrappers (``module.``, ``model.``, ``_orig_mod.``, any attribute), nested in
+          any order: those are taken whose names and shapes are the model's.
+        - ``.safetensors``.
+        - a folder of transformers, accelerate (also sharded), DeepSpeed (``*_model_states.pt``),
+          torch.distributed.checkpoint, or one with a peft adapter alone, whose base model is then
+          the one that is scored.
     lr
         Learning rate of the step, >= 0; None takes what the file says: ``lr`` (the last one of a
-        list), ``learning_rate``, the first parameter group of the optimiser, or the last
-        ``learning_rate`` in ``trainer_state.json``.
+        list), ``learning_rate``, that of the optimiser's parameter group with the parameters that
+        are scored, the scheduler's ``_last_lr``; in a folder of transformers' Trainer the rate
+        logged at this step, else that of its schedule (by the library, where ``scheduler.pt`` and
+        the log agree with it), else the last one logged.
     step
         Number of the step or epoch, for the record only; None takes what the file says.
+    entry
+        Dotted path in the file below which the weights lie, such as ``"state_dict_ema"`` or
+        ``"state_dict.teacher"``. Needed where several different weights fit the model; of running
+        weights and averages of them (``ema``, ``swa``, ``best``), the running ones are taken, with
+        a warning.
 
     Raises
     ------
@@ -52,6 +63,7 @@ class Checkpoint:
     source: Mapping[str, Any] | str | os.PathLike[str]
     lr: float | None = None
     step: int | None = None
+    entry: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, (Mapping, str, os.PathLike)):
@@ -60,19 +72,64 @@ class Checkpoint:
                 f"got {type(self.source).__name__}"
             )
         if self.lr is not None:
-            object.__setattr__(self, "lr", _learning_rate(self.lr, "Checkpoint lr"))
+            object.__setattr__(self, "lr", learning_rate(self.lr, "Checkpoint lr"))
         if self.step is not None and (isinstance(self.step, bool) or not _is_integer(self.step)):
             raise TypeError(f"Checkpoint step must be an int or None, got {self.step!r}")
+        if self.entry is not None and not (isinstance(self.entry, str) and self.entry.strip(".")):
+            raise TypeError(
+                f"Checkpoint entry must be a dotted name in the file or None, got {self.entry!r}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedCheckpoint:
-    """Tensors of a checkpoint as they are stored, its learning rate and step, and where from."""
+    """What a checkpoint holds, as it is stored, and where it is from.
 
-    state: dict[str, Any]
-    lr: float | None
+    ``contents``: all its tensors; ``stated``: what it says about its learning rate; ``adapter``:
+    the configuration where it is a peft adapter alone.
+    """
+
+    contents: Contents
+    stated: Stated
     step: int | None
     description: str
+    entry: str | None = None
+    adapter: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate, where one is stated; ValueError where several different ones are."""
+        return self.stated.rate(None)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The state dict, as its container has it, for callers that know of no model.
+
+        Raises
+        ------
+        ValueError
+            No tensors, or several dictionaries of tensors of which none has a usual name.
+        """
+        weights = self.contents.weights()
+        containers = list(dict.fromkeys(self.contents.containers[name] for name in weights))
+        if self.entry is not None:
+            inside = self.entry.rstrip(".") + "."
+            containers = [name for name in containers if name == inside] or [inside]
+            weights = self.contents.tensors
+        chosen = containers[:1] if len(containers) == 1 else []
+        chosen = chosen or [name for name in _USUAL if name in containers][:1]
+        if not chosen:
+            raise ValueError(
+                f"checkpoint ({self.description}) must be a state dict of tensors, or hold one; "
+                f"choose with Checkpoint(source, entry=...) from "
+                f"{', '.join(repr(name.rstrip('.')) for name in containers) or 'nothing'}"
+            )
+        where = chosen[0]
+        return {
+            name.removeprefix(where): tensor
+            for name, tensor in weights.items()
+            if (name.startswith(where) if self.entry else self.contents.containers[name] == where)
+        }
 
 
 def iterate(checkpoints: Any) -> Iterator[Checkpoint]:
@@ -98,10 +155,13 @@ def iterate(checkpoints: Any) -> Iterator[Checkpoint]:
         for checkpoint in checkpoints:
             if not isinstance(checkpoint.source, Mapping):
                 existing(checkpoint.source)
+        # Of files it may show only when the optimiser's, beside them, have been read.
         in_memory = {
-            k: read(c).lr for k, c in enumerate(checkpoints) if isinstance(c.source, Mapping)
+            k: 1.0 if stated_rate(c).any() else None
+            for k, c in enumerate(checkpoints)
+            if isinstance(c.source, Mapping)
         }
-        check_same_presence(in_memory)
+        check_presence(in_memory, dict.fromkeys(in_memory, _IN_MEMORY))
     return _iterate(checkpoints)
 
 
@@ -126,18 +186,6 @@ def _as_checkpoint(item: Any, k: int) -> Checkpoint:
     )
 
 
-def check_same_presence(rates: Mapping[int, float | None]) -> None:
-    """Raise ValueError where some of the checkpoints (number -> rate or None) have no rate."""
-    with_rate = [k for k, rate in rates.items() if rate is not None]
-    without = [k for k, rate in rates.items() if rate is None]
-    if with_rate and without:
-        raise ValueError(
-            "checkpoints: either all have a learning rate or none, but checkpoint "
-            f"{with_rate[0]} has one and checkpoint {without[0]} has none; "
-            "give Checkpoint(source, lr=...) for each"
-        )
-
-
 def load_state_dict(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
     """Return the name -> tensor mapping in ``source``, as stored, on the CPU where it was a file.
 
@@ -147,89 +195,56 @@ def load_state_dict(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[
 
 
 def read(checkpoint: Checkpoint) -> LoadedCheckpoint:
-    """Read the tensors of a checkpoint, and its learning rate and step where they are known.
+    """Read the tensors of a checkpoint, and what it says about learning rate and step.
 
     Raises
     ------
     ValueError
-        Missing or unreadable file, unknown layout, a learning rate that is not a number >= 0.
+        Missing or unreadable file, no tensors in it, a learning rate that is not a number >= 0.
     """
     source = checkpoint.source
+    adapter = None
     if isinstance(source, Mapping):
-        where, content = "a state dict in memory", source
-        extra: dict[str, Any] = {}
+        where = _IN_MEMORY
+        contents = contents_of(source, where)
+        stated = stated_in(contents, where)
     else:
         path = existing(source)
         where = str(path)
-        content, extra = read_folder(path) if path.is_dir() else (read_file(path), {})
-    state = unwrap(content, where)
-    found = {**training_facts(content if state is not content else {}), **extra}
-    lr, step = checkpoint.lr, checkpoint.step
-    if lr is None and found.get("lr") is not None:
-        lr = _learning_rate(found["lr"], f"learning rate in {where}")
-    if step is None and _is_integer(found.get("step")):
-        step = int(found["step"])
-    return LoadedCheckpoint(dict(state), lr, step, where)
+        contents, stated = read_contents(path)
+        adapter = adapter_config(path)
+    if not contents.tensors:
+        holds = f"it holds {contents.keys}" if contents.keys else "it is empty"
+        raise ValueError(
+            f"checkpoint ({where}) must be a state dict of tensors, or hold one; {holds}"
+        )
+    step = contents.step if checkpoint.step is None else checkpoint.step
+    step = int(step) if _is_integer(step) else None
+    return LoadedCheckpoint(
+        contents, _given(checkpoint, stated), step, where, checkpoint.entry, adapter
+    )
 
 
-def match_keys(state: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Rename the keys of ``state`` to ``names``, dropping what wrappers put in front of them.
+def stated_rate(checkpoint: Checkpoint) -> Stated:
+    """Return what a checkpoint says about its learning rate, without reading its tensors.
 
-    ``module.`` (DataParallel) and ``_orig_mod.`` (torch.compile) are dropped on both sides;
-    ``model.`` and ``net.`` (Lightning) where that makes the keys match, and then keys without that
-    prefix, such as those of a metric, belong to the wrapper and are left out.
-
-    Parameters
-    ----------
-    state
-        Name -> tensor.
-    names
-        The names that the model expects.
-
-    Returns
-    -------
-    dict
-        Expected name -> tensor. Names that the checkpoint lacks are absent, so that a caller may
-        fill in tied weights; names that the model does not have are kept as they are.
+    Raises
+    ------
+    ValueError
+        Missing or unreadable file, a learning rate that is not a number >= 0.
     """
-    expected = dict(zip(_canonical(names), names, strict=True))
-    if len(expected) != len(names):
-        expected = {name: name for name in names}
-    given = dict(zip(_canonical(state), state.values(), strict=True))
-    if len(given) != len(state):
-        given = dict(state)
-    best, fewest = given, None
-    for prefix in _PREFIXES:
-        stripped = {k[len(prefix) :]: v for k, v in given.items() if k.startswith(prefix)}
-        missing = len(expected.keys() - stripped.keys())
-        if fewest is None or missing < fewest:
-            best, fewest = stripped, missing
-    return {expected.get(name, name): value for name, value in best.items()}
+    source = checkpoint.source
+    where = _IN_MEMORY if isinstance(source, Mapping) else str(source)
+    if checkpoint.lr is not None:
+        return Stated(where, checkpoint.lr)
+    if isinstance(source, Mapping):
+        return stated_in(contents_of(source, where), where)
+    return read_contents(Path(source), rates_only=True)[1]
 
 
-def _canonical(names: Collection[str]) -> list[str]:
-    """Names without the prefixes of wrappers, in the same order."""
-    result = [name.replace("_orig_mod.", "") for name in names]
-    while result and all(name.startswith("module.") for name in result):
-        result = [name.removeprefix("module.") for name in result]
-    return result
-
-
-def _learning_rate(value: Any, what: str) -> float:
-    """Return a learning rate as a float; the last one of a list."""
-    if isinstance(value, (list, tuple)) and value:
-        value = value[-1]
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    try:
-        if isinstance(value, (bool, str)):
-            raise TypeError
-        rate = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{what} must be a number >= 0, got {value!r}") from None
-    if not math.isfinite(rate) or rate < 0:
-        raise ValueError(f"{what} must be a number >= 0, got {rate}")
-    return rate
+def _given(checkpoint: Checkpoint, stated: Stated) -> Stated:
+    """Let the caller's rate come before what the file says."""
+    return stated if checkpoint.lr is None else replace(stated, lr=checkpoint.lr)
 
 
 def _is_integer(value: Any) -> bool:

@@ -62,7 +62,8 @@ def combine_checkpoints(
     Raises
     ------
     ValueError
-        No checkpoint, unequal lengths, a missing key, an unknown ``combine``, a bad ``num_steps``.
+        No checkpoint, unequal lengths, a missing key, an unknown ``combine``, a bad
+        ``num_steps``, learning rates that are all 0 with ``combine="mean"``.
     """
     num_checkpoints = len(stats)
     if num_checkpoints == 0:
@@ -72,6 +73,12 @@ def combine_checkpoints(
             f"lr must give one learning rate a checkpoint; got {len(lr)} for {num_checkpoints}"
         )
     check_combine(combine, num_steps)
+    if combine == "mean" and all(float(rate) == 0 for rate in lr):
+        raise ValueError(
+            "lr is 0 for all checkpoints, which would make every score 0; give the learning rates "
+            "of the steps that were taken (a schedule that ends at 0 leaves 0 in its last "
+            "checkpoint)"
+        )
     rates = torch.tensor([float(rate) for rate in lr], dtype=torch.float64)[:, None]
     parts: list[Any] = [slice(None)]
     if partition is not None:

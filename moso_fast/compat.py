@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ._batches import make_loader, split_batch
+from ._batches import SampleBatches, make_loader, split_batch
 from ._full_batches import Batch
 from ._full_loss import OutputLoss
 from ._full_passes import Network
@@ -85,7 +85,8 @@ def _score(net: nn.Module, loader: Iterable[Any], criterion: Any, formula: str) 
     if not callable(criterion):
         raise TypeError(f"criterion must be callable, got {type(criterion).__name__}")
     if isinstance(loader, DataLoader):
-        make_loader(loader, 1)  # refuses one that shuffles
+        # Refuses one that shuffles, and reads a stream that workers would repeat without them.
+        loader = SampleBatches(make_loader(loader, 1)).loader
     elif isinstance(loader, Iterator):
         raise TypeError("dataloader must be one that can be gone through twice, got an iterator")
     parameters = choose_parameters(net)

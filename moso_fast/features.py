@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ._batches import batch_count, sample_count, split_batch, to_device
+from ._batches import SampleBatch, SampleBatches, batch_count, sample_count, to_device
 from ._head import find_head, predicts_next_token
+from ._head_capture import HeadCapture
+from ._labels import document_rows, fit_labels, token_rows
+from ._shift import LabelShift
 
 __all__ = ["FeatureCapture", "Features", "evaluating", "find_head", "predicts_next_token"]
 
@@ -83,12 +86,14 @@ class FeatureCapture:
     model, name, head
         The network, and its last layer as `find_head` gives it.
     loader
-        In data-set order, see ``_batches.make_loader``.
+        In data-set order, see ``_loaders.make_loader``; or its ``SampleBatches``.
     cache
         ``"auto"``: features keep a 16-bit or float64 dtype and are float32 otherwise;
         ``"float32"`` or ``"bfloat16"``.
+    loss
+        Name of the loss, which decides what its labels look like.
     shift
-        Token features (B, T, D) at t go with the label at t + 1.
+        Whether token features (B, T, D) at t go with the label at t + 1, or what decides that.
     ignore_index
         Tokens with this label are left out of the cache; a sequence keeps at least one.
     device, dtype
@@ -99,80 +104,81 @@ class FeatureCapture:
         self,
         model: nn.Module,
         name: str,
-        head: nn.Linear,
-        loader: DataLoader[Any],
+        head: nn.Module,
+        loader: DataLoader[Any] | SampleBatches,
         *,
         cache: str = "auto",
-        shift: bool = False,
+        loss: str = "cross_entropy",
+        shift: bool | LabelShift = False,
         ignore_index: int = -100,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.model, self.name, self.head, self.loader = model, name, head, loader
+        self.model, self.name, self.head = model, name, head
+        if not isinstance(loader, SampleBatches):
+            loader = SampleBatches(loader, model, ignore_index=ignore_index)
+        self.samples, self.loader, self.loss = loader, loader.loader, loss
         self.cache_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(cache)
-        self.shift, self.ignore_index = shift, ignore_index
+        self.ignore_index = ignore_index
+        if not isinstance(shift, LabelShift):
+            shift = LabelShift(model, shift, ignore_index)
+        self.shift = shift
         self.device = device or _device_of(model)
         self.dtype = dtype
         self.passes = 0
         self._cache: Tensor | None = None
         self._labels: Tensor | None = None
         self._rows = 0
-        self._calls = 0
-        self._batch_labels: Tensor | None = None
+        self.inputs = HeadCapture(model, name, head)
         self._label_blocks: list[Tensor] = []
         self._lengths: list[Tensor] = []
 
     def run(self, on_batch: Callable[[], None] = lambda: None) -> Features:
         """One pass over the data with the weights that the model has now.
 
-        The result is valid until the next call, which writes to the same memory.
+        The result is valid until the next call, which writes to the same memory. Afterwards
+        ``inputs`` says what was read and seen of the head.
 
         Raises
         ------
         TypeError, ValueError
             Batches, labels or head inputs of the wrong kind; a head that is not called once in a
-            forward pass; a loader that yields other samples than in the pass before.
+            forward pass, whose output is not that of a linear map, or is not the model's logits; a
+            loader that yields other samples than in the pass before.
         """
         self._rows, self._label_blocks, self._lengths = 0, [], []
-        handle = self.head.register_forward_pre_hook(self._keep, with_kwargs=True)
-        try:
-            with evaluating(self.model):
-                for batch in self.loader:
-                    args, kwargs, self._batch_labels = split_batch(batch)
-                    self._calls = 0
-                    args, kwargs = to_device((args, kwargs), self.device, self.dtype)
-                    self.model(*args, **kwargs)
-                    if self._calls == 0:
-                        raise ValueError(
-                            f"head {self.name!r} was not called in the forward pass of the model; "
-                            "choose the last layer with head="
-                        )
-                    on_batch()
-        finally:
-            handle.remove()
+        self.samples.run = self._outputs
+        with self.inputs.one_pass(), evaluating(self.model):
+            for batch in self.samples:
+                args, kwargs = to_device((batch.args, batch.kwargs), self.device, self.dtype)
+                with self.samples.forward_of(batch):
+                    value = self.inputs.features(args, kwargs)
+                    if value.dim() == 3:
+                        with self.inputs.ignored():
+                            self.shift.decide(args, kwargs, batch.labels)
+                self._keep(value, batch)
+                on_batch()
         self.passes += 1
         return self._finish()
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Copy the head's input to the cache (a forward pre-hook)."""
-        self._calls += 1
-        if self._calls > 1:
-            raise ValueError(
-                f"head {self.name!r} was called more than once in one forward pass; "
-                "its gradient is then no product of one input and one residual"
-            )
-        value = args[0] if args else kwargs.get("input")
-        labels = self._batch_labels
-        assert labels is not None
-        if not isinstance(value, Tensor):
-            raise TypeError(f"head {self.name!r} got no tensor, but {type(value).__name__}")
+    def _outputs(self, kwargs: dict[str, Any]) -> Any:
+        return self.inputs.outputs((), to_device(kwargs, self.device, self.dtype))
+
+    def _keep(self, value: Tensor, batch: SampleBatch) -> None:
+        """Copy the features of a batch to the cache: (B, D), or (B, ..., D) of its tokens."""
+        labels = batch.labels
+        if value.dim() > 3 and labels.shape == value.shape[:-1]:  # the positions of an image
+            value, labels = value.flatten(1, -2), labels.flatten(1)
         if value.dim() == 3:
-            value, labels = self._tokens(value, labels)
+            value, labels = self._tokens(value, labels, batch.documents)
         elif value.dim() != 2:
             raise ValueError(
                 f"head {self.name!r} must get (N, D) or (B, T, D) features, "
                 f"got {tuple(value.shape)}"
             )
+        else:
+            assert self.inputs.reading is not None
+            labels = fit_labels(labels, len(self.inputs.reading.weight), self.loss)
         if len(value) != len(labels):
             raise ValueError(
                 f"head {self.name!r} got features {tuple(value.shape)} for labels "
@@ -185,27 +191,31 @@ class FeatureCapture:
         self._label_blocks.append(labels)
         self._rows = end
 
-    def _tokens(self, value: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _tokens(
+        self, value: Tensor, labels: Tensor, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Rows of the tokens that count, and their labels; notes the length of each sequence."""
+        if labels.shape == (*value.shape[:2], 1):
+            labels = labels[..., 0]
         if labels.shape != value.shape[:2]:
             raise ValueError(
                 f"head {self.name!r} got token features {tuple(value.shape)}, so labels must have "
                 f"shape {tuple(value.shape[:2])}, got {tuple(labels.shape)}"
             )
-        if self.shift:
-            value, labels = value[:, :-1], labels[:, 1:]
-        if labels.shape[1] == 0:
-            raise ValueError(
-                f"head {self.name!r} got sequences of {int(self.shift)} token(s), "
-                "which leaves nothing to predict"
-            )
-        counts = labels != self.ignore_index
-        # Its only label being ignored, this token gives the sequence its NaN.
-        counts[:, 0] |= ~counts.any(1)
-        self._lengths.append(counts.sum(1))
+        shift = bool(self.shift.value)
         # The selection is worked out where the labels are, on the CPU as a rule: no wait for a GPU.
-        rows = counts.flatten().nonzero().squeeze(1)
-        labels = labels.flatten()[rows]
+        if documents is not None:
+            rows, labels, lengths = document_rows(labels.cpu(), documents, self.ignore_index, shift)
+        else:
+            if shift:
+                value, labels = value[:, :-1], labels[:, 1:]
+            if labels.shape[1] == 0:
+                raise ValueError(
+                    f"head {self.name!r} got sequences of {int(shift)} token(s), "
+                    "which leaves nothing to predict"
+                )
+            rows, labels, lengths = token_rows(labels, self.ignore_index)
+        self._lengths.append(lengths)
         value = value.reshape(-1, value.shape[-1])
         if len(rows) < len(value):
             value = value.index_select(0, rows.to(value.device, non_blocking=True))
@@ -239,6 +249,8 @@ class FeatureCapture:
         labels = torch.cat(self._label_blocks)
         samples = sum(map(len, self._lengths)) if self._lengths else self._rows
         expected = sample_count(self.loader)
+        if self.samples.packed and self.samples.rows == expected:
+            expected = None  # each of the rows may hold several documents
         if expected is not None and samples != expected:
             raise ValueError(
                 f"data: the loader yields {samples} samples of a data set of {expected}; "

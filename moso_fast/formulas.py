@@ -1,7 +1,9 @@
 """Scores from (alignment, self norm, |G|^2, N): pure algebra, no kernels.
 
 With a_i = <g_i, G>, q_i = |g_i|^2 and G the mean gradient of the N counted samples, every
-formula here is what one step of training loses (or gains) when sample i is left out.
+formula here is what one step of training loses (or gains) when sample i is left out, but for
+``"cosine"``: a_i / (|g_i| |G|), the direction alone, whatever the size of a gradient (the length of
+a sequence, say).
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ import numbers
 
 from torch import Tensor
 
-FORMULAS = ("moso", "one_step", "official", "official_exact", "alignment")
+FORMULAS = ("moso", "one_step", "official", "official_exact", "alignment", "cosine")
 
 # The formulas that do not divide by N - 1: defined where the sample is the only one of its part.
-_NEEDS_NO_OTHERS = ("official", "alignment")
+_NEEDS_NO_OTHERS = ("official", "alignment", "cosine")
 
 
 def check_formula(formula: str) -> str:
@@ -89,6 +91,10 @@ def score(
         result = a - q / n
     elif formula == "official_exact":
         result = ((2 * n - 3) * g2 - q + (2 * n - 4) * (a - q / n)) / others**2
+    elif formula == "cosine":
+        # Of a gradient of zero, or with a mean of zero: no direction, no agreement.
+        norms = q.sqrt() * g2.sqrt()
+        result = (a / norms).masked_fill_(norms == 0, 0.0)
     else:
         result = a
     return (result * scale).to(alignment.dtype)

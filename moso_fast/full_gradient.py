@@ -8,30 +8,28 @@ samples at once: the derivative of the vector of their losses along G, in forwar
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _per_sample
 from ._full_batches import Batch
-from ._full_checks import FirstSample, check_sum, out_of_memory
-from ._full_passes import Gradients, Network, traced
+from ._full_checks import FirstSample, SelfCheckError, check_model, check_sum
+from ._full_chunks import Chunks
+from ._full_passes import Gradients, Network
 from ._full_plan import Methods
+from ._full_repeat import can_repeat, cannot_repeat, failed_again, in_float64
 from ._full_scope import choose_parameters, only_these_require_grad
-from ._norms.tape import UnknownCall
+from ._full_summed import summed
 from ._precision import exact_products
 
 __all__ = ["FullGradient", "PartResult", "choose_parameters", "only_these_require_grad"]
 
 FIELDS = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")
-
-_CPU_SHARE, _CUDA_SHARE = 0.25, 0.5
-# Activations, their gradients, and what the norms of the widest layer take beside.
-_COPIES = 4
 
 
 @dataclass
@@ -45,10 +43,6 @@ class PartResult:
     fields: dict[str, Tensor]
     count: int
     mean_grad_sqnorm: float
-
-
-class _SmallerChunk(Exception):
-    """The chunk size that has just been chosen is less than the chunk at hand."""
 
 
 class FullGradient:
@@ -71,20 +65,17 @@ class FullGradient:
         self, network: Network, chunk_size: int | None = None, nonfinite: str = "raise"
     ) -> None:
         self.network, self.nonfinite = network, nonfinite
-        for name, module in network.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-                raise ValueError(
-                    f"model: batch norm {name!r} uses the statistics of the batch, so that samples "
-                    "influence each other; it needs running statistics (track_running_stats=True)"
-                )
-            scaled = getattr(module, "scale_grad_by_freq", False)
-            if scaled and any(p.requires_grad for p in module.parameters(recurse=False)):
-                raise ValueError(
-                    f"model: embedding {name!r} divides gradients by how often a token is in the "
-                    "batch, so that samples influence each other; set scale_grad_by_freq=False"
-                )
+        check_model(network.model)
         self.methods = Methods(network)
-        self.chunk, self._fixed = chunk_size, chunk_size is not None
+        self.chunks = Chunks(network.device, chunk_size)
+        self.repeats = 0  # parts that were scored in float64 after a self-check failed
+
+    def know(self, batch: Batch) -> Batch:
+        """Note in a batch what the first one showed of the inputs: which hold values of all rows.
+
+        Samples can only be taken out of a batch afterwards.
+        """
+        return self.methods.rows.know_batch(batch)
 
     def part(
         self,
@@ -102,11 +93,47 @@ class FullGradient:
             Labels, outputs or losses that cannot be scored; samples that influence each other;
             batches that differ from the first pass to the second.
         RuntimeError
-            A self-check failed.
+            A self-check failed, in float64, too.
         """
         # Forward passes open the autocast that they need; backward passes must have none.
         with torch.autocast(self.network.device.type, enabled=False), exact_products():
-            return self._part(batches, on_batch, on_count)
+            try:
+                return self._part(batches, on_batch, on_count)
+            except SelfCheckError as error:
+                if not can_repeat(self.network):
+                    raise failed_again(error) from None
+                return self._repeated(batches, on_count, error)
+
+    def _repeated(
+        self,
+        batches: Callable[[], Iterable[Batch]],
+        on_count: Callable[[int], None],
+        error: SelfCheckError,
+    ) -> PartResult:
+        """Score the part in float64: the checks then tell rounding from a rule that is wrong."""
+        with in_float64(self.network) as network:
+            engine = FullGradient(network, self.chunks.size, self.nonfinite)
+            engine.methods.rows.flat = self.methods.rows.flat
+            try:
+                result = engine._part(batches, lambda: None, on_count)
+            except SelfCheckError as again:
+                raise failed_again(again) from None
+            except (RuntimeError, TypeError) as reason:
+                raise cannot_repeat(error, reason) from reason
+        self.repeats += 1
+        if self.repeats == 1:
+            warnings.warn(
+                "a self-check failed by rounding, so that part of the scores was computed again in "
+                f"float64 and passed there; dtype=torch.float64 does that from the start ({error})",
+                stacklevel=2,
+            )
+        fields = {name: values.float() for name, values in result.fields.items()}
+        return PartResult(result.index, fields, result.count, result.mean_grad_sqnorm)
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the provenance of a table."""
+        repeats = {"repeated_in_float64": f"{self.repeats} parts"} if self.repeats else {}
+        return {**self.methods.describe(), **repeats}
 
     def _part(
         self,
@@ -121,8 +148,8 @@ class FullGradient:
         }
         blocks, indices, sample = [], [], FirstSample()
         for batch in batches():
-            moved = batch.on(network.device, network.dtype)
-            for chunk, values, gradients in self._in_chunks(moved, self._first):
+            moved = self.know(batch.on(network.device, network.dtype))
+            for chunk, values, gradients in self.chunks.of(moved, self._first):
                 for p, g in zip(network.parameters, gradients, strict=True):
                     if g is not None:
                         totals[id(p)] += g
@@ -160,6 +187,7 @@ class FullGradient:
             return _spread({}, counts), nothing
         kept = chunk.take(counts.nonzero().flatten())
         if not methods.prepared:
+            methods.rows.know_pairs(kept)
             finite = self._finite(kept)
             if not bool(finite.all()):
                 counts[counts.clone()] = finite
@@ -167,48 +195,18 @@ class FullGradient:
                     return _spread({}, counts), nothing
                 kept = kept.take(finite.nonzero().flatten())
             methods.prepare(kept)
-            self._choose_chunk()
-            if self.chunk is not None and chunk.samples > self.chunk:
-                raise _SmallerChunk
-        gradients, values = self._traced(kept)
+            self.chunks.choose(methods.bytes_per_sample)
+        gradients, values = summed(network, methods, kept)
         finite = (values["loss"] + values["grad_sqnorm"]).isfinite()
         if not bool(finite.all()):
             self._refuse(kept, finite)
             counts[counts.clone()] = finite
             if not bool(finite.any()):
                 return _spread({}, counts), nothing
-            gradients, values = self._traced(kept.take(finite.nonzero().flatten()))
+            gradients, values = summed(
+                self.network, self.methods, kept.take(finite.nonzero().flatten())
+            )
         return _spread(values, counts), gradients
-
-    def _traced(self, kept: Batch) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-        network, methods = self.network, self.methods
-        prepared = False
-        while True:
-            try:
-                losses, gradients, tape = traced(network, methods.plan, kept, methods.expanding)
-                break
-            except UnknownCall as call:
-                # Not seen on the first samples: the first batch of several, or another branch.
-                if prepared:
-                    for key in call.used:
-                        methods.plan.others[key] = "used in a call that few samples make"
-                methods.prepare(kept)
-                prepared = True
-        norms = tape.total()
-        if methods.plan.others:
-            norms += _per_sample.norms(methods.others, network, kept, list(methods.plan.others))
-
-        def mean(rows: Tensor) -> Tensor:
-            return network.per_sample(rows, kept).double().cpu()
-
-        values = {
-            "grad_sqnorm": norms.cpu(),
-            "loss": mean(losses.loss),
-            "el2n": mean(losses.residual_sqnorm.sqrt()),
-            "margin": mean(losses.margin),
-            "entropy": mean(losses.entropy),
-        }
-        return gradients, values
 
     def _second(
         self,
@@ -245,9 +243,8 @@ class FullGradient:
             offset, chunk_start = start, 0
             if offset + batch.samples > len(losses):
                 raise _changed("more samples")
-            for chunk, values, again in self._in_chunks(
-                batch.on(network.device, network.dtype), work
-            ):
+            moved = self.know(batch.on(network.device, network.dtype))
+            for chunk, values, again in self.chunks.of(moved, work):
                 at = torch.arange(offset + chunk_start, offset + chunk_start + chunk.samples)
                 at = at[counted[at]]
                 result[at] = values
@@ -260,49 +257,8 @@ class FullGradient:
             raise _changed("fewer samples")
         return result
 
-    def _in_chunks(
-        self, batch: Batch, work: Callable[[Batch], tuple[Any, Any]]
-    ) -> Iterator[tuple[Batch, Any, Any]]:
-        """Yield (chunk, *work(chunk)); where memory runs out, chunks become half as large."""
-        start = 0
-        while start < batch.samples:
-            size = min(self.chunk or batch.samples, batch.samples - start)
-            chunk = batch.take(slice(start, start + size))
-            try:
-                done = work(chunk)
-            except _SmallerChunk:
-                continue
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or size == 1:
-                    raise
-                done = None
-            if done is None:
-                self.chunk = (size + 1) // 2
-                if batch.labels.is_cuda:
-                    torch.cuda.empty_cache()
-                continue
-            yield chunk, *done
-            start += size
-
-    def _choose_chunk(self) -> None:
-        """Choose how many samples at a time a share of the memory holds the activations of."""
-        if self._fixed or self.chunk is not None or not self.methods.bytes_per_sample:
-            return
-        device = self.network.device
-        if device.type == "cuda":
-            budget = _CUDA_SHARE * torch.cuda.mem_get_info(device)[0]
-        elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-            budget = _CPU_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        else:
-            budget = float(1 << 31)
-        self.chunk = max(1, int(budget / (_COPIES * self.methods.bytes_per_sample)))
-
     def _finite(self, kept: Batch) -> Tensor:
-        with torch.no_grad(), self.network.context():
-            outputs = self.network.forward(kept)
-            self.network.loss.check(outputs, kept.labels, kept.index, kept.views)
-            losses = self.network.losses(outputs, kept)
-        finite = self.network.per_sample(losses.loss, kept).isfinite().cpu()
+        finite = self.network.per_sample(self.methods.rows.losses(kept), kept).isfinite().cpu()
         if not bool(finite.all()):
             self._refuse(kept, finite)
         return finite

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from . import engine, formulas
+from ._array_like import as_tensors
 from ._precision import own_precision
 from .backends import Backend, choose
 from .problem import Problem, build_problem, compute_dtype
+from .sequences import by_length
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def moso_scores(
     backend: str = "auto",
     chunk_size: int | None = None,
     nonfinite: str = "raise",
+    per: str = "sample",
 ) -> Tensor:
     """MoSo score of every sample for one head (or K heads over the same features).
 
@@ -113,6 +116,9 @@ def moso_scores(
         G = r.T @ features / N                                          # (C, D)
         a = ((r @ G) * features).sum(1); q = (r**2).sum(1) * (features**2).sum(1)
         scores = scale * (N * a - q) / (N - 1)
+
+    Arrays, columns of pandas and lists are taken where tensors are meant, without a copy where
+    their memory can be shared (Python's floats are float64).
 
     Parameters
     ----------
@@ -126,7 +132,7 @@ def moso_scores(
         (N,) integer class ids, or (N, C) targets (probabilities for cross-entropy).
     formula
         ``"moso"`` (the paper), ``"one_step"``, ``"official"``, ``"official_exact"``,
-        ``"alignment"``; see :mod:`moso_fast.formulas`.
+        ``"alignment"``, ``"cosine"``; see :mod:`moso_fast.formulas`.
     scale
         Factor on the scores, such as the learning rate of the checkpoint.
     loss
@@ -151,6 +157,10 @@ def moso_scores(
     nonfinite
         ``"raise"``: a row with a NaN or infinite feature is an error; ``"exclude"``: it gives NaN
         and does not count.
+    per
+        With ``cu_seqlens``: the loss of a sequence is the sum over its counted tokens
+        (``"sample"``) or their mean (``"token"``), as language models are trained; scores of sums
+        are largely a measure of length.
 
     Returns
     -------
@@ -169,6 +179,14 @@ def moso_scores(
     """
     formulas.check_formula(formula)
     formulas.check_scale(scale)
+    features, weight, labels, bias, sample_weight, cu_seqlens = as_tensors(
+        features=features,
+        weight=weight,
+        labels=labels,
+        bias=bias,
+        sample_weight=sample_weight,
+        cu_seqlens=cu_seqlens,
+    )
     problem = build_problem(
         features,
         weight,
@@ -182,6 +200,7 @@ def moso_scores(
         precision=precision,
         nonfinite=nonfinite,
     )
+    problem = by_length(problem, per)
     stats = _stats(problem, weight, bias, backend, chunk_size, formula, scale)
     return stats._scores(formula, scale) if stats._score is None else stats._score
 
@@ -201,11 +220,20 @@ def last_layer_stats(
     backend: str = "auto",
     chunk_size: int | None = None,
     nonfinite: str = "raise",
+    per: str = "sample",
 ) -> LastLayerStats:
     """Alignment, squared gradient norm, loss, EL2N, margin and entropy from one sweep.
 
     Parameters and errors as in :func:`moso_scores`, which is ``.scores(formula, scale)`` of this.
     """
+    features, weight, labels, bias, sample_weight, cu_seqlens = as_tensors(
+        features=features,
+        weight=weight,
+        labels=labels,
+        bias=bias,
+        sample_weight=sample_weight,
+        cu_seqlens=cu_seqlens,
+    )
     problem = build_problem(
         features,
         weight,
@@ -219,6 +247,7 @@ def last_layer_stats(
         precision=precision,
         nonfinite=nonfinite,
     )
+    problem = by_length(problem, per)
     return _stats(problem, weight, bias, backend, chunk_size, None, 1.0)
 
 
@@ -245,7 +274,13 @@ def explain(
     """
     formulas.check_formula(formula)
     formulas.check_scale(scale)
-    problem = build_problem(features, weight, labels, bias, **options)
+    features, weight, labels, bias = as_tensors(
+        features=features, weight=weight, labels=labels, bias=bias
+    )
+    given = {name: options[name] for name in ("sample_weight", "cu_seqlens") if name in options}
+    options |= zip(given, as_tensors(**given), strict=True)
+    per = options.pop("per", "sample")
+    problem = by_length(build_problem(features, weight, labels, bias, **options), per)
     chosen, reasons = choose(problem, backend)
     plan = engine.make_plan(problem, chosen, chunk_size)
     chunks = -(-problem.rows // plan.chunk_rows) if problem.rows else 0

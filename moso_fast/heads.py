@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._rates import ScoredParameters, Stated
 from .arrays import open_array, open_safetensors, safetensors_names, split_spec
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
@@ -19,12 +21,21 @@ SUFFIXES = (".safetensors", ".npz", ".npy", *TORCH_SUFFIXES)
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """Weight (C, D), bias (C,) or None, and the learning rate where the file says it."""
+    """Weight (C, D), bias (C,) or None, and what the file says about the learning rate."""
 
     weight: Tensor
     bias: Tensor | None
-    lr: float | None
     source: str
+    stated: Stated | None = None
+    scored: ScoredParameters | None = None
+
+    @property
+    def lr(self) -> float | None:
+        """Learning rate of the head; ValueError where several are stated and it has none of them.
+
+        None where the file states none.
+        """
+        return None if self.stated is None else self.stated.rate(self.scored)
 
 
 def read_head(spec: str) -> Head:
@@ -42,7 +53,7 @@ def read_head(spec: str) -> Head:
         No such file.
     """
     path, names = split_spec(spec, SUFFIXES)
-    tensors, lr = _open(path)
+    tensors, stated = _open(path)
     if names is None:
         weight_name, bias_name = _find(path, tensors)
     else:
@@ -59,7 +70,11 @@ def read_head(spec: str) -> Head:
             f"{path}: the bias {bias_name!r} must be ({weight.shape[0]},) to go with "
             f"{weight_name!r} {_shape(weight)}; got {_shape(bias)}"
         )
-    return Head(weight, bias, lr, spec)
+    shapes = {weight_name: tuple(weight.shape)}
+    if bias is not None and bias_name is not None:
+        shapes[bias_name] = tuple(bias.shape)
+    in_file = Counter(tuple(tensor.shape) for tensor in tensors.values())
+    return Head(weight, bias, spec, stated, ScoredParameters(shapes, "the head", in_file))
 
 
 def stack_heads(heads: list[Head]) -> list[tuple[list[int], Tensor, Tensor | None]]:
@@ -76,7 +91,7 @@ def stack_heads(heads: list[Head]) -> list[tuple[list[int], Tensor, Tensor | Non
     return stacked
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], float | None]:
+def _open(path: Path) -> tuple[dict[str, Tensor], Stated | None]:
     suffix = path.suffix.lower()
     if suffix == ".npy":
         return {"weight": open_array(path).clone()}, None
@@ -87,7 +102,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], float | None]:
     from .checkpoints import Checkpoint, read
 
     loaded = read(Checkpoint(path))
-    return {k: v for k, v in loaded.state.items() if isinstance(v, Tensor)}, loaded.lr
+    return loaded.state, loaded.stated
 
 
 def _open_npz(path: Path) -> dict[str, Tensor]:

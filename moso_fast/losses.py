@@ -7,10 +7,12 @@ near 1e-8 the textbook forms round to exactly 0 in float32 and the ranking is lo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._logit_map import LogitMap
 
 LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
 
@@ -75,6 +77,25 @@ def row_statistics(
         residual = residual * sample_weight[:, None, None]
         loss_values = loss_values * sample_weight[:, None]
     return RowStatistics(residual, loss_values, residual.square().sum(-1), margin, entropy)
+
+
+def mapped_statistics(
+    logit_map: LogitMap | None, outputs: Tensor, labels: Tensor, **options: Any
+) -> RowStatistics:
+    """Row statistics of the loss of m(z), where the residual is that by the head's outputs z.
+
+    Parameters
+    ----------
+    logit_map
+        m; None = the outputs are the logits.
+    outputs
+        (n, K, C); labels and options as in :func:`row_statistics`.
+    """
+    if logit_map is None:
+        return row_statistics(outputs, labels, **options)
+    stats = row_statistics(logit_map.apply(outputs), labels, **options)
+    residual = logit_map.pull_back(outputs, stats.residual)
+    return stats._replace(residual=residual, residual_sqnorm=residual.square().sum(-1))
 
 
 def _cross_entropy_ids(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._array_like import as_tensor
+
 __all__ = ["check_part_sizes", "partition_digest", "partition_ids", "resolve_partition"]
 
 
@@ -82,10 +84,13 @@ def resolve_partition(partition: Any, num_samples: int, seed: int = 0) -> Tensor
     if isinstance(partition, int):
         return check_part_sizes(partition_ids(num_samples, partition, seed))
     try:
-        ids = torch.as_tensor(partition).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+        given = torch.tensor(partition) if isinstance(partition, (float, complex)) else partition
+        ids = as_tensor("partition", given).detach().cpu()
+    except TypeError as error:
+        reason = str(error).partition("; it holds ")[2]  # of an array that holds something else
         raise TypeError(
-            f"partition must be None, an int or (N,) integer ids, got {type(partition).__name__}"
+            "partition must be None, an int or (N,) integer ids, got "
+            f"{type(partition).__name__}{reason and f' of {reason}'}"
         ) from error
     if ids.dim() == 0 and not ids.is_floating_point() and ids.dtype != torch.bool:
         return check_part_sizes(partition_ids(num_samples, int(ids), seed))

@@ -21,6 +21,9 @@ FIELDS = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")
 GATHER_BYTES = 1 << 30
 _GATHER_BLOCK_ROWS = 1 << 16
 
+# What says how a problem is computed, and is not checked with its data.
+_NOT_OF_A_PROBLEM = ("backend", "chunk_size", "logit_map", "logit_scale")
+
 
 class PartStats(list[dict[str, Tensor]]):
     """One dict of (N,) tensors per head; the backend that ran; N and |G|^2 (a head) by part."""
@@ -59,7 +62,7 @@ def score_parts(
     progress
         Called with (parts done, parts) after every part.
     **kwargs
-        Further arguments of ``last_layer_stats``.
+        Further arguments of ``last_layer_stats``, and of ``_mapped.head_stats``.
 
     Returns
     -------
@@ -82,7 +85,7 @@ def score_parts(
     parts: list[tuple[int | None, Tensor | None]] = [(None, None)]
     if partition is not None:
         # Shapes are checked on the whole, where the message shows the shapes that the caller knows.
-        options = {k: v for k, v in kwargs.items() if k not in ("backend", "chunk_size")}
+        options = {k: v for k, v in kwargs.items() if k not in _NOT_OF_A_PROBLEM}
         problem = build_problem(features, weight, labels, bias, **options)
         if problem.cu_seqlens is not None:
             sequence_offsets(problem)
@@ -152,10 +155,10 @@ def _part_stats(
     options: dict[str, Any],
 ) -> LastLayerStats:
     """Statistics of some samples (None = all) against their own mean."""
-    from .functional import last_layer_stats
+    from ._mapped import head_stats
 
     if samples is None:
-        return last_layer_stats(features, weight, labels, bias, **options)
+        return head_stats(features, weight, labels, bias, **options)
     rows, options = _rows_of(samples, options)
     with tempfile.TemporaryDirectory(prefix="moso_fast_") as folder:
         taken = [
@@ -166,7 +169,7 @@ def _part_stats(
             weights = options["sample_weight"]
             options["sample_weight"] = _gather(weights, rows, Path(folder) / "weight.bin")
         try:
-            return last_layer_stats(taken[0], weight, taken[1], bias, **options)
+            return head_stats(taken[0], weight, taken[1], bias, **options)
         except ValueError as error:
             raise ValueError(f"part {part} of partition: {_renumber(str(error), rows)}") from error
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._labels import fit_labels
+from ._logit_map import LogitMap
 from .losses import LOSSES, SOFT_LABEL_TOLERANCE
 
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 PRECISIONS = ("highest", "high", "medium")
 NONFINITE = ("raise", "exclude")
 
@@ -50,6 +51,8 @@ class Problem:
     nonfinite: str
     stacked: bool
     upload: Callable[[slice], Tensor] | None = None  # set by streaming.py
+    # From the heads' outputs to the logits that the loss is taken of; None = they are the same.
+    logit_map: LogitMap | None = None
 
     @property
     def rows(self) -> int:
@@ -140,8 +143,11 @@ def build_problem(
     cu_seqlens: Any = None,
     precision: str | None = None,
     nonfinite: str = "raise",
+    logit_map: LogitMap | None = None,
 ) -> Problem:
     """Check the arguments of a scoring call and bring the heads to (K, C, D).
+
+    With a ``logit_map`` m the loss is that of m(W h + b).
 
     Raises
     ------
@@ -160,6 +166,8 @@ def build_problem(
     _check_head(features, weight, bias)
     classes = weight.shape[-2]
     devices = (features.device, weight.device)
+    _check_tensor("labels", labels)
+    labels = fit_labels(labels, classes, loss)
     _check_labels(features, labels, loss, classes, devices)
     _check_rows_argument("sample_weight", sample_weight, features, devices)
     if cu_seqlens is not None:
@@ -179,6 +187,7 @@ def build_problem(
         precision=precision or default_precision(features),
         nonfinite=nonfinite,
         stacked=stacked,
+        logit_map=logit_map,
     )
 
 
@@ -286,14 +295,8 @@ def _check_labels(
     classes: int,
     devices: tuple[torch.device, torch.device],
 ) -> None:
-    _check_tensor("labels", labels)
     rows = features.shape[0]
     if loss == "cross_entropy" and labels.dim() == 1:
-        if labels.dtype not in LABEL_DTYPES:
-            raise TypeError(
-                f"labels of shape (N,) must be integer class ids, got {_name(labels.dtype)}; "
-                f"probabilities have shape (N, C) = {(rows, classes)}"
-            )
         expected: tuple[int, ...] = (rows,)
     else:
         expected = (rows, classes)

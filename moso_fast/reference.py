@@ -91,7 +91,8 @@ def closed_form_stats(
 @dataclass(frozen=True)
 class _Rows:
     features: Tensor  # (N, D) or (N, D + 1) with ones for the bias
-    residual: Tensor  # (K, N, C), zero where not counted
+    residual: Tensor  # (K, N, C), of the head's outputs, zero where not counted
+    logit_sqnorm: Tensor  # (K, N) squared norm of the residual of the logits
     loss: Tensor  # (K, N), as are margin and entropy
     margin: Tensor
     entropy: Tensor
@@ -121,15 +122,18 @@ def _rows(
     if not problem.soft_labels:
         targets = torch.where(counted, targets, 0)
     weights = None if problem.sample_weight is None else problem.sample_weight.to(dtype)
+    logit_map = problem.logit_map
     stats = row_statistics(
-        logits,
+        logits if logit_map is None else logit_map.apply(logits),
         targets,
         loss=problem.loss,
         label_smoothing=problem.label_smoothing,
         sample_weight=weights,
     )
-    residual = torch.where(counted[:, None, None], stats.residual, 0).transpose(0, 1)
-    return problem, _Rows(h, residual, stats.loss.T, stats.margin.T, stats.entropy.T, counted)
+    by_logits = torch.where(counted[:, None, None], stats.residual, 0)
+    by_outputs = by_logits if logit_map is None else logit_map.pull_back(logits, by_logits)
+    values = (by_logits.square().sum(-1).T, stats.loss.T, stats.margin.T, stats.entropy.T)
+    return problem, _Rows(h, by_outputs.transpose(0, 1), *values, counted)
 
 
 def _row_gradients(rows: _Rows) -> Tensor:
@@ -165,7 +169,7 @@ def _finish(
         alignment=visible(alignment),
         grad_sqnorm=visible(grad_sqnorm),
         loss=visible(total(rows.loss)),
-        el2n=visible(total(rows.residual.square().sum(-1)).sqrt()),
+        el2n=visible(total(rows.logit_sqnorm).sqrt()),
         margin=visible(total(rows.margin) / tokens),
         entropy=visible(total(rows.entropy) / tokens),
         mean_grad=mean_grad,

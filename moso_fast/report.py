@@ -1,7 +1,8 @@
 """Plots of scores and of what pruning by them did; PNG files, no display, no global state.
 
 Colours are those of Okabe and Ito, told apart by all common forms of colour vision; lines differ
-by marker too. Every function writes one file, whole or not at all, and returns its path.
+by marker too. Every function writes one file, whole or not at all, and returns its path. Where
+tensors are meant, arrays, columns of pandas and lists are taken too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._array_like import as_tensor
 from ._plot import (
     COLOURS,
     GREY,
@@ -41,7 +43,7 @@ PathLike = str | os.PathLike[str]
 
 
 def score_histogram(
-    groups: Mapping[str, Tensor],
+    groups: Mapping[str, Any],
     path: PathLike,
     *,
     title: str = "Scores",
@@ -68,6 +70,7 @@ def score_histogram(
     ModuleNotFoundError
         matplotlib is missing (``pip install "moso-fast[plot]"``).
     """
+    groups = {name: as_tensor(f"groups[{name!r}]", values) for name, values in groups.items()}
     finite = {name: finite_values(values) for name, values in groups.items()}
     everything = torch.cat([*finite.values()]) if finite else torch.empty(0)
     if not everything.numel():
@@ -165,9 +168,9 @@ def pruning_curve(
 
 
 def extremes(
-    images: Tensor,
-    labels: Tensor | Sequence[Any],
-    scores: Tensor,
+    images: Any,
+    labels: Any,
+    scores: Any,
     path: PathLike,
     *,
     count: int = 10,
@@ -197,6 +200,8 @@ def extremes(
     ModuleNotFoundError
         matplotlib is missing.
     """
+    images, scores = as_tensor("images", images), as_tensor("scores", scores)
+    labels = labels if isinstance(labels, Tensor) else list(labels)  # by position, text too
     colour = images.dim() == 4 and images.shape[-1] == 3
     if not colour and images.dim() != 3:
         raise ValueError(f"images must be (N, H, W) or (N, H, W, 3); got {tuple(images.shape)}")
@@ -246,8 +251,8 @@ def extremes(
 
 
 def label_error_curve(
-    scores_by_name: Mapping[str, Tensor],
-    is_error: Tensor,
+    scores_by_name: Mapping[str, Any],
+    is_error: Any,
     path: PathLike,
     *,
     title: str = "Finding label errors",
@@ -273,13 +278,14 @@ def label_error_curve(
     ModuleNotFoundError
         matplotlib is missing.
     """
-    truth = is_error.detach().cpu().bool()
+    truth = as_tensor("is_error", is_error).detach().cpu().bool()
     errors, total = int(truth.sum()), truth.numel()
     if not 0 < errors < total:
         raise ValueError(f"is_error must mark some but not all samples; it marks {errors}/{total}")
     figure, axes = new_axes(7.0, 4.6)
     inspected = torch.arange(total + 1, dtype=torch.float64) * 100 / total
-    for number, (name, values) in enumerate(scores_by_name.items()):
+    for number, (name, given) in enumerate(scores_by_name.items()):
+        values = as_tensor(f"scores_by_name[{name!r}]", given)
         if values.shape != truth.shape:
             raise ValueError(
                 f"scores_by_name[{name!r}] must have shape {tuple(truth.shape)}, as is_error; "
@@ -310,7 +316,7 @@ def label_error_curve(
     return save_png(figure, path)
 
 
-def auroc(suspicion: Tensor, is_error: Tensor) -> float:
+def auroc(suspicion: Any, is_error: Any) -> float:
     """Probability that an error is more suspicious than a correct sample; a tie counts 1/2.
 
     Raises
@@ -318,11 +324,11 @@ def auroc(suspicion: Tensor, is_error: Tensor) -> float:
     ValueError
         ``is_error`` marks none or all of the samples.
     """
-    truth = is_error.detach().cpu().bool()
+    truth = as_tensor("is_error", is_error).detach().cpu().bool()
     errors = int(truth.sum())
     if not 0 < errors < truth.numel():
         raise ValueError("is_error must mark some but not all samples")
-    values = suspicion.detach().cpu().double().nan_to_num(nan=-torch.inf)
+    values = as_tensor("suspicion", suspicion).detach().cpu().double().nan_to_num(nan=-torch.inf)
     wins = float(average_rank(values)[truth].sum()) - errors * (errors + 1) / 2
     return wins / (errors * (truth.numel() - errors))
 

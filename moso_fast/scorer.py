@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._arguments import Arguments
+from ._array_like import as_tensor
 from ._full_job import FullJob
 from ._full_loss import check_loss
 from ._job import ScoringJob, with_scores
+from ._row_weights import RowWeights, check_class_weight, check_sample_weight
 from .backends import backends
 from .combine import check_combine, combine_checkpoints
-from .features import find_head, predicts_next_token
+from .features import find_head
 from .formulas import check_formula
 from .full_gradient import choose_parameters
 from .parts import PartStats
 from .problem import build_problem
+from .sequences import check_per
 from .table import ScoreTable
 
 __all__ = ["MoSoScorer"]
@@ -45,8 +49,13 @@ class MoSoScorer:
     model
         The network.
     head
-        Name or module of the last `nn.Linear`; None finds it (see `features.find_head`). The loss
-        is taken of the head's output, whatever the model does to it afterwards.
+        Name or module of the last `nn.Linear` or 1 x 1 convolution; None finds it (see
+        `features.find_head`). The loss is taken of the model's logits: its head's output, some or
+        all rows of it in any order, their mean over positions, or a known map of it (a factor, a
+        soft cap, softmax, BatchNorm in eval mode, ...; see `_logit_map.LogitMap`). The first batch
+        of every checkpoint shows which; anything else is refused. Gradients are by the weight and
+        bias in force: of a computed weight (weight_norm, pruning), by what was computed, and of a
+        weight tied to an embedding, by the head's own use of it. The table says so.
     gradient
         ``"last_layer"``, or ``"full"``: all parameters in ``scope``, as in the paper. Then the loss
         is taken of the model's output: logits (N, C) or (N, T, C), also as ``logits`` of a
@@ -67,6 +76,13 @@ class MoSoScorer:
         caller's setting.
     label_smoothing, ignore_index
         As in `torch.nn.functional.cross_entropy`.
+    class_weight
+        (C,) factors on the losses of the classes, as ``weight`` of
+        `torch.nn.functional.cross_entropy`, for class ids without label smoothing and
+        ``gradient="last_layer"``. The loss of the whole is the mean over the N samples, as
+        ``reduction="mean"`` has it without weights; with weights that divides by their sum W
+        instead of N, a common factor N / W of all losses (of a part): it multiplies every score by
+        (N / W)^2 and leaves their order as it is.
     device, dtype
         Where and in which floating-point dtype the model runs while it is scored, and to which its
         inputs are brought; None = as they are.
@@ -76,10 +92,19 @@ class MoSoScorer:
         Dtype of the features (N, D), which are kept in memory: ``"auto"`` (that of the head's
         input where it is 16-bit or float64, else float32), ``"float32"`` or ``"bfloat16"``.
     shift_labels
-        Whether token features at t go with the label at t + 1; ``"auto"``: for the causal language
-        models of transformers (``...ForCausalLM``, ``...LMHeadModel``).
+        Whether token features at t go with the label at t + 1. ``"auto"``: as in the model's own
+        loss, where its forward (or that of a network within it) takes ``labels`` and returns one;
+        else for the causal language models of transformers by their names; else not, unless the
+        labels are the very tokens that the model reads, which is refused: say which.
+    per
+        What the loss of a sequence of tokens is: ``"token"``, the mean over its counted tokens, as
+        in the loss that language models are trained with, or ``"sample"``, the sum, whose scores
+        are largely a measure of length. Where every sample is one row it says nothing.
     batch_size
         Samples a batch where a data set is given instead of a loader.
+    columns
+        Names of the entries of a dict batch that the model gets; None = those that its forward
+        names (or all, where it takes any), and one notice of what is left out.
     progress
         Show progress on stderr when it is a terminal.
 
@@ -105,13 +130,16 @@ class MoSoScorer:
         loss: Any = "cross_entropy",
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
+        class_weight: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         precision: str | None = None,
         backend: str = "auto",
         feature_cache: str = "auto",
         shift_labels: str | bool = "auto",
+        per: str = "token",
         batch_size: int = 256,
+        columns: Sequence[str] | None = None,
         chunk_size: int | None = None,
         nonfinite: str = "raise",
         progress: bool = True,
@@ -144,6 +172,7 @@ class MoSoScorer:
                 "precision": precision is not None,
                 "backend": backend != "auto",
                 "feature_cache": feature_cache != "auto",
+                "class_weight": class_weight is not None,
             },
         )
         self.model = model
@@ -157,7 +186,11 @@ class MoSoScorer:
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
         self.feature_cache, self.batch_size, self.progress = feature_cache, batch_size, progress
-        self.shift = predicts_next_token(model) if shift_labels == "auto" else bool(shift_labels)
+        self.per = check_per(per)
+        self.class_weight = check_class_weight(class_weight, loss, label_smoothing)
+        self.columns = columns
+        Arguments(model, columns)  # refuses columns that are no names
+        self.shift_labels = shift_labels
         self.options: dict[str, Any] = {
             "loss": loss,
             "label_smoothing": label_smoothing,
@@ -185,16 +218,22 @@ class MoSoScorer:
         seed: int = 0,
         resume: str | os.PathLike[str] | None = None,
         index: Any = None,
+        sample_weight: Any = None,
     ) -> ScoreTable:
         """Score all samples at all checkpoints.
 
         Parameters
         ----------
         data
-            A loader that does not shuffle, or a data set, without random augmentation; batches are
-            (input, label) or dicts with the key ``labels`` or ``label`` (the model is called with
-            the other entries). Whether an iterable data set keeps its order cannot be known
-            beforehand: its labels are compared from pass to pass.
+            A loader that does not shuffle, or a data set, without random augmentation; or whole
+            arrays, (inputs, labels) or (inputs, labels, index). Batches are (input, label),
+            (input, label, index), (index, (input, label)) or dicts with the key ``labels`` or
+            ``label``, of which the model gets what its forward names (see ``columns``). An index
+            that the data bring, also as ``idx`` or ``index`` of a dict, is that of the table.
+            Rows of packed documents (with ``position_ids`` that begin again, ``cu_seqlens`` or
+            ``seq_idx``) hold one sample a document. An `IterableDataset` is read without workers
+            unless its samples bring their index, and refused where it is seen to shuffle: its
+            labels are compared from pass to pass.
         checkpoints
             `Checkpoint` objects, state dicts or paths, also from a generator (read one by one);
             None scores the model as it is, with learning rate 1. Where no checkpoint has a
@@ -216,7 +255,10 @@ class MoSoScorer:
             ``combine``, learning rates and ``num_steps`` may change between calls, and checkpoints
             may be added at the end.
         index
-            (N,) data-set indices for the table; None = 0..N-1.
+            (N,) data-set indices for the table; None = those that the data bring, else 0..N-1.
+        sample_weight
+            (N,) factors on the losses of the samples, in the order of the data, as in
+            `moso_scores` (N still counts samples); with ``gradient="last_layer"``.
 
         Returns
         -------
@@ -232,14 +274,22 @@ class MoSoScorer:
         check_formula(formula)
         check_combine(combine, num_steps)
         index = _check_index(index)
+        weights = check_sample_weight(sample_weight, self.gradient)
         # Results that an inference-mode caller can still use anywhere afterwards.
         with torch.inference_mode(False), torch.no_grad():
-            kind: type[ScoringJob] | type[FullJob]
-            kind = ScoringJob if self.gradient == "last_layer" else FullJob
-            job = kind(self, data, checkpoints, formula, partition, seed, index, resume)
+            call = (self, data, checkpoints, formula, partition, seed, index, resume)
+            job: ScoringJob | FullJob
+            if self.gradient == "last_layer":
+                job = ScoringJob(*call, RowWeights(self.class_weight, weights, self.per))
+            else:
+                job = FullJob(*call)
+            job.combine = combine
             groups = job.run()
+            if isinstance(job, ScoringJob):
+                job.warn_if_noise(groups)
             stats = [one for group in groups for one in with_scores(group, formula, job.ids)]
             provenance = self._provenance(job, groups[0])
+            provenance |= {"index": job.index_source()}
             provenance |= {"formula": formula, "combine": combine, "num_steps": num_steps}
             return combine_checkpoints(
                 stats,
@@ -247,7 +297,7 @@ class MoSoScorer:
                 partition=job.ids,
                 combine=combine,
                 num_steps=num_steps,
-                index=torch.arange(job.samples) if index is None else index,
+                index=job.table_index(),
                 provenance=provenance,
             )
 
@@ -256,9 +306,9 @@ class MoSoScorer:
 
         with_rates = job.rates[0] is not None
         loss = self.options["loss"]
-        own: dict[str, Any] = {"head": self.head_name}
-        if isinstance(job, FullJob):
-            own = job.describe()
+        own: dict[str, Any] = job.describe()
+        if isinstance(job, ScoringJob):
+            own |= job.row_weights.describe()
         return {
             "moso_fast": __version__,
             "torch": str(torch.__version__),
@@ -270,7 +320,7 @@ class MoSoScorer:
             "loss": getattr(loss, "__qualname__", type(loss).__name__) if callable(loss) else loss,
             "precision": self.options["precision"] or job.precision,
             "features": job.feature_dtype,
-            "shift_labels": self.shift,
+            "shift_labels": job.shift.describe(),
             "samples": job.samples,
             "counted": sum(stats.counts.values()),
             "seed": job.seed,
@@ -283,12 +333,13 @@ class MoSoScorer:
 def _check_index(index: Any) -> Tensor | None:
     if index is None:
         return None
-    index = torch.as_tensor(index)
+    index = as_tensor("index", index)
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"index must hold integers, got {index.dtype}")
     if index.dim() != 1:
         raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}")
-    return index.detach().cpu().long()
+    # With the checks of the table, before any work.
+    return ScoreTable(torch.zeros(len(index)), index=index).index
 
 
 def _only_with(gradient: str, full: dict[str, bool], last_layer: dict[str, bool]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._array_like import as_tensor
 from .table import ScoreTable
 
 METHODS = ("top", "bottom", "random", "sample")
@@ -20,10 +22,10 @@ _DECIMALS = 12
 
 
 def select(
-    scores: Tensor | ScoreTable,
+    scores: Any,
     keep: float,
     *,
-    labels: Tensor | Sequence[int] | None = None,
+    labels: Any = None,
     balance: str | None = None,
     method: str = "top",
     seed: int = 0,
@@ -33,13 +35,15 @@ def select(
     Parameters
     ----------
     scores
-        (N,) scores, high = keep, NaN = never kept; or a :class:`ScoreTable`, whose direction is
-        heeded and whose data-set indices are returned.
+        (N,) scores, high = keep, NaN = never kept: a tensor, an array, a column of pandas or a
+        list; or a :class:`ScoreTable`, whose direction is heeded and whose data-set indices are
+        returned.
     keep
         An int is a count. A float in [0, 1] is a fraction of all N scores, read as a decimal of 12
         places and rounded half up: 0.2 of 50,000 is 10,000, and so is ``1 - 0.8``.
     labels
-        (N,) integer classes; needed by ``balance``.
+        (N,) integer classes; needed by ``balance``. For a table: in the order of its rows, or,
+        where it lacks rows, of the whole data set (told apart by the length).
     balance
         ``None``: the whole set in one ranking. ``"equal"``: the same quota for every class; what a
         small class cannot fill goes to the others in equal shares. ``"proportional"``: quotas as
@@ -55,7 +59,8 @@ def select(
     Returns
     -------
     Tensor
-        int64 on the CPU: row numbers of ``scores``, or data-set indices for a table.
+        int64 on the CPU: row numbers of ``scores`` (positions, as for ``iloc`` of pandas), or
+        data-set indices for a table.
 
     Raises
     ------
@@ -67,6 +72,8 @@ def select(
     """
     if isinstance(scores, ScoreTable):
         values = scores.scores if scores.higher_is_better else -scores.scores
+        if balance is not None:
+            labels = _labels_of_rows(labels, scores.index)
         rows = select(values, keep, labels=labels, balance=balance, method=method, seed=seed)
         return scores.index[rows].sort().values
     values = _check_scores(scores)
@@ -161,9 +168,8 @@ def apportion(places: int, weights: Sequence[int], capacity: Sequence[int]) -> l
     return shares
 
 
-def _check_scores(scores: Tensor) -> Tensor:
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"scores must be a Tensor or a ScoreTable; got {type(scores).__name__}")
+def _check_scores(given: Any) -> Tensor:
+    scores = as_tensor("scores", given)
     if scores.dim() != 1:
         raise ValueError(f"scores must have shape (N,); got {tuple(scores.shape)}")
     if scores.is_complex() or scores.dtype == torch.bool:
@@ -174,12 +180,31 @@ def _check_scores(scores: Tensor) -> Tensor:
 def _check_labels(labels: Any, count: int) -> Tensor:
     if labels is None:
         raise ValueError("balance needs labels, (N,) integer classes; got None")
-    values = torch.as_tensor(labels)
+    values = as_tensor("labels", labels)
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"labels must be integers; got {values.dtype}")
     if values.shape != (count,):
         raise ValueError(f"labels must have shape ({count},), as scores; got {tuple(values.shape)}")
     return values.cpu()
+
+
+def _labels_of_rows(labels: Any, index: Tensor) -> Any:
+    """Labels in the order of a table's rows, taken from those of the whole data set if need be."""
+    if labels is None:
+        return None
+    values, rows = as_tensor("labels", labels), index.numel()
+    if values.dim() != 1 or not rows:
+        return values
+    highest = int(index.max())
+    if values.shape[0] != rows:
+        return values[index.to(values.device)] if values.shape[0] > highest else values
+    if highest == rows - 1 and not torch.equal(index, torch.arange(rows)):
+        warnings.warn(
+            "labels are taken in the order of the table's rows, which is not that of the data set; "
+            "give labels[table.index] if they were in the order of the data set",
+            stacklevel=3,
+        )
+    return values
 
 
 def _by_class(labels: Tensor, valid: Tensor) -> list[Tensor]:

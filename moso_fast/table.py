@@ -1,8 +1,10 @@
 """ScoreTable: scores of a data set with their metrics, checkpoints and origin, and its files.
 
-One row a sample. Columns of the files: ``index``, ``score``, the metrics by name, and the values
-per checkpoint as ``name@k``. Parquet keeps the origin in its schema, .npz in the entry ``@meta``,
-.csv in ``<name>.csv.meta.json`` beside it (a table without that file loads too, as float32).
+One row a sample. Columns of the files: ``index``, ``score``, the metrics by name, the direction as
+``higher_is_better`` (1 or 0 in every row; not in .npz), and the values per checkpoint as
+``name@k``. Parquet keeps the origin in its schema, .npz in the entry ``@meta``, .csv in
+``<name>.csv.meta.json`` beside it. Files that pandas, polars or a spreadsheet wrote anew load too,
+without an origin.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._array_like import as_tensor
 
 METRICS = (
     "alignment",
@@ -31,6 +35,8 @@ METRICS = (
 @dataclass(eq=False)
 class ScoreTable:
     """Scores of N samples; high = informative = keep where ``higher_is_better``.
+
+    Values may be tensors, arrays, columns of pandas or lists; all but tensors are copied.
 
     Parameters
     ----------
@@ -54,7 +60,7 @@ class ScoreTable:
     ValueError
         Shapes that disagree, a repeated or negative index, a name with "@" or ",".
     TypeError
-        Values that are not float32 or float64 tensors.
+        Values that are not float32 or float64.
     """
 
     scores: Tensor
@@ -69,6 +75,7 @@ class ScoreTable:
         rows = self.scores.shape[0]
         if self.index is None:
             self.index = torch.arange(rows)
+        self.index = _own("index", self.index)
         if self.index.shape != (rows,):
             raise ValueError(
                 f"index must have shape ({rows},), as scores; got {tuple(self.index.shape)}"
@@ -88,7 +95,7 @@ class ScoreTable:
         }
 
     def _column(self, kind: str, name: str, values: Tensor, rank: int) -> Tensor:
-        reserved = kind == "metrics" and name in ("index", "score")
+        reserved = kind == "metrics" and name in ("index", "score", "higher_is_better")
         if not name or reserved or any(mark in name for mark in '@,/"\n\r'):
             raise ValueError(f"{kind} cannot have the name {name!r}")
         values = _floats(f"{kind}[{name!r}]", values, rank)
@@ -127,7 +134,8 @@ class ScoreTable:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the table to ``path`` (.parquet, .csv or .npz), whole or not at all.
 
-        Every value comes back bitwise, NaN as NaN. An existing file is replaced.
+        Every value comes back bitwise, NaN as NaN. An existing file is replaced. The direction
+        stands in the file itself, so that a .csv keeps it without the file beside it.
 
         Raises
         ------
@@ -145,13 +153,30 @@ class ScoreTable:
         return _table_files.save(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ScoreTable:
-        """Read a table that :meth:`save` wrote.
+    def load(
+        cls, path: str | os.PathLike[str], *, higher_is_better: bool | None = None
+    ) -> ScoreTable:
+        """Read a table that :meth:`save` wrote, or what another program made of it.
+
+        That may have sorted or left out rows, changed the order of the columns, or added one that
+        counts rows (without a name, ignored); a .csv may have a byte-order mark, ``;`` or tabs
+        between its cells, decimal commas (where nothing else can be meant) and empty cells, which
+        are NaN. Columns of text are left out, with a warning. A .csv without the file beside it
+        is read as float32 unless that would lose digits.
+
+        Parameters
+        ----------
+        path
+            A .parquet, .csv or .npz file.
+        higher_is_better
+            The direction of a file that does not say its own; None = True, with a warning.
 
         Raises
         ------
         ValueError
-            Another suffix, a damaged file, or a file that is no score table.
+            Another suffix, a damaged file, a file that is no score table or can be read in two
+            ways, an index that is repeated, missing or not whole, and a direction that differs
+            between rows, description and ``higher_is_better``.
         FileNotFoundError
             No such file.
         ModuleNotFoundError
@@ -159,7 +184,7 @@ class ScoreTable:
         """
         from . import _table_files
 
-        return _table_files.load(Path(path))
+        return _table_files.load(Path(path), higher_is_better)
 
     @classmethod
     def concat(cls, tables: Sequence[ScoreTable]) -> ScoreTable:
@@ -202,10 +227,15 @@ class ScoreTable:
         )
 
 
-def _floats(name: str, values: Tensor, rank: int) -> Tensor:
-    if not isinstance(values, Tensor) or values.dtype not in (torch.float32, torch.float64):
-        given = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"{name} must be a float32 or float64 tensor; got {given}")
+def _own(name: str, values: Any) -> Tensor:
+    """Tensor of ``values``: a tensor itself, else a copy, since a table may be written to."""
+    return values if isinstance(values, Tensor) else as_tensor(name, values).clone()
+
+
+def _floats(name: str, values: Any, rank: int) -> Tensor:
+    values = _own(name, values)
+    if values.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be a float32 or float64 tensor; got {values.dtype}")
     if values.dim() != rank:
         shape = "(N,)" if rank == 1 else "(K, N)"
         raise ValueError(f"{name} must have shape {shape}; got {tuple(values.shape)}")

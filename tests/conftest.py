@@ -39,8 +39,13 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20231210)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where there is no CUDA device."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is no CUDA device; leave out models unless asked for."""
+    if "models" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("models")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("models")]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

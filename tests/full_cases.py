@@ -190,7 +190,8 @@ def gradients(
         value = loss(outputs, y[None]).sum()
         found = torch.autograd.grad(value, parameters, allow_unused=True)
         pairs = zip(found, parameters, strict=True)
-        rows.append(torch.cat([(p * 0 if g is None else g).flatten() for g, p in pairs]))
+        dense = [p * 0 if g is None else g.to_dense() for g, p in pairs]
+        rows.append(torch.cat([g.flatten() for g in dense]))
     return torch.stack(rows).detach()
 
 
@@ -205,4 +206,5 @@ def scores(g: Tensor, formula: str) -> Tensor:
         "official": ((mean - g / n) * g).sum(1),
         "official_exact": ((2 * n - 3) * g2 - q + (2 * n - 4) * (a - q / n)) / (n - 1) ** 2,
         "alignment": a,
+        "cosine": a / (q * g2).sqrt(),
     }[formula]

@@ -217,6 +217,62 @@ def test_prune_writes_data_set_indices(scored, capsys):
     assert value[best[0]] == pytest.approx(float(scored.scores[row]), rel=1e-7)
 
 
+def test_the_table_is_an_argument_or_an_option(scored, capsys):
+    run(capsys, "prune --scores s.npz --keep 5 -o one.npy")
+    run(capsys, "prune s.npz --keep 5 -o other.npy")
+    run(capsys, "prune --keep 5 -o third.npy s.npz")
+    assert Path("one.npy").read_bytes() == Path("other.npy").read_bytes()
+    assert Path("one.npy").read_bytes() == Path("third.npy").read_bytes()
+    assert (
+        run(capsys, "report s.npz -o plots").out
+        == run(capsys, "report --scores s.npz -o plots").out
+    )
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept", "said"),
+    [
+        ("1", 1, "1 sample (a count; 1.0 or 100% keeps all)"),
+        ("5", 5, "5 samples (a count)"),
+        ("0.5", 10, "the fraction 0.5 of 20"),
+        ("1e-1", 2, "the fraction 0.1 of 20"),
+        ("25 %", 5, "the fraction 0.25 of 20"),
+    ],
+)
+def test_prune_says_how_it_read_the_share(scored, capsys, keep, kept, said):
+    words = ["prune", "s.npz", "--keep", keep, "-o", "kept.npy"]
+    assert f"keep          {said}" in run(capsys, words).out
+    facts = json.loads(run(capsys, [*words, "--json"]).out)
+    assert (facts["keep"], facts["kept"]) == (said, kept) and len(np.load("kept.npy")) == kept
+    assert run(capsys, [*words, "--quiet"]).out == ""
+    assert f"keep      {said}" in run(capsys, ["report", "s.npz", "--keep", keep, "-o", "r"]).out
+
+
+def test_a_table_that_low_scores_lead_is_pruned_and_drawn_that_way(scored, capsys, monkeypatch):
+    from moso_fast import report as plots
+
+    table = ScoreTable(torch.arange(4.0), index=torch.tensor([8, 6, 4, 2]), higher_is_better=False)
+    table.save("low.csv")
+    Path("low.csv").rename("moved.csv")
+    assert run(capsys, "prune moved.csv --keep 0.5 -o kept.npy").err == ""
+    assert np.load("kept.npy").tolist() == [6, 8]
+    seen = {}
+    monkeypatch.setattr(plots, "score_histogram", lambda _, path, **how: seen.update(how) or path)
+    run(capsys, "report moved.csv --keep 0.5 -o r")
+    assert seen == {"cut": 1.0, "xlabel": "score (low = keep)"}
+
+
+def test_warnings_about_a_table_take_one_line_on_stderr(folder, capsys):
+    Path("bare.csv").write_text("index,score,file\n3,0.5,a.png\n1,0.25,b.png\n")
+    result = run(capsys, "prune bare.csv --keep 1 -o kept.npy --json --quiet")
+    lines = result.err.splitlines()
+    assert len(lines) == 2 and all(
+        line.startswith("moso-fast: warning: bare.csv: ") for line in lines
+    )
+    assert "'file' holds text" in lines[0] and "high is assumed" in lines[1]
+    assert json.loads(result.out)["kept"] == 1 and np.load("kept.npy").tolist() == [3]
+
+
 def table_indices(table, values, count):
     return sorted(table.index[values.argsort(descending=True)[:count]].tolist())
 
@@ -358,6 +414,14 @@ BAD_INPUT = [
         "prune --scores s.npz --keep 1 --balance equal --labels few.npy -o k.npy",
         "few.npy must hold labels of the whole data set",
     ),
+    ("prune --keep 1 -o k.npy", "give the score table: moso-fast prune SCORES ..."),
+    ("prune s.npz --scores s.npz --keep 1 -o k.npy", "once: got s.npz and --scores s.npz"),
+    ("prune s.npz F.npy --keep 1 -o k.npy", "unexpected extra argument"),
+    ("report -o r", "give the score table: moso-fast report SCORES ..."),
+    (
+        "prune s.npz --keep 1 --balance equal --labels names.npy -o k.npy",
+        "names.npy holds <U3, which torch lacks; class names become ids by numpy.unique",
+    ),
     ("report --scores s.npz -o F.npy", "--output F.npy is a file; it must be a folder"),
     ("report --scores s.npz -o r --images y.npy", "y.npy must hold (N, H, W)"),
     ("report --scores s.npz -o r --errors few.npy", "few.npy must hold flags"),
@@ -369,6 +433,7 @@ def test_bad_input_gives_2_in_one_line_and_no_file(scored, capsys, words, messag
     features, labels = np.load("F.npy"), np.load("y.npy")
     np.save("short.npy", features[:, :3])
     np.save("few.npy", labels[:3])
+    np.save("names.npy", np.array(["cat", "dog"] * 45))
     labels[33] = 99
     np.save("bad.npy", labels)
     Path("junk.parquet").write_text("hello")

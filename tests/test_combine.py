@@ -227,6 +227,18 @@ def test_zscore_of_equal_scores_is_zero():
     assert table.scores.tolist() == [0.0] * 7
 
 
+def test_rates_of_zero_are_refused_where_they_decide_the_scores(generator):
+    call = {"stats": make_stats(generator), "index": torch.arange(12)}
+    with pytest.raises(ValueError, match="lr is 0 for all checkpoints, which would make every"):
+        combine_checkpoints(**call, lr=[0.0] * K)
+    one = combine_checkpoints(**call, lr=[0.0, 0.5, 0.0])
+    assert_equal(one.scores, 0.5 * call["stats"][1]["score"] / K)
+    standardised = combine_checkpoints(**call, lr=[0.0] * K, combine="zscore")
+    assert_equal(
+        standardised.scores, combine_checkpoints(**call, lr=[1.0] * K, combine="zscore").scores
+    )
+
+
 def test_combining_keeps_the_dtype_and_takes_no_samples(generator):
     stats = make_stats(generator, dtype=torch.float32)
     table = combine_checkpoints(stats, lr=[1.0] * K, index=torch.arange(12))

@@ -105,7 +105,7 @@ LAST_IS_NORM = net(a=nn.Linear(3, 3), b=nn.Linear(3, 2), norm=nn.LayerNorm(2))
             "one with head=; its nn.Linear modules are 'a' (3 -> 3), 'b' (3 -> 2)",
         ),
         (
-            net(conv=nn.Conv2d(1, 1, 1)),
+            net(conv=nn.Conv2d(1, 1, 3)),
             None,
             ValueError,
             "head cannot be found: the last module with parameters is 'conv' (Conv2d); choose one "
@@ -119,7 +119,7 @@ LAST_IS_NORM = net(a=nn.Linear(3, 3), b=nn.Linear(3, 2), norm=nn.LayerNorm(2))
             "the model has no nn.Linear",
         ),
         (
-            Timm(nn.Conv2d(3, 2, 1)),
+            Timm(nn.Conv2d(3, 2, 3)),
             None,
             TypeError,
             "head found by get_classifier() 'head' must be an nn.Linear, got Conv2d",
@@ -247,7 +247,7 @@ def test_loaders_in_order(data: Any, count: int | None) -> None:
 def test_tensor_data_set_is_sliced_by_whole_batches() -> None:
     inputs = torch.arange(14.0).reshape(7, 2)
     batches = list(make_loader(TensorDataset(inputs, torch.arange(7)), 3))
-    assert [len(x) for x, _ in batches] == [3, 3, 1]
+    assert [len(x) for x, _ in batches] == [3, 2, 2], "no batch of one"
     assert torch.equal(torch.cat([x for x, _ in batches]), inputs)
 
 
@@ -263,6 +263,8 @@ X, Y = torch.ones(2, 3), torch.tensor([0, 1])
         (({"a": X}, Y), (), {"a": X}),
         ({"labels": Y, "x": X}, (), {"x": X}),
         ({"label": Y, "x": X}, (), {"x": X}),
+        ((X, Y, torch.tensor([4, 9])), (X,), {}),
+        ((torch.tensor([4, 9]), (X, Y)), (X,), {}),
     ],
 )
 def test_batches(batch: Any, args: tuple, kwargs: dict) -> None:
@@ -278,9 +280,11 @@ def test_batches(batch: Any, args: tuple, kwargs: dict) -> None:
     ("batch", "error", "message"),
     [
         (X, TypeError, r"a batch must be \(input, label\) or a dict, got Tensor"),
-        ((X, Y, Y), ValueError, r"must be \(input, label\) or a dict, got a tuple of 3"),
+        ((X, Y, Y, Y), ValueError, r"must be \(input, label\) or a dict, got a tuple of 4"),
+        ((X, Y, X), ValueError, r"tuple of 3 whose last entry \(float32 \(2, 3\)\) is no index"),
+        ((X, Y, ["a", "b"]), ValueError, r"tuple of 3 whose last entry \(list\) is no index"),
         ({"x": X}, ValueError, r"needs the key 'labels' or 'label', got \['x'\]"),
-        ((X, "ab"), TypeError, "labels must be a tensor, got str"),
+        ((X, "ab"), TypeError, r"labels are text \('ab'\); map them to ids"),
         ((X, 1), ValueError, "labels must have one entry per sample, got a single number"),
     ],
 )
@@ -382,9 +386,9 @@ def test_stream_of_unknown_length() -> None:
 
 
 def test_stream_that_shuffles_is_found_by_its_labels() -> None:
+    """The stream begins with other samples when it is read again, after the first pass already."""
     runner = capture(net(fc=nn.Linear(3, 2)), Stream(shuffle=True))
-    runner.run()
-    with pytest.raises(ValueError, match="yields other labels in this pass than in the one before"):
+    with pytest.raises(ValueError, match="the stream begins with other samples when it is read"):
         runner.run()
 
 
@@ -469,7 +473,7 @@ class Image(nn.Module):
         self.fc = nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x[:, None].expand(-1, 2, -1)).mean(1)
+        return self.fc(x[:, None].expand(-1, 2, -1))
 
 
 def test_head_called_by_keyword() -> None:
@@ -494,7 +498,7 @@ def test_head_called_by_keyword() -> None:
         (
             net(fc=nn.Linear(3, 2)),
             None,
-            DataLoader(ITEMS, batch_size=4, collate_fn=lambda b: (torch.ones(1, 3), torch.ones(1))),
+            DataLoader(ITEMS, batch_size=4, collate_fn=lambda b: (torch.ones(1, 3), Y[:1])),
             {},
             "the loader yields 2 samples of a data set of 6; every sample must come once",
         ),

@@ -1,4 +1,4 @@
-"""The five formulas against brute force: retraining one step without the sample, and autograd."""
+"""The formulas against brute force: retraining one step without the sample, and autograd."""
 
 from __future__ import annotations
 
@@ -120,11 +120,21 @@ def test_alignment_is_the_dot_product_with_the_mean():
         ("official", 3 - 5 / 4),
         ("official_exact", (5 * 2 - 5 + 4 * (3 - 5 / 4)) / 9),
         ("alignment", 3.0),
+        ("cosine", 3 / (5 * 2) ** 0.5),
     ],
 )
 def test_values_by_hand(formula, expected):
     got = score(formula, one(3.0), one(5.0), one(2.0), torch.tensor(4))
     assert got.item() == pytest.approx(expected, rel=1e-15)
+
+
+def test_a_gradient_of_zero_agrees_with_nothing():
+    alignment, norms = torch.tensor([0.0, 2.0]), torch.tensor([0.0, 4.0])
+    got = score("cosine", alignment, norms, one(4.0), torch.tensor(2))
+    assert got.tolist() == [0.0, 0.5]
+    assert score("cosine", alignment, norms, one(0.0), torch.tensor(2)).tolist() == [0.0, 0.0]
+    unknown = torch.full((2,), torch.nan)
+    assert score("cosine", unknown, unknown, one(4.0), torch.tensor(2)).isnan().all()
 
 
 def test_relations_between_the_formulas():
@@ -183,10 +193,10 @@ def test_two_samples_score_their_dot_product():
 def test_one_counted_sample(formula):
     case = problem(3)
     labels = torch.tensor([-100, int(case.labels[1]), -100])
-    if formula in ("official", "alignment"):  # neither divides by N - 1
+    if formula in ("official", "alignment", "cosine"):  # none divides by N - 1
         scores = moso_scores(case.features, case.weight, labels, case.bias, formula=formula)
         g2 = oracle_gradients(case)[0][1].square().sum()
-        expected = g2 if formula == "alignment" else torch.zeros_like(g2)
+        expected = {"official": 0 * g2, "alignment": g2, "cosine": g2 / g2}[formula]
         torch.testing.assert_close(scores[1], expected, rtol=1e-12, atol=1e-13)
         assert scores[[0, 2]].isnan().all()
         return
@@ -201,7 +211,7 @@ def test_one_counted_sample(formula):
 
 def test_checks_name_what_is_right():
     assert check_formula("moso") == "moso"
-    with pytest.raises(ValueError, match=r"formula must be one of moso, .*alignment; got 'mos'"):
+    with pytest.raises(ValueError, match=r"formula must be one of moso, .*, cosine; got 'mos'"):
         check_formula("mos")
     with pytest.raises(ValueError, match="formula must be one of"):
         score("mos", one(1), one(1), one(1), torch.tensor(3))

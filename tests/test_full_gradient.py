@@ -135,37 +135,6 @@ def test_channels_last_gives_the_same() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(48, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh())
-        self.fc = nn.Linear(6, CLASSES)
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        from torch.utils.checkpoint import checkpoint
-
-        x = x.flatten(1)[:, :48]
-        return self.fc(checkpoint(self.body, x, use_reentrant=self.reentrant))
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointed_model(reentrant: bool) -> None:
-    torch.manual_seed(0)
-    model = Checkpointed(reentrant).double()
-    inputs, labels = data("cnn", N)
-    plain = nn.Sequential(nn.Flatten(), Cut(), *model.body, model.fc)
-    expected = scores(gradients(plain, inputs, labels), "moso")
-    table = score(model, inputs, labels)
-    torch.testing.assert_close(table.scores, expected, rtol=1e-10, atol=1e-12)
-    assert table.provenance["norms_explicit"] == []
-
-
-class Cut(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :48]
-
-
 class NoForwardMode(torch.autograd.Function):
     """x^2, without a forward-mode derivative."""
 

@@ -17,7 +17,7 @@ from full_cases import CLASSES, ConvNet, build, data, gradients, scores
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from moso_fast import full_gradient
+from moso_fast import _full_chunks
 from moso_fast.checkpoints import Checkpoint
 from moso_fast.full_gradient import FullGradient
 from moso_fast.partition import partition_ids
@@ -311,24 +311,30 @@ class TinyForCausalLM(nn.Module):
         return {"logits": self.lm_head(torch.tanh(hidden))}
 
 
-def test_sequences_with_a_tied_head() -> None:
+@pytest.mark.parametrize("per", ["token", "sample"])
+def test_sequences_with_a_tied_head(per: str) -> None:
     torch.manual_seed(0)
     model = TinyForCausalLM().double()
     ids = torch.randint(7, (9, 6))
     counted = torch.tensor([6, 5, 3, 2, 6, 4, 0, 6, 5])
     labels = torch.where(torch.arange(6) < counted[:, None], ids, -100)
     items = [{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)]
-    table = full(model).score(items)
-    rows = []
+    table = full(model, per=per).score(items)
+    rows, losses = [], []
     for x, y in zip(ids, labels, strict=True):
         logits = model(x[None])["logits"][0, :-1]
         loss = F.cross_entropy(logits, y[1:], reduction="sum")
+        if per == "token":
+            loss = loss / (y[1:] != -100).sum().clamp_min(1)
+        losses.append(loss.detach())
         found = torch.autograd.grad(loss, list(model.parameters()))
         rows.append(torch.cat([g.flatten() for g in found]))
     used = counted > 1
     assert torch.equal(table.scores.isnan(), ~used)
     torch.testing.assert_close(table.scores[used], scores(torch.stack(rows)[used], "moso"), **CLOSE)
+    torch.testing.assert_close(table.metrics["loss"][used], torch.stack(losses)[used], **CLOSE)
     assert table.provenance["norms_explicit"] == []
+    assert table.provenance["shift_labels"] == "True, by the model's class"
 
 
 def test_near_converged_losses_keep_their_ranking() -> None:
@@ -387,8 +393,8 @@ def test_chunks_are_chosen_by_what_the_model_keeps(monkeypatch: pytest.MonkeyPat
     assert kept < budgets[-1] < 40 * kept
     sizes.clear()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    share = 2.5 * full_gradient._COPIES * budgets[-1] / memory
-    monkeypatch.setattr(full_gradient, "_CPU_SHARE", share)
+    share = 2.5 * _full_chunks._COPIES * budgets[-1] / memory
+    monkeypatch.setattr(_full_chunks, "_CPU_SHARE", share)
     table = full(build("cnn"), batch_size=6).score(samples())
     assert sizes == [6] + [2, 2, 2] * 2 + [2, 2, 1]  # the first one was only probed
     torch.testing.assert_close(table.scores, whole.scores, **CLOSE)

@@ -55,6 +55,7 @@ def test_equals_explicit_per_sample_gradients(backend, dtype, kind, heads, bias)
             "official": a - q / n,
             "official_exact": ((2 * n - 3) * g2 - q + (2 * n - 4) * (a - q / n)) / (n - 1) ** 2,
             "alignment": a,
+            "cosine": a / (q * g2).sqrt(),
         }[formula]
         scores = moso_scores(*case.args, formula=formula, backend=backend, **case.options)
         assert scores.dtype == dtype and scores.shape == stats.alignment.shape

@@ -194,3 +194,20 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "moso-fast\[plot\]"'):
         report.score_histogram({"a": torch.rand(9)}, tmp_path / "h.png")
+
+
+def test_arrays_and_lists_are_drawn_as_tensors_are(tmp_path, drawn, generator):
+    scores, wrong = torch.rand(12, generator=generator), torch.arange(12) % 3 == 0
+    images, names = torch.rand(12, 4, 4, generator=generator), [f"class {i % 2}" for i in range(12)]
+    for kind in (torch.as_tensor, np.asarray, lambda values: values.tolist()):
+        report.score_histogram({"all": kind(scores)}, tmp_path / "h.png")
+        report.extremes(kind(images), names, kind(scores), tmp_path / "e.png", count=3)
+        report.label_error_curve({"score": kind(scores)}, kind(wrong), tmp_path / "c.png")
+        assert report.auroc(kind(scores), kind(wrong)) == report.auroc(scores, wrong)
+    titles = [[axes.get_title() for axes in figure.axes] for figure in drawn]
+    assert titles[:3] == titles[3:6] == titles[6:]
+    assert any(title.startswith("class") for title in titles[1])
+    lines = [figure.axes[0].lines[0].get_ydata().tolist() for figure in drawn[2::3]]
+    assert lines[0] == lines[1] == lines[2]
+    with pytest.raises(TypeError, match=r"groups\['all'\] must hold numbers; it holds text"):
+        report.score_histogram({"all": names}, tmp_path / "h.png")

@@ -98,7 +98,9 @@ def test_double_precision_and_every_metric(model: SmallNet, states: list, gradie
     torch.testing.assert_close(table.per_checkpoint["loss"], torch.stack(losses).detach(), **close)
 
 
-@pytest.mark.parametrize("formula", ["one_step", "official", "official_exact", "alignment"])
+@pytest.mark.parametrize(
+    "formula", ["one_step", "official", "official_exact", "alignment", "cosine"]
+)
 def test_other_formulas(model: SmallNet, states: list, gradients: list, formula: str) -> None:
     table = scorer(model).score(images(), checkpoints_of(states)[:1], formula=formula)
     g = gradients[0]
@@ -109,6 +111,7 @@ def test_other_formulas(model: SmallNet, states: list, gradients: list, formula:
         "official": a - q / n,
         "official_exact": ((2 * n - 3) * g2 - q + (2 * n - 4) * (a - q / n)) / (n - 1) ** 2,
         "alignment": a,
+        "cosine": a / (q * g2).sqrt(),
     }[formula]
     torch.testing.assert_close(table.scores.double(), RATES[0] * expected, rtol=2e-5, atol=2e-6)
 
@@ -158,8 +161,9 @@ class TinyForCausalLM(nn.Module):
 
 @pytest.mark.parametrize("shift", ["auto", False])
 @pytest.mark.parametrize("partition", [None, 2])
-def test_sequences(shift: Any, partition: int | None) -> None:
-    """A sequence is one sample: its gradient is the sum over its counted tokens."""
+@pytest.mark.parametrize("per", ["token", "sample"])
+def test_sequences(shift: Any, partition: int | None, per: str) -> None:
+    """A sequence is one sample: its loss is the mean, or the sum, over its counted tokens."""
     torch.manual_seed(0)
     model = TinyForCausalLM()
     ids = torch.randint(7, (9, 6))
@@ -167,7 +171,9 @@ def test_sequences(shift: Any, partition: int | None) -> None:
         torch.arange(6) < torch.tensor([6, 5, 3, 2, 6, 4, 0, 6, 5])[:, None], ids, -100
     )
     data = [{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)]
-    table = scorer(model, shift_labels=shift).score(data, partition=partition)
+    options = {} if per == "token" else {"per": per}  # means are what is done unless asked
+    table = scorer(model, shift_labels=shift, **options).score(data, partition=partition)
+    assert table.provenance["per"] == per
     double = copy.deepcopy(model).double()
     rows = []
     for x, y in zip(ids, labels, strict=True):
@@ -175,6 +181,8 @@ def test_sequences(shift: Any, partition: int | None) -> None:
         if shift == "auto":
             logits, y = logits[:-1], y[1:]
         value = F.cross_entropy(logits, y, reduction="sum", ignore_index=-100)
+        if per == "token":
+            value = value / (y != -100).sum().clamp_min(1)
         rows.append(torch.autograd.grad(value, double.lm_head.weight)[0].flatten())
     counted = torch.arange(9) != 6
     parts = torch.zeros(9, dtype=torch.int64) if partition is None else partition_ids(9, 2)

@@ -64,6 +64,8 @@ BAD_SETTINGS: list[tuple[dict, type, str]] = [
         TypeError,
         "dtype must be a floating-point torch.dtype or None, got torch.int64",
     ),
+    ({"columns": [3]}, TypeError, "columns must be names of entries of a batch, got [3]"),
+    ({"columns": []}, TypeError, "columns must be names of entries of a batch, got []"),
     ({"head": "nothing"}, ValueError, "head 'nothing' is no module of the model; its nn.Linear"),
 ]
 
@@ -120,6 +122,8 @@ ONE_EACH = TensorDataset(torch.randn(3, 1, 4, 4), torch.tensor([0, -100, -100]))
         ({"index": [0, 1]}, ValueError, "index must have one entry per sample, 23, got 2"),
         ({"index": torch.ones(N)}, TypeError, "index must hold integers, got torch.float32"),
         ({"index": torch.ones(1, 1).long()}, ValueError, "index must have shape (N,), got (1, 1)"),
+        ({"index": [0, *range(N - 1)]}, ValueError, "index 0 stands in the table twice; it must"),
+        ({"index": range(-1, N - 1)}, ValueError, "index must not be negative; got -1"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_forward_pass(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from moso_fast._weights import ModelWeights
-from moso_fast.checkpoints import Checkpoint
+from moso_fast.checkpoints import Checkpoint, read
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +319,7 @@ def test_weights_on_loan(states: list) -> None:
     weights = ModelWeights(model, model.fc)
     with torch.autocast("cpu", torch.bfloat16):
         own, expected = model(inputs), other(inputs)
-        with weights.lent(weights.resolve(states[0], "here")):
+        with weights.lent(weights.resolve(read(Checkpoint(states[0]))).tensors):
             assert torch.equal(model(inputs), expected)
         assert torch.equal(model(inputs), own)
         with weights.lent(states[0], head_only=True):
@@ -344,7 +344,7 @@ def test_another_dtype_is_lent_to_buffers_too(states: list) -> None:
     model = SmallNet()
     model.register_buffer("scale", torch.ones(2), persistent=False)
     weights = ModelWeights(model, model.fc, dtype=torch.float64)
-    with weights.lent(weights.resolve(states[0], "here")):
+    with weights.lent(weights.resolve(read(Checkpoint(states[0]))).tensors):
         assert {t.dtype for t in model.parameters()} == {torch.float64}
         assert model.scale.dtype == model.bn.running_mean.dtype == torch.float64
         assert model.bn.num_batches_tracked.dtype == torch.int64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -184,6 +185,55 @@ def test_table_gives_data_set_indices_and_heeds_direction():
     assert select(table, 2).tolist() == [20, 30]
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [
+        np.array([0.5, np.nan, 2.0, 1.0]),
+        np.array([0.5, np.nan, 2.0, 1.0], dtype=">f4"),
+        np.array([1.0, 2.0, np.nan, 0.5])[::-1],
+        [0.5, NAN, 2.0, 1.0],
+        (0.5, NAN, 2.0, 1.0),
+        [torch.tensor(0.5), torch.tensor(NAN), torch.tensor(2.0), torch.tensor(1.0)],
+    ],
+)
+def test_arrays_and_lists_are_scores_too(scores):
+    assert select(scores, 2).tolist() == [2, 3]
+    for labels in (
+        [0, 0, 1, 1],
+        np.array([0, 0, 1, 1], dtype=np.uint16),
+        torch.tensor([0, 0, 1, 1]),
+    ):
+        assert select(scores, 2, labels=labels, balance="equal").tolist() == [0, 2]
+
+
+def test_lists_of_floats_are_ranked_in_full_precision():
+    assert select([1.0, 1.0 + 1e-12], 1).tolist() == [1]
+
+
+def test_labels_of_a_table_that_lost_rows_may_be_those_of_the_data_set():
+    table = ScoreTable(torch.tensor([1.0, 2.0, 3.0, 4.0]), index=torch.tensor([9, 1, 5, 3]))
+    whole = torch.tensor([0, 1, 0, 0, 0, 0, 0, 0, 0, 1])  # of 10 samples: rows 1, 1, 0, 0
+    assert select(table, 2, labels=whole, balance="equal").tolist() == [1, 3]
+    assert select(table, 2, labels=whole[table.index], balance="equal").tolist() == [1, 3]
+    with pytest.raises(ValueError, match=r"labels must have shape \(4,\), as scores; got \(9,\)"):
+        select(table, 2, labels=whole[:9], balance="equal")
+
+
+def test_labels_that_could_be_in_two_orders_give_a_warning():
+    table = ScoreTable(torch.tensor([1.0, 2.0, 3.0, 4.0]), index=torch.tensor([3, 2, 1, 0]))
+    labels = torch.tensor([1, 0, 0, 0])
+    with pytest.warns(UserWarning, match=r"give labels\[table.index\] if") as seen:
+        assert select(table, 2, labels=labels, balance="equal").tolist() == [0, 3]
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        select(table, 2, labels=labels)  # without quotas they are not looked at
+        in_order = ScoreTable(table.scores)
+        assert select(in_order, 2, labels=labels, balance="equal").tolist() == [0, 3]
+        fewer = ScoreTable(table.scores, index=torch.tensor([7, 2, 1, 0]))
+        assert select(fewer, 2, labels=labels, balance="equal").tolist() == [0, 7]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
 def test_other_dtypes(dtype):
     assert select(torch.tensor([3, 1, 2], dtype=dtype), 2).tolist() == [0, 2]
@@ -206,7 +256,14 @@ def test_scores_that_require_grad_and_empty_ones():
         ({"balance": "equal"}, ValueError, "balance needs labels"),
         ({"balance": "equal", "labels": torch.zeros(3).long()}, ValueError, r"shape \(4,\)"),
         ({"balance": "equal", "labels": torch.zeros(4)}, TypeError, "labels must be integers"),
-        ({"scores": [1.0, 2.0]}, TypeError, "scores must be a Tensor or a ScoreTable; got list"),
+        (
+            {"scores": {1.0, 2.0}},
+            TypeError,
+            "scores must be a torch.Tensor, an array, a pandas col",
+        ),
+        ({"scores": ["a", "b"]}, TypeError, "scores must hold numbers; it holds text"),
+        ({"scores": [1.0, None]}, TypeError, r"Python objects \(None at \[1\]\)"),
+        ({"labels": ["cat"] * 4, "balance": "equal"}, TypeError, "labels must hold numbers; it ho"),
         ({"scores": torch.zeros(2, 2)}, ValueError, r"scores must have shape \(N,\)"),
         ({"scores": torch.zeros(4).bool()}, TypeError, "scores must be real numbers"),
     ],

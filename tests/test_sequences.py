@@ -76,6 +76,62 @@ def test_scores_equal_autograd_over_whole_sequences():
     torch.testing.assert_close(stats.loss, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["ids", "soft"])
+@each_backend
+def test_means_over_tokens_equal_autograd(backend, kind, layout):
+    bounds = LAYOUTS[layout]
+    case = random_case(kind, dtype=torch.float64 if backend == "torch" else torch.float32)
+    if kind == "ids":
+        case.labels[5] = -100
+    weights = torch.linspace(0.5, 2.0, 17)
+    exact = random_case(kind, dtype=torch.float64)
+    tokens, losses = oracle_gradients(exact)
+    counted = torch.ones(17, dtype=torch.bool)
+    if kind == "ids":
+        counted[5] = False
+    factors = torch.where(counted, weights.double(), 0.0)
+    pairs = list(pairwise(bounds))
+    used = torch.tensor([bool(counted[a:b].any()) for a, b in pairs])
+    means = [1.0 / max(1, int(counted[a:b].sum())) for a, b in pairs]
+    gradients = torch.stack(
+        [
+            (factors[a:b, None, None] * tokens[a:b]).sum(0) * m
+            for (a, b), m in zip(pairs, means, strict=True)
+        ]
+    )
+    expected = torch.stack(
+        [(factors[a:b] * losses[a:b]).sum() * m for (a, b), m in zip(pairs, means, strict=True)]
+    )
+    given = {**case.options, "cu_seqlens": torch.tensor(bounds), "sample_weight": weights}
+    stats = last_layer_stats(*case.args, **given, per="token", backend=backend)
+    mean = gradients[used].mean(0)
+    assert torch.equal(stats.alignment.isnan(), ~used)
+    for found, wanted in (
+        (stats.alignment, (gradients * mean).sum((1, 2))),
+        (stats.grad_sqnorm, gradients.square().sum((1, 2))),
+        (stats.loss, expected),
+    ):
+        assert_close(found[used], wanted[used], 1e-5)
+
+
+def test_length_of_samples_is_refused_by_name():
+    case = random_case("ids", cu_seqlens=torch.tensor([0, 5, 17]))
+    with pytest.raises(ValueError, match=r"^per must be one of sample, token; got 'row'"):
+        moso_scores(*case.args, **case.options, per="row")
+    with pytest.raises(ValueError, match=r"^per='token' goes with nonfinite='raise'"):
+        moso_scores(*case.args, **case.options, per="token", nonfinite="exclude")
+    with pytest.raises(ValueError, match=r"^cu_seqlens must end at the number of rows"):
+        moso_scores(*case.args, cu_seqlens=torch.tensor([0, 5, 16]), per="token")
+    with pytest.raises(ValueError, match=r"^cu_seqlens must not decrease"):
+        moso_scores(*case.args, cu_seqlens=torch.tensor([0, 25, 3, 17]), per="token")
+
+
+def test_rows_that_are_samples_have_no_length():
+    case = random_case("ids")
+    assert torch.equal(moso_scores(*case.args, per="token"), moso_scores(*case.args))
+
+
 @each_backend
 def test_fields_are_sums_and_means_over_the_counted_tokens(backend):
     labels = random_case("ids").labels.clone()

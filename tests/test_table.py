@@ -224,7 +224,12 @@ def test_provenance_must_be_json(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"scores": [1.0]}, TypeError, "scores must be a float32 or float64 tensor; got list"),
+        (
+            {"scores": [1, 2]},
+            TypeError,
+            "scores must be a float32 or float64 tensor; got torch.int",
+        ),
+        ({"scores": ["a", "b"]}, TypeError, r"scores must hold numbers; it holds text \('a' at"),
         ({"scores": torch.zeros(2).half()}, TypeError, "got torch.float16"),
         ({"scores": torch.zeros(2, 1)}, ValueError, r"scores must have shape \(N,\)"),
         ({"index": torch.zeros(3).long()}, ValueError, r"index must have shape \(2,\)"),
@@ -234,6 +239,7 @@ def test_provenance_must_be_json(tmp_path):
         ({"metrics": {"loss": torch.zeros(3)}}, ValueError, r"metrics\['loss'\] must have 2"),
         ({"metrics": {"a@b": torch.zeros(2)}}, ValueError, "cannot have the name 'a@b'"),
         ({"metrics": {"score": torch.zeros(2)}}, ValueError, "cannot have the name 'score'"),
+        ({"metrics": {"higher_is_better": torch.zeros(2)}}, ValueError, "cannot have the name 'hi"),
         ({"per_checkpoint": {"loss": torch.zeros(2)}}, ValueError, r"shape \(K, N\)"),
     ],
 )

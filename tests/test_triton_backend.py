@@ -16,6 +16,7 @@ from interpreter import run_interpreted, run_python
 import moso_fast
 from moso_fast import engine
 from moso_fast.backends import (
+    _cuda_device,
     _triton_blas,
     _triton_choice,
     _triton_few_classes,
@@ -26,7 +27,6 @@ from moso_fast.backends import (
     choose,
     get,
 )
-from moso_fast.backends import _cuda_device
 from moso_fast.backends import torch as torch_backend
 from moso_fast.backends import triton as triton_backend
 from moso_fast.backends._triton_choice import REGIMES, RULES, Rule, choose_regime

@@ -160,6 +160,11 @@ MOSO_DEVICE void score(const Score& p) {
       break;
     case Formula::kAlignment:
       break;
+    case Formula::kCosine: {
+      const double norms = device::square_root(q) * device::square_root(g2);
+      value = norms == 0.0 ? 0.0 : a / norms;  // NaN stays: it is not equal to zero
+      break;
+    }
   }
   device::global_store(p.score + at, float(value * p.scale));
 }

@@ -56,7 +56,7 @@ struct Judge {
 };
 
 // Numbers of moso_fast/formulas.py, in the order of FORMULAS.
-enum class Formula : int { kMoso, kOneStep, kOfficial, kOfficialExact, kAlignment };
+enum class Formula : int { kMoso, kOneStep, kOfficial, kOfficialExact, kAlignment, kCosine };
 
 struct Score {
   const float *alignment, *grad_sqnorm;  // (heads, rows)

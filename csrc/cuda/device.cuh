@@ -239,6 +239,7 @@ MOSO_DEVICE Floats2 expand_float16(uint32_t packed) {
 }
 MOSO_DEVICE float exponential(float x) { return expf(x); }
 MOSO_DEVICE float square_root(float x) { return sqrtf(x); }
+MOSO_DEVICE double square_root(double x) { return sqrt(x); }
 MOSO_DEVICE float logarithm1p(float x) { return log1pf(x); }
 
 }  // namespace moso_fast::device

@@ -55,8 +55,11 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    """Trace ``F.embedding``, except where a gradient depends on the other samples of the batch."""
-    if max_norm is not None or scale_grad_by_freq or sparse or input.dim() < 1:
+    """Trace ``F.embedding``, except where a gradient depends on the other samples of the batch.
+
+    ``sparse`` is how the gradient would be stored, not what it is: here it is always dense.
+    """
+    if max_norm is not None or scale_grad_by_freq or input.dim() < 1:
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]

@@ -6,6 +6,7 @@ the gradient of single samples: that of sample i must vanish outside the entries
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,6 +50,14 @@ def candidates(shape: tuple[int, ...], rows: int) -> list[Layout]:
         if size > rows and size % rows == 0:
             found += [Layout("outer", dim), Layout("inner", dim)]
     return found
+
+
+def fits(layout: Layout, shape: Sequence[int], rows: int) -> bool:
+    """Tell whether a tensor of this shape can have this layout."""
+    if layout.dim >= len(shape):
+        return False
+    size = shape[layout.dim]
+    return size == rows if layout.kind == "alone" else size > 0 and size % rows == 0
 
 
 def clear(left: list[Layout]) -> bool:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .factors import Factors, squared_norms, summed
-from .layout import Layout, candidates, consistent, samples_first
+from .layout import Layout, candidates, consistent, fits, samples_first
+from .moves import fingerprint
 
 
 class UnknownCall(Exception):
@@ -75,6 +76,9 @@ class Tape:
         self.kinds: dict[int, set[Hashable]] = {}
         self.calls: list[tuple[Call, tuple[int, ...], list[int]]] = []
         self.seen: dict[int, Tensor] = {}
+        #: A number for each sample and call, where they are asked for (see `moves`).
+        self.marks: dict[int, Tensor] | None = None
+        self.moves = False  # whether the samples may have got another order on the way
         self._pending: dict[int, list[Factors | Tensor]] = {}
         self._heights: dict[int, int] = {}
         self._left: Counter[int] = Counter()
@@ -99,7 +103,8 @@ class Tape:
             return None
         key = (name, id(used[0]), rank)
         layout = self.plan.layouts.get(key)
-        if layout is None and self.rows > 1 and not self.probing:
+        known = layout is not None and fits(layout, shape, self.rows)
+        if not known and self.rows > 1 and not self.probing:
             raise UnknownCall(name, [id(p) for p in used])
         made = Call(len(self.calls), key, lead, layout)
         self.calls.append((made, tuple(shape[:lead]), [id(p) for p in used]))
@@ -118,6 +123,12 @@ class Tape:
         """Bring an input or output gradient of the call to (samples, T, ...), not in 16 bits."""
         tensor = samples_first(call.layout, tensor, call.lead, self.rows, self.samples)
         return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+    def mark(self, output: Tensor) -> None:
+        """Note a number for each sample in the output of the last call, if that is asked for."""
+        call = self.calls[-1][0]
+        if self.marks is not None and call.number not in self.marks:
+            self.marks[call.number] = fingerprint(self.arrange(call, output))
 
     def probe(self, call: Call, gradient: Tensor) -> None:
         """Note the gradient of a call's output."""

@@ -74,4 +74,6 @@ def _refusal(backend: Backend, availability: Availability, problem: Problem) -> 
         return availability.reason
     if problem.streamed and not backend.streams:
         return f"features lie in main memory, and it streams none to {problem.device}"
+    if problem.logit_map is not None and not backend.maps:
+        return f"the logits are {problem.logit_map.describe()} of the head's output z"
     return backend.supports(problem)

@@ -31,6 +31,8 @@ class Backend(ABC):
     name: str
     #: Whether it takes features by ``problem.feature_rows``, hence from main memory too.
     streams = False
+    #: Whether it takes the loss of a map of the heads' outputs (``problem.logit_map``).
+    maps = False
 
     @abstractmethod
     def availability(self) -> Availability:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..engine import FirstPass, RowBuffers
-from ..losses import SOFT_LABEL_TOLERANCE, row_statistics
+from ..losses import SOFT_LABEL_TOLERANCE, mapped_statistics
 from ..problem import (
     STATUS_FEATURE,
     STATUS_LABEL,
@@ -38,6 +38,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     streams = True
+    maps = True
 
     def availability(self) -> Availability:
         """Return that it is there: PyTorch is what the package stands on."""
@@ -122,7 +123,8 @@ def _of(table: dict[str, int], device: torch.device) -> int:
 
 def _residual(problem, rows, features, labels, counted):  # type: ignore[no-untyped-def]
     weights = None if problem.sample_weight is None else problem.sample_weight[rows]
-    stats = row_statistics(
+    stats = mapped_statistics(
+        problem.logit_map,
         logits_of(problem, features).reshape(-1, problem.heads, problem.classes),
         labels,
         loss=problem.loss,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,19 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..table import ScoreTable
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")]
+TableFile = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Score table: .parquet, .csv or .npz.", metavar="SCORES", show_default=False
+    ),
+]
 ScoresFile = Annotated[
-    Path, typer.Option("--scores", help="Score table: .parquet, .csv or .npz.", metavar="FILE")
+    Path | None,
+    typer.Option("--scores", help="The score table, in place of the argument.", metavar="FILE"),
 ]
 Labels = Annotated[
     str | None,
@@ -26,6 +36,29 @@ Labels = Annotated[
         help="Classes of the whole data set: .npy or .safetensors[:NAME].", metavar="FILE"
     ),
 ]
+
+
+def load_table(argument: Path | None, option: Path | None, command: str) -> ScoreTable:
+    """Read the table that was given as the argument or as ``--scores``; warnings go to stderr.
+
+    Raises
+    ------
+    ValueError
+        Neither or both were given; no score table.
+    """
+    from ..table import ScoreTable
+
+    path = argument if option is None else option
+    if path is None:
+        raise ValueError(f"give the score table: moso-fast {command} SCORES ...")
+    if argument is not None and option is not None:
+        raise ValueError(f"give the score table once: got {argument} and --scores {option}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table = ScoreTable.load(path)
+    for warning in caught:
+        print(f"moso-fast: warning: {warning.message}", file=sys.stderr)
+    return table
 
 
 def emit(result: Mapping[str, Any], *, as_json: bool, quiet: bool) -> None:

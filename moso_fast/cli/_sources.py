@@ -9,6 +9,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .._progress import progress_bar
+from .._rates import Stated
+from .._rates_together import check_rates, settle
 from ..arrays import open_array, read_labels
 from ..combine import combine_checkpoints, score_parts
 from ..heads import Head, read_head, stack_heads
@@ -41,7 +43,9 @@ def table_from_files(
     build_problem(torch.zeros(0, 1), torch.zeros(1, 1), ids, **shape_options)
     features, labels = open_array(features_file), read_labels(labels_file)
     heads = [read_head(name) for name in head_files]
-    lrs = rates if rates is not None else _rates_in_files(heads)
+    lrs = rates if rates is not None else _rates_in_files(heads, how["combine"])
+    if rates is not None:
+        check_rates(rates, [head.source for head in heads], how["combine"], "--lr")
     for head in heads:  # every shape is checked before the first sweep, and named by its file
         try:
             build_problem(features, head.weight, labels, head.bias, **shape_options)
@@ -105,6 +109,7 @@ def table_from_model(
     model_path: str,
     data_path: str,
     checkpoints: list[str],
+    entry: str | None,
     rates: list[float] | None,
     options: dict[str, Any],
     how: dict[str, Any],
@@ -123,7 +128,9 @@ def table_from_model(
     data = import_object(data_path, "--data")
     scorer = MoSoScorer(model, progress=progress, **options)
     given: list[float | None] = list(rates) if rates else [None] * len(checkpoints)
-    points = [Checkpoint(path, lr) for path, lr in zip(checkpoints, given, strict=True)]
+    points = [
+        Checkpoint(path, lr, entry=entry) for path, lr in zip(checkpoints, given, strict=True)
+    ]
     return scorer.score(data, points or None, **how)
 
 
@@ -170,16 +177,17 @@ def import_object(path: str, option: str, finished: type | None = None) -> Any:
     return value() if callable(value) else value
 
 
-def _rates_in_files(heads: list[Head]) -> list[float | None]:
+def _rates_in_files(heads: list[Head], combine: str) -> list[float | None]:
     """Learning rates that the files state: all of them, or none."""
-    known = [head for head in heads if head.lr is not None]
+    stated = [head.stated or Stated(head.source) for head in heads]
+    known = [one for one in stated if one.any()]
     if known and len(known) < len(heads):
-        without = next(head for head in heads if head.lr is None)
+        without = next(head for head, one in zip(heads, stated, strict=True) if not one.any())
         raise ValueError(
-            f"{known[0].source} states a learning rate and {without.source} does not: "
+            f"{known[0].where} states a learning rate and {without.source} does not: "
             "give one --lr for each --head"
         )
-    return [head.lr for head in heads]
+    return settle(stated, [head.scored for head in heads], combine)
 
 
 def _versions() -> dict[str, str]:

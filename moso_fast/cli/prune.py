@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._common import Json, Labels, Quiet, ScoresFile, emit, labels_of
+from ._common import Json, Labels, Quiet, ScoresFile, TableFile, emit, labels_of, load_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,17 +16,19 @@ SUFFIXES = (".npy", ".txt", ".csv")
 
 
 def prune(
-    scores: ScoresFile,
     keep: Annotated[
         str,
         typer.Option(
-            help="Fraction with a decimal point (0.5), percentage (50%) or count (25000).",
+            help="Fraction with a decimal point (0.5), percentage (50%) or count (25000): 1 is "
+            "one sample, 1.0 all.",
             metavar="SHARE",
         ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Kept indices: .npy, .txt or .csv.")
     ],
+    table_file: TableFile = None,
+    scores: ScoresFile = None,
     labels: Labels = None,
     balance: Annotated[
         str | None, typer.Option(help="Quota per class: equal or proportional (needs --labels).")
@@ -37,7 +39,7 @@ def prune(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the data-set indices of the samples to keep, ascending.
+    """Write the data-set indices of the samples of the table SCORES to keep, ascending.
 
     top keeps the highest values of the column; bottom the lowest. Fractions are of all rows,
     rounded half up; samples without a score are never kept.
@@ -49,10 +51,9 @@ def prune(
         raise ValueError(f"--balance {balance} needs --labels FILE")
     from .._files import check_folder
     from ..select import select
-    from ..table import ScoreTable
 
     check_folder(output)
-    table = ScoreTable.load(scores)
+    table = load_table(table_file, scores, "prune")
     values = table.column(by)
     if by == "score" and not table.higher_is_better:
         values = -values
@@ -62,6 +63,7 @@ def prune(
     write_indices(output, table.index[rows], table.column(by)[rows], by)
     result = {
         "output": str(output),
+        "keep": describe_keep(wanted, len(table)),
         "kept": rows.numel(),
         "of": len(table),
         "unscored": int(values.isnan().sum()),
@@ -101,6 +103,15 @@ def parse_keep(text: str) -> float:
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(wrong)
     return fraction
+
+
+def describe_keep(wanted: float, total: int) -> str:
+    """Say how ``--keep`` was read: 1 is one sample and 1.0 all of them."""
+    if not isinstance(wanted, int):
+        return f"the fraction {wanted:g} of {total:,}"
+    if wanted == 1:
+        return "1 sample (a count; 1.0 or 100% keeps all)"
+    return f"{wanted:,} samples (a count)"
 
 
 def write_indices(path: Path, index: Tensor, values: Tensor, name: str) -> None:

@@ -7,15 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._common import Json, Labels, Quiet, ScoresFile, describe, emit, labels_of, rows_of
+from ._common import (
+    Json,
+    Labels,
+    Quiet,
+    ScoresFile,
+    TableFile,
+    describe,
+    emit,
+    labels_of,
+    load_table,
+    rows_of,
+)
 
 if TYPE_CHECKING:
     from ..table import ScoreTable
 
 
 def report(
-    scores: ScoresFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder; made if missing.")],
+    table_file: TableFile = None,
+    scores: ScoresFile = None,
     keep: Annotated[
         str | None, typer.Option(help="Mark the cut of prune --keep in the histogram.")
     ] = None,
@@ -37,26 +49,24 @@ def report(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Draw a score table: histogram, metrics, checkpoints, extremes, label errors.
+    """Draw the score table SCORES: histogram, metrics, checkpoints, extremes, label errors.
 
     Writes score_histogram.png, metrics.png and, of several checkpoints, checkpoints.png; --images
     (with --labels for the captions) adds extremes.png, --errors adds label_errors.png.
     """
-    from ..table import ScoreTable
-    from .prune import parse_keep
+    from .prune import describe_keep, parse_keep
 
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"--output {output} is a file; it must be a folder")
-    table = ScoreTable.load(scores)
+    table = load_table(table_file, scores, "report")
     share = None if keep is None else parse_keep(keep)
     plots = _plan(table, labels, images, errors, share)
     output.mkdir(parents=True, exist_ok=True)
     written = [str(draw(output / name)) for name, draw in plots.items()]
-    emit(
-        {"wrote": written, "samples": len(table), **describe(table.scores)},
-        as_json=json,
-        quiet=quiet,
-    )
+    facts: dict[str, Any] = {"wrote": written, "samples": len(table), **describe(table.scores)}
+    if share is not None:
+        facts["keep"] = describe_keep(share, len(table))
+    emit(facts, as_json=json, quiet=quiet)
 
 
 def _plan(
@@ -79,11 +89,14 @@ def _plan(
     if share is not None:
         kept = select(table, share)
         rows = torch.isin(table.index, kept)
-        cut = float(table.scores[rows].min()) if kept.numel() else None
+        kept_scores = table.scores[rows] if table.higher_is_better else -table.scores[rows]
+        if kept.numel():
+            cut = float(kept_scores.min()) * (1 if table.higher_is_better else -1)
+    means = "high = informative = keep" if table.higher_is_better else "low = keep"
     classes = None if labels is None else labels_of(labels, table.index)
     todo: dict[str, Any] = {
         "score_histogram.png": lambda path: plots.score_histogram(
-            {"all samples": table.scores}, path, cut=cut
+            {"all samples": table.scores}, path, cut=cut, xlabel=f"score ({means})"
         )
     }
     if any(

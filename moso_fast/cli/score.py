@@ -44,6 +44,14 @@ def score(
             help="Weights of the network at one step; several are allowed.", metavar="PATH"
         ),
     ] = None,
+    entry: Annotated[
+        str | None,
+        typer.Option(
+            help="Dotted name in each --checkpoint file below which its weights lie, where "
+            "several fit the model, such as state_dict_ema.",
+            metavar="NAME",
+        ),
+    ] = None,
     lr: Annotated[
         list[float] | None,
         typer.Option(
@@ -51,7 +59,8 @@ def score(
         ),
     ] = None,
     formula: Annotated[
-        str, typer.Option(help="moso, one_step, official, official_exact or alignment.")
+        str,
+        typer.Option(help="moso, one_step, official, official_exact, alignment or cosine."),
     ] = "moso",
     combine: Annotated[str, typer.Option(help="Over checkpoints: mean or zscore.")] = "mean",
     num_steps: Annotated[
@@ -116,7 +125,10 @@ def score(
     check_combine(combine, num_steps)
     by_file = {"--features": features, "--labels": labels, "--head": head}
     by_path = {"--model": model, "--data": data}
-    _check_mode(by_file, {**by_path, "--checkpoint": checkpoint}, needed=(by_file, by_path))
+    given = {**by_path, "--checkpoint": checkpoint, "--entry": entry}
+    _check_mode(by_file, given, needed=(by_file, by_path))
+    if entry and not checkpoint:
+        raise ValueError(f"--entry {entry} goes with --checkpoint, in whose files it is looked up")
     sources, option = (head, "--head") if features is not None else (checkpoint, "--checkpoint")
     rates = _check_rates(lr, sources or [], option)
     full = _full_options(gradient, scope, views, autocast, from_files=features is not None)
@@ -148,6 +160,7 @@ def score(
             model,
             data,
             checkpoint or [],
+            entry,
             rates,
             {**options, **full, "batch_size": batch_size, "device": device},
             how,

@@ -197,6 +197,7 @@ inline Floats2 expand_float16(uint32_t packed) {
 }
 inline float exponential(float x) { return std::exp(x); }
 inline float square_root(float x) { return std::sqrt(x); }
+inline double square_root(double x) { return std::sqrt(x); }
 inline float logarithm1p(float x) { return std::log1p(x); }
 
 }  // namespace moso_fast::device

@@ -1,0 +1,110 @@
+"""What the rows of a batch are to a model: apart or not, alone or in pairs, flat or not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ._full_batches import Batch
+from ._full_flat import Flat, find_flat, may_be_flat
+from ._full_passes import Network
+
+# Allowed relative difference to plain autograd; beyond it, the rule itself must be wrong.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
+_ROUGH_TOLERANCE = 0.1
+
+
+def tolerance(network: Network) -> float:
+    """Return the allowed relative difference of two ways to the same gradient or loss."""
+    if network.autocast is not None:
+        return _ROUGH_TOLERANCE
+    return _TOLERANCE.get(network.parameters[0].dtype, _ROUGH_TOLERANCE)
+
+
+class Rows:
+    """How the rows of a batch go through one network."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        #: Flat inputs of every batch; None = not known yet.
+        self.flat: tuple[Flat, ...] | None = None
+
+    def know_batch(self, batch: Batch) -> Batch:
+        """Note in a batch which of its inputs are flat, as the model's first batch showed."""
+        if self.flat is None:
+            if batch.rows == 1:
+                return batch
+            self.flat = ()
+            inputs = batch.inputs()
+            if may_be_flat(inputs):
+                with self.network.context():
+                    self.flat = find_flat(lambda: self.network.forward(batch), inputs, batch.rows)
+        return replace(batch, flat=self.flat) if self.flat else batch
+
+    def know_pairs(self, batch: Batch) -> None:
+        """Find out whether the model fails in a batch of one, where it takes the same row twice.
+
+        Raises
+        ------
+        Exception
+            What the model or the loss raises for one row, if they also do for two.
+        """
+        network, alone = self.network, batch.take(slice(0, 1))
+        if network.pairs is not None or alone.rows > 1:
+            return
+        network.pairs = False
+        try:
+            self.losses(alone)
+        except Exception as error:
+            network.pairs = True
+            try:
+                self.losses(alone)
+            except Exception:  # no matter of the batch's size
+                network.pairs = None
+                raise error from None
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Losses of the rows, without a gradient; labels that no class has are refused."""
+        network = self.network
+        with torch.no_grad(), network.context():
+            outputs = network.forward(batch)
+            network.loss.check(outputs, batch.labels, batch.index, batch.views)
+            return network.losses(outputs, batch).loss
+
+    def check_independence(self, few: Batch, ends: tuple[Batch, Batch], settled: bool) -> None:
+        """Compare the losses of the first and the last sample alone with those among others.
+
+        A model that gives other losses in a batch of one gets rows in pairs, unless it is
+        ``settled`` how it is run.
+
+        Raises
+        ------
+        ValueError
+            The samples of a batch influence each other.
+        """
+        together = self.losses(few)
+        scale = together.abs().max().clamp_min(1e-3)
+
+        def differs(mine: Tensor, alone: Tensor) -> bool:
+            return bool(((mine - alone).abs() > max(tolerance(self.network), 1e-3) * scale).any())
+
+        first, last = ends
+        for one, mine in ((first, together[: first.rows]), (last, together[-last.rows :])):
+            alone = self.losses(one)
+            known = settled or self.network.pairs
+            if differs(mine, alone) and one.rows == 1 and not known:
+                # Values of its own in a batch of one, by a ``.squeeze()`` for example.
+                self.network.pairs = True
+                twice = self.losses(one)
+                if not differs(mine, twice):
+                    continue
+                self.network.pairs = False
+            if differs(mine, alone):
+                raise ValueError(
+                    "model: the loss of a sample changes with the other samples of its batch "
+                    f"({float(alone[0]):.6g} in a batch of one, {float(mine[0]):.6g} among "
+                    f"{few.samples}); "
+                    "gradients of single samples are not defined"
+                )

@@ -1,0 +1,65 @@
+"""The first pass over some samples: summed gradients, squared norms, losses and metrics."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import _per_sample
+from ._full_batches import Batch
+from ._full_passes import Network, order_changes, traced
+from ._full_plan import Methods
+from ._norms.tape import Tape, UnknownCall
+
+
+def summed(
+    network: Network, methods: Methods, kept: Batch
+) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+    """Return summed gradients of the parameters, and values of each sample: name -> (n,)."""
+    plan, prepared = methods.plan, False
+    while True:
+        try:
+            losses, gradients, tape = traced(network, plan, kept, methods.expanding, methods.moves)
+            if not _order_changes(network, methods, kept, tape):
+                break
+        except UnknownCall as call:
+            # Not seen on the first samples: the first batch of several, or another branch.
+            if prepared:
+                for key in call.used:
+                    plan.others[key] = "used in a call that few samples make"
+            methods.prepare(kept)
+            prepared = True
+    # Of a row that went through the model twice, the second has no part in the loss.
+    norms = tape.total()[: kept.samples]
+    if plan.others:
+        methods.know_others(kept)
+        norms += _per_sample.norms(methods.others, network, kept, list(plan.others))
+
+    def mean(rows: Tensor) -> Tensor:
+        return network.per_sample(rows, kept).double().cpu()
+
+    values = {
+        "grad_sqnorm": norms.cpu(),
+        "loss": mean(losses.loss),
+        "el2n": mean(losses.residual_sqnorm.sqrt()),
+        "margin": mean(losses.margin),
+        "entropy": mean(losses.entropy),
+    }
+    return gradients, values
+
+
+def _order_changes(network: Network, methods: Methods, kept: Batch, tape: Tape) -> bool:
+    """Tell whether the pass has to be made again, since samples may not lie as it takes them.
+
+    Where the model may give samples another order, every batch is checked; parameters of calls in
+    which they lie otherwise get explicit gradients from then on.
+    """
+    if not tape.moves or kept.samples == 1:
+        return False
+    if tape.marks is None:
+        methods.moves = True
+        return True
+    plan = methods.plan
+    wrong = order_changes(network, plan, kept, tape, methods.expanding, methods.tolerance)
+    for key in wrong:
+        plan.others[key] = "used where the samples change their order"
+    return bool(wrong)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ._batches import SampleBatches, batch_count, known_labels, make_loader, sample_count
 from ._checkpoint_fit import Fitted
+from ._data_digest import inputs_digest
 from ._labels import counts
 from ._progress import progress_bar
 from ._rates import ScoredParameters, Stated
@@ -273,6 +274,7 @@ class Job:
             "samples": None if self.samples < 0 else self.samples,
             **scorer.options,
             "shift_labels": scorer.shift_labels,
+            "inputs": inputs_digest(self.loader),
             "dtype": None if scorer.dtype is None else str(scorer.dtype),
             **self._facts(),
             "partition": partition,

@@ -253,7 +253,8 @@ class MoSoScorer:
             killed and returns bitwise the same table (with ``gradient="full"`` on a GPU only up to
             rounding, since cuDNN and sums by row number keep no order there). Formula,
             ``combine``, learning rates and ``num_steps`` may change between calls, and checkpoints
-            may be added at the end.
+            may be added at the end. Labels and weights are compared with those of the run that it
+            belongs to, of the inputs up to 64 samples (none of a stream).
         index
             (N,) data-set indices for the table; None = those that the data bring, else 0..N-1.
         sample_weight

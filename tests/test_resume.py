@@ -60,7 +60,8 @@ class StopsAt(Dataset):
     """The data set, until a sample of some pass raises KeyboardInterrupt."""
 
     def __init__(self, at_pass: int) -> None:
-        self.base, self.at_pass, self.passes = data(), at_pass, 0
+        # Before the first pass some samples are read, to compare them with those of the folder.
+        self.base, self.at_pass, self.passes = data(), at_pass, -1
 
     def __len__(self) -> int:
         return N
@@ -180,6 +181,12 @@ def with_other_labels() -> TensorDataset:
     return TensorDataset(inputs, 2 - labels)
 
 
+def with_other_inputs(changed: slice = slice(None)) -> TensorDataset:
+    inputs, labels = (t.clone() for t in data().tensors)
+    inputs[changed] = (inputs[changed] - 0.5) / 0.1
+    return TensorDataset(inputs, labels)
+
+
 class Wider(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -193,6 +200,8 @@ class Wider(Net):
         ({"partition": 4}, "partition was '"),
         ({"partition": None}, "and is now 'none'"),
         ({"dataset": TensorDataset(*data()[:16])}, "samples was 20 and is now 16"),
+        ({"dataset": with_other_inputs()}, "inputs was 'digest .* of 20 samples' and is now"),
+        ({"dataset": with_other_inputs(slice(19, 20))}, "inputs was 'digest"),
         ({"dataset": with_other_labels()}, "the labels of the data set differ"),
         ({"checkpoints": checkpoints()[::-1]}, "checkpoint 0 .* has other weights than the one"),
         ({"checkpoints": checkpoints()[:1]}, "it holds more checkpoints than the 1 given"),

@@ -1,6 +1,7 @@
 """The table of layouts that are tested: what scoring does with each head, output, order and label.
 
-    python tools/layouts_table.py > docs/layouts.md
+    python tools/layouts_table.py            # writes docs/layouts.md
+    python tools/layouts_table.py --check    # exit code 1 where the page is not what this makes
 
 Made of the very lists that tests/test_layouts.py and tests/test_layouts_models.py run.
 """
@@ -16,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from layouts import NOT_TRIED, Layout
 from layouts_models import LAYOUTS as MODELS
 from layouts_torch import LAYOUTS as PLAIN
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "layouts.md"
 
 
 def outcome(wanted: str | None, tolerance: float) -> str:
@@ -34,18 +37,40 @@ def rows(layouts: list[Layout]) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Print the table."""
-    print("# Layouts that are tested\n")
-    print(
-        "Each is scored at up to three checkpoints and held against autograd of the model's own "
-        "loss, one sample at a time, in float64: the largest error relative to the largest score. "
-        "What cannot be scored right is refused by an error of one line.\n"
+def page() -> str:
+    """Return the page."""
+    return "\n".join(
+        [
+            "# Layouts that are tested",
+            "",
+            "Models, heads, what lies behind them, orders of rows and kinds of labels, and what "
+            "scoring does with each. Every one is scored at up to three checkpoints and held "
+            "against autograd of the model's own loss, one sample at a time, in float64; the limit "
+            "is relative to the largest score. What cannot be scored right is refused by an error "
+            "of one line, part of which is shown.",
+            "",
+            "`python tools/layouts_table.py` makes this page of the lists that `pytest "
+            "tests/test_layouts.py` and, with the extra `models`, `pytest -m models` run.",
+            "",
+            "| library | layout | `gradient='last_layer'` | `gradient='full'` |",
+            "|---|---|---|---|",
+            *rows(PLAIN),
+            *rows(MODELS),
+            "",
+        ]
     )
-    print("| library | layout | `gradient='last_layer'` | `gradient='full'` |")
-    print("|---|---|---|---|")
-    print("\n".join(rows(PLAIN) + rows(MODELS)))
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    if sys.argv[1:] == ["--check"]:
+        same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page()
+        print(f"{PAGE} is {'current' if same else 'not what python tools/layouts_table.py makes'}")
+        return 0 if same else 1
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The name that a run's inputs have in its folder of results."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from moso_fast._data_digest import SAMPLES, inputs_digest
+
+
+def of(data: Any, **options: Any) -> str | None:
+    return inputs_digest(DataLoader(data, **options))
+
+
+def rows(count: int, **changed: float) -> TensorDataset:
+    x = torch.arange(3.0 * count).reshape(count, 3)
+    for place, value in changed.items():
+        x[int(place.removeprefix("at"))] = value
+    return TensorDataset(x, torch.arange(count))
+
+
+def test_every_sample_of_a_small_set_counts() -> None:
+    names = {of(rows(10, **{f"at{place}": -1.0})) for place in range(10)}
+    assert len(names) == 10 and of(rows(10)) not in names
+    assert of(rows(10)) == of(rows(10), batch_size=5)
+
+
+def test_of_a_large_set_the_first_the_last_and_some_between() -> None:
+    class Counted(Dataset):
+        read: ClassVar[list[int]] = []
+
+        def __len__(self) -> int:
+            return 10_000
+
+        def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
+            self.read.append(place)
+            return torch.tensor(float(place)), 0
+
+    of(Counted())
+    assert len(Counted.read) == SAMPLES and {0, 9_999} <= set(Counted.read)
+    assert max(b - a for a, b in zip(Counted.read, Counted.read[1:], strict=False)) < 200
+
+
+def test_labels_are_left_to_the_job() -> None:
+    x = torch.ones(4, 2)
+    assert of(TensorDataset(x, torch.zeros(4))) == of(TensorDataset(x, torch.ones(4)))
+    dicts = [[{"input_ids": [1, 2], "labels": label} for _ in range(3)] for label in (0, 1)]
+    assert of(dicts[0]) == of(dicts[1])
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (torch.ones(2), torch.ones(2, dtype=torch.float64)),
+        (torch.ones(2, 3), torch.ones(3, 2)),
+        (torch.ones(2).bfloat16(), torch.zeros(2).bfloat16()),
+        (torch.eye(2).to_sparse(), torch.ones(2, 2).to_sparse()),
+        (np.ones(2), np.zeros(2)),
+        ("a text", "another"),
+        ({"ids": [1, 2]}, {"ids": [1, 3]}),
+        ((torch.ones(1), 3), (torch.ones(1), 4)),
+    ],
+)
+def test_what_differs_has_another_name(one, other) -> None:
+    assert of([(one, 0)]) == of([(one, 1)])
+    assert of([(one, 0)]) != of([(other, 0)])
+
+
+def test_nobody_is_given_other_random_numbers() -> None:
+    class Noisy(Dataset):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
+            return torch.rand(2) + np.random.rand() + random.random(), 0
+
+    def drawn() -> tuple[Any, ...]:
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    expected = drawn()
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    of(Noisy())
+    assert drawn() == expected
+
+
+def test_streams_have_none() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            return iter([(torch.ones(2), 0)])
+
+    assert of(Stream()) is None

@@ -90,7 +90,7 @@ class SampleBatches:
         self.by_row = False
         self._flattens: bool | None = None  # whether the loader lays each batch into one row
         self._from_column: str | None = None  # that the index was taken from
-        self._was_larger = False  # whether the model took a batch of several samples
+        self.was_larger = False  # whether the model took a batch of several samples
         self._collated = loader.collate_fn is default_collate
         self._stream = is_stream(loader)
         if self._stream:
@@ -226,10 +226,10 @@ class SampleBatches:
         """Run the forward pass of ``batch`` in the block: what fails says how to mend the data."""
         try:
             yield
-            self._was_larger |= len(batch.labels) > 1
+            self.was_larger |= len(batch.labels) > 1
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             said = str(error).strip().partition("\n")[0]
-            hint = hint_on(said, batch, self._was_larger)
+            hint = hint_on(said, batch, self.was_larger)
             if hint is None:
                 raise
             raise ValueError(f"model: {hint} ({type(error).__name__}: {said})") from error

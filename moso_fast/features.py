@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader
 
 from ._batches import SampleBatch, SampleBatches, batch_count, sample_count, to_device
@@ -152,7 +153,7 @@ class FeatureCapture:
             for batch in self.samples:
                 args, kwargs = to_device((batch.args, batch.kwargs), self.device, self.dtype)
                 with self.samples.forward_of(batch):
-                    value = self.inputs.features(args, kwargs)
+                    value = self._features(batch, args, kwargs)
                     if value.dim() == 3:
                         with self.inputs.ignored():
                             self.shift.decide(args, kwargs, batch.labels)
@@ -160,6 +161,22 @@ class FeatureCapture:
                 on_batch()
         self.passes += 1
         return self._finish()
+
+    def _features(
+        self, batch: SampleBatch, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Features of a batch; of a last batch of one sample as in a batch of two.
+
+        A model that squeezes its batch takes a single sample for something else, which would show
+        at the end of the data only.
+        """
+        twice = None
+        if len(batch.labels) == 1 and self.samples.was_larger:
+            twice = _twice((args, kwargs))
+        if twice is None:
+            return self.inputs.features(args, kwargs)
+        value = self.inputs.features(*twice)
+        return value[: len(value) // 2]
 
     def _outputs(self, kwargs: dict[str, Any]) -> Any:
         return self.inputs.outputs((), to_device(kwargs, self.device, self.dtype))
@@ -270,6 +287,17 @@ class FeatureCapture:
             ends = torch.cat(self._lengths).cumsum(0)
             cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(device)
         return Features(self._cache[: self._rows], labels.to(device), cu_seqlens)
+
+
+def _twice(inputs: Any) -> Any:
+    """Make inputs of one sample those of two; None where they are no rows of a batch."""
+    leaves, structure = tree_flatten(inputs)
+    if not all(leaf.dim() and len(leaf) == 1 for leaf in leaves if isinstance(leaf, Tensor)):
+        return None
+    return tree_unflatten(
+        [torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
+        structure,
+    )
 
 
 _KEPT = (torch.bfloat16, torch.float16, torch.float64)

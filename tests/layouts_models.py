@@ -1,4 +1,4 @@
-"""Layouts of transformers, timm and peft: small networks from configurations, without the network.
+"""Layouts of transformers, timm, peft and Lightning: small networks, nothing downloaded.
 
 Each is imported where it is built, so that the list can be read without these libraries.
 """
@@ -96,6 +96,91 @@ for _name, (_model, _config, _settings) in CAUSAL.items():
     layout(f"{_name}: next token", "transformers")(
         lambda m=_model, c=_config, s=_settings: causal(m, c, **s)
     )
+
+
+def mean_loss(model: nn.Module, x: dict[str, Tensor], y: Tensor) -> Tensor:
+    """Return the model's own loss, as it is: the mean over the counted tokens."""
+    return model(**x, labels=y).loss
+
+
+@layout("GPT-2: next token, the mean over tokens", "transformers")
+def _mean_of_tokens() -> Case:
+    case = causal(*CAUSAL["GPT-2"][:2], tie_word_embeddings=False)
+    return Case(case.model, case.data, loss=mean_loss, moved=False)
+
+
+TRANSLATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "T5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+    ),
+    "BART": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {
+            **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
+            **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+            **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32),
+            **{"d_model": 16, "bos_token_id": 1, "eos_token_id": 2},
+        },
+    ),
+}
+
+
+def translator(name: str, config: str, **settings: Any) -> Case:
+    """An encoder and a decoder, whose inputs the model makes of the labels."""
+    base = {"vocab_size": V, "pad_token_id": 0, "tie_word_embeddings": False}
+    model = transformer(name, config, {**base, "decoder_start_token_id": 0, **settings})
+    # T5 ties its head whatever is asked; what is compared is the gradient of the head's own use.
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    y = torch.randint(3, V, (N, 5), generator=torch.Generator().manual_seed(5))
+    y[::2, 3:] = -100
+    return Case(model, list(zip(sentences(), y, strict=True)), loss=mean_loss, moved=False)
+
+
+for _name, (_model, _config, _settings) in TRANSLATORS.items():
+    layout(f"{_name}: encoder and decoder", "transformers", tolerance=1e-4)(
+        lambda m=_model, c=_config, s=_settings: translator(m, c, **s)
+    )
+
+
+@layout("Lightning: a language model within a LightningModule", "lightning")
+def _lightning() -> Case:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            return self.net(input_ids=input_ids, attention_mask=attention_mask)
+
+    def loss(model: nn.Module, x: dict[str, Tensor], y: Tensor) -> Tensor:
+        return mean_loss(model.net, x, y)  # type: ignore[arg-type]
+
+    inside = causal(*CAUSAL["Llama"][:2])
+    return Case(Module(inside.model), inside.data, loss=loss, moved=False)
+
+
+@layout("Lightning: a classifier", "lightning")
+def _lightning_classifier() -> Case:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+            self.classifier = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(self.backbone(x))
+
+    torch.manual_seed(3)
+    g = torch.Generator().manual_seed(6)
+    x, y = torch.randn(N, 6, generator=g), torch.randint(3, (N,), generator=g)
+    return Case(Module(), list(zip(x, y.tolist(), strict=True)))
 
 
 def classifier(name: str, config: str, left: bool = False, **settings: Any) -> Case:

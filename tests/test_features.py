@@ -525,3 +525,34 @@ def test_compiled_model_runs_with_its_hook() -> None:
     collected = FeatureCapture(compiled, name, head, make_loader(ITEMS, 4)).run()
     expected = model.a(torch.arange(6.0)[:, None].expand(-1, 3))
     torch.testing.assert_close(collected.features, expected)
+
+
+class Squeezes(nn.Module):
+    """Takes a batch of one sample for a sample without a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.tanh(self.body(x))[:, :, None].squeeze())
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_last_batch_of_one_goes_through_as_one_of_two(named: bool) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 5), torch.arange(9) % 3
+    data: Any = TensorDataset(x, y)
+    if named:
+        data = [{"x": one, "labels": label} for one, label in zip(x, y, strict=True)]
+    model = Squeezes()
+    found = FeatureCapture(model, "fc", model.fc, DataLoader(data, batch_size=4)).run()
+    torch.testing.assert_close(found.features, torch.tanh(model.body(x)).detach())
+    assert found.labels.tolist() == y.tolist()
+
+
+def test_batches_of_one_alone_say_what_is_wrong() -> None:
+    data = TensorDataset(torch.randn(3, 5), torch.arange(3))
+    model = Squeezes()
+    with pytest.raises(ValueError, match=r"the model returned a tensor \(3,\)"):
+        FeatureCapture(model, "fc", model.fc, DataLoader(data, batch_size=1)).run()

@@ -508,6 +508,7 @@ def test_a_file_without_a_test_is_a_failure(tmp_path) -> None:
 def test_tests_run_where_a_plugin_of_this_project_is_missing(tmp_path, monkeypatch) -> None:
     """pyproject.toml has a setting of pytest-timeout, and asks to be strict about settings."""
     suites = work("suites")
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # may ask for a plugin that is missing
     monkeypatch.setattr(suites, "installed", lambda name: False)
     monkeypatch.setattr(suites, "PYTEST", (*suites.PYTEST, "-p", "no:timeout", "-p", "no:xdist"))
     unit = suite(tmp_path, "def test_a(): pass\n")

@@ -158,10 +158,10 @@ class FullJob(Job):
     def _ready(self, batch: Batch) -> Batch:
         """See to it that samples can be taken out of a batch."""
         network = self.engine.network
+        batch = batch.on(network.device, network.dtype)
         if network.loss.loss == "cross_entropy":
-            ready = batch.on(network.device, network.dtype)
-            network.loss.shift = self.shift.decide(ready.args, ready.kwargs, batch.labels)
-        return self.engine.know(batch.on(network.device, network.dtype))
+            network.loss.shift = self.shift.decide(batch.args, batch.kwargs, batch.labels)
+        return self.engine.know(batch)
 
     def _check_part(self, part: int, count: int) -> None:
         if self.ids is None:

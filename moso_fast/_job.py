@@ -76,6 +76,7 @@ class ScoringJob(Job):
             "chunk_size": scorer.chunk_size,
             "head": scorer.head_name,
             "feature_cache": scorer.feature_cache,
+            "per": scorer.per,
             **self.row_weights.describe(),
         }
 
@@ -83,6 +84,7 @@ class ScoringJob(Job):
         """Say for the record which weights were scored, and what lies behind them."""
         return {
             "head": self.scorer.head_name,
+            "per": self.scorer.per,
             **describe_head(self.scorer.model, self.head),
             "logits": "the head's output",
             **self.capture.inputs.check.notes,
@@ -181,6 +183,7 @@ class ScoringJob(Job):
             formula="alignment",
             cu_seqlens=features.cu_seqlens,
             sample_weight=self.row_weights.of(features, weight.shape[-2]),
+            per=scorer.per,
             backend=scorer.backend,
             chunk_size=scorer.chunk_size,
             **heads.to_logits(),

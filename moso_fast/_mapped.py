@@ -20,7 +20,7 @@ from .backends import choose
 from .functional import LastLayerStats, last_layer_stats
 from .losses import row_statistics
 from .problem import Problem, build_problem
-from .sequences import segment_sum
+from .sequences import by_length, segment_sum
 
 _BLOCK_NUMBERS = 2**22
 
@@ -86,9 +86,11 @@ def _mapped_stats(
     *,
     backend: str = "auto",
     chunk_size: int | None = None,
+    per: str = "sample",
     **options: Any,
 ) -> LastLayerStats:
     problem = build_problem(features, weight, labels, bias, logit_map=logit_map, **options)
+    problem = by_length(problem, per)
     chosen = choose(problem, backend)[0]
     with own_precision(problem):
         found = engine.run(problem, chosen, chunk_size)

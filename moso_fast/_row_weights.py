@@ -62,15 +62,11 @@ class RowWeights:
     """Factors on the rows of a data set's features.
 
     A row of class y of sample i gets ``class_weight[y] * sample_weight[i]``: the loss of the whole
-    is (1/N) sum_i of the weighted losses, where N counts samples, whatever they weigh. With ``per``
-    "token" the rows of a sequence also get 1 / (number of its tokens that count): its loss is
-    their mean.
+    is (1/N) sum_i of the weighted losses, where N counts samples, whatever they weigh.
     """
 
-    def __init__(
-        self, class_weight: Tensor | None, sample_weight: Tensor | None, per: str = "token"
-    ) -> None:
-        self.class_weight, self.sample_weight, self.per = class_weight, sample_weight, per
+    def __init__(self, class_weight: Tensor | None, sample_weight: Tensor | None) -> None:
+        self.class_weight, self.sample_weight = class_weight, sample_weight
 
     def check(self, samples: int | None = None, classes: int | None = None) -> None:
         """Raise ValueError where the numbers of samples and classes, if known, do not fit."""
@@ -99,11 +95,6 @@ class RowWeights:
             if features.cu_seqlens is not None:
                 lengths = features.cu_seqlens.to(labels.device).long().diff()
                 factors = factors.repeat_interleave(lengths)
-        if self.per == "token" and features.cu_seqlens is not None:
-            # Rows are tokens that count, or the only one of a sequence that does not.
-            lengths = features.cu_seqlens.to(labels.device).long().diff()
-            means = (1.0 / lengths.double()).repeat_interleave(lengths)
-            factors = means if factors is None else factors * means
         if self.class_weight is not None:
             if labels.dim() != 1:
                 raise ValueError(
@@ -120,8 +111,7 @@ class RowWeights:
     def describe(self) -> dict[str, Any]:
         """Facts for the origin of a table and for the folder of results to resume."""
         given = {"class_weight": self.class_weight, "sample_weight": self.sample_weight}
-        found = {n: _described(weights) for n, weights in given.items() if weights is not None}
-        return {"per": self.per, **found}
+        return {name: _described(weights) for name, weights in given.items() if weights is not None}
 
 
 def _described(weights: Tensor) -> Any:

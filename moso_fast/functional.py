@@ -179,15 +179,7 @@ def moso_scores(
     """
     formulas.check_formula(formula)
     formulas.check_scale(scale)
-    features, weight, labels, bias, sample_weight, cu_seqlens = as_tensors(
-        features=features,
-        weight=weight,
-        labels=labels,
-        bias=bias,
-        sample_weight=sample_weight,
-        cu_seqlens=cu_seqlens,
-    )
-    problem = build_problem(
+    problem, weight, bias = _checked(
         features,
         weight,
         labels,
@@ -199,8 +191,8 @@ def moso_scores(
         cu_seqlens=cu_seqlens,
         precision=precision,
         nonfinite=nonfinite,
+        per=per,
     )
-    problem = by_length(problem, per)
     stats = _stats(problem, weight, bias, backend, chunk_size, formula, scale)
     return stats._scores(formula, scale) if stats._score is None else stats._score
 
@@ -226,15 +218,7 @@ def last_layer_stats(
 
     Parameters and errors as in :func:`moso_scores`, which is ``.scores(formula, scale)`` of this.
     """
-    features, weight, labels, bias, sample_weight, cu_seqlens = as_tensors(
-        features=features,
-        weight=weight,
-        labels=labels,
-        bias=bias,
-        sample_weight=sample_weight,
-        cu_seqlens=cu_seqlens,
-    )
-    problem = build_problem(
+    problem, weight, bias = _checked(
         features,
         weight,
         labels,
@@ -246,8 +230,8 @@ def last_layer_stats(
         cu_seqlens=cu_seqlens,
         precision=precision,
         nonfinite=nonfinite,
+        per=per,
     )
-    problem = by_length(problem, per)
     return _stats(problem, weight, bias, backend, chunk_size, None, 1.0)
 
 
@@ -274,13 +258,7 @@ def explain(
     """
     formulas.check_formula(formula)
     formulas.check_scale(scale)
-    features, weight, labels, bias = as_tensors(
-        features=features, weight=weight, labels=labels, bias=bias
-    )
-    given = {name: options[name] for name in ("sample_weight", "cu_seqlens") if name in options}
-    options |= zip(given, as_tensors(**given), strict=True)
-    per = options.pop("per", "sample")
-    problem = by_length(build_problem(features, weight, labels, bias, **options), per)
+    problem, _, _ = _checked(features, weight, labels, bias, **options)
     chosen, reasons = choose(problem, backend)
     plan = engine.make_plan(problem, chosen, chunk_size)
     chunks = -(-problem.rows // plan.chunk_rows) if problem.rows else 0
@@ -313,6 +291,38 @@ def explain(
             f"{problem.device} between the passes"
         )
     return "\n".join(lines)
+
+
+def _checked(
+    features: Any,
+    weight: Any,
+    labels: Any,
+    bias: Any,
+    *,
+    sample_weight: Any = None,
+    cu_seqlens: Any = None,
+    per: str = "sample",
+    **options: Any,
+) -> tuple[Problem, Tensor, Tensor | None]:
+    """Return the checked problem of a call, and weight and bias as tensors."""
+    features, weight, labels, bias, sample_weight, cu_seqlens = as_tensors(
+        features=features,
+        weight=weight,
+        labels=labels,
+        bias=bias,
+        sample_weight=sample_weight,
+        cu_seqlens=cu_seqlens,
+    )
+    problem = build_problem(
+        features,
+        weight,
+        labels,
+        bias,
+        sample_weight=sample_weight,
+        cu_seqlens=cu_seqlens,
+        **options,
+    )
+    return by_length(problem, per), weight, bias
 
 
 def _stats(

@@ -22,7 +22,7 @@ GATHER_BYTES = 1 << 30
 _GATHER_BLOCK_ROWS = 1 << 16
 
 # What says how a problem is computed, and is not checked with its data.
-_NOT_OF_A_PROBLEM = ("backend", "chunk_size", "logit_map", "logit_scale")
+_NOT_OF_A_PROBLEM = ("backend", "chunk_size", "logit_map", "logit_scale", "per")
 
 
 class PartStats(list[dict[str, Tensor]]):

@@ -281,7 +281,7 @@ class MoSoScorer:
             call = (self, data, checkpoints, formula, partition, seed, index, resume)
             job: ScoringJob | FullJob
             if self.gradient == "last_layer":
-                job = ScoringJob(*call, RowWeights(self.class_weight, weights, self.per))
+                job = ScoringJob(*call, RowWeights(self.class_weight, weights))
             else:
                 job = FullJob(*call)
             job.combine = combine

@@ -39,18 +39,20 @@ def by_length(problem: Problem, per: str) -> Problem:
     Raises
     ------
     ValueError
-        Unknown ``per``; means while rows that are not finite may be left out: how many tokens
-        count is not known before.
+        Unknown ``per``.
     """
     if check_per(per) == "sample" or problem.cu_seqlens is None:
         return problem
-    if problem.nonfinite == "exclude":
-        raise ValueError("per='token' goes with nonfinite='raise', not with nonfinite='exclude'")
     # Offsets that do not fit are refused later by name: here they must only not lead outside.
     offsets, sequences = problem.cu_seqlens, max(1, problem.cu_seqlens.shape[0] - 1)
     places = torch.arange(problem.rows, device=offsets.device)
     owner = (torch.searchsorted(offsets, places, right=True) - 1).clamp(0, sequences - 1)
-    counted = problem.counted(slice(0, problem.rows)).to(problem.compute_dtype)
+    used = problem.counted(slice(0, problem.rows))
+    if problem.nonfinite == "exclude":
+        # Which rows are left out is wanted before the first pass: a sweep of its own.
+        finite = [block.isfinite().all(1) for block in problem.features.split(_DIRECT_ROWS)]
+        used = used & torch.cat(finite).to(used.device)
+    counted = used.to(problem.compute_dtype)
     counts = counted.new_zeros(sequences).index_add_(0, owner, counted)
     weights = 1.0 / counts.clamp_min(1)[owner]
     if problem.sample_weight is not None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from moso_fast.backends import _cuda_device, _cuda_jobs, cuda
+from moso_fast.backends import _REGISTRY, Availability, _cuda_device, _cuda_jobs, cuda
 from moso_fast.problem import STATUS_SLOTS, Problem
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
@@ -169,6 +169,14 @@ class EmulatedCuda(cuda.CudaBackend):
         for whole in self._guarded:
             inside = bool((whole[:64] == 12345.0).all() and (whole[-64:] == 12345.0).all())
             assert inside, f"{name} wrote beside an array"
+
+
+def in_place_of_a_gpu(emulator: ModuleType, patch: Any) -> EmulatedCuda:
+    """Have ``backend="cuda"`` mean the emulator."""
+    backend = EmulatedCuda(emulator, patch)
+    patch.setattr(backend, "availability", lambda: Availability(True, "emulated"))
+    patch.setitem(_REGISTRY, "cuda", backend)
+    return backend
 
 
 # The kernels of a job in one go, in their order.

@@ -18,10 +18,9 @@ from core_support import (
     random_case,
     rank_correlation,
 )
-from cuda_emulator import WHOLE, EmulatedCuda
+from cuda_emulator import WHOLE, in_place_of_a_gpu
 
 from moso_fast import backends as list_backends
-from moso_fast.backends import _REGISTRY, Availability
 from moso_fast.engine import _allocate
 from moso_fast.functional import last_layer_stats, moso_scores
 from moso_fast.problem import build_problem
@@ -41,9 +40,7 @@ def emulator():
 
 @pytest.fixture
 def gpu(emulator, monkeypatch):
-    backend = EmulatedCuda(emulator, monkeypatch)
-    monkeypatch.setattr(backend, "availability", lambda: Availability(True, "emulated"))
-    monkeypatch.setitem(_REGISTRY, "cuda", backend)
+    backend = in_place_of_a_gpu(emulator, monkeypatch)
     emulator.take_counts()
     yield backend
     emulator.set_options(False, False)

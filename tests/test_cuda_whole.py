@@ -8,10 +8,9 @@ import cuda_emulator
 import pytest
 import torch
 from core_support import FIELDS, Case, random_case
-from cuda_emulator import WHOLE, EmulatedCuda
+from cuda_emulator import WHOLE, EmulatedCuda, in_place_of_a_gpu
 
 from moso_fast import formulas, last_layer_stats, moso_scores
-from moso_fast.backends import _REGISTRY, Availability
 from moso_fast.reference import closed_form_stats
 
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs a C++ compiler")
@@ -24,10 +23,7 @@ def emulator():
 
 @pytest.fixture
 def gpu(emulator, monkeypatch):
-    backend = EmulatedCuda(emulator, monkeypatch)
-    monkeypatch.setattr(backend, "availability", lambda: Availability(True, "emulated"))
-    monkeypatch.setitem(_REGISTRY, "cuda", backend)
-    return backend
+    return in_place_of_a_gpu(emulator, monkeypatch)
 
 
 def run(case: Case, **options):

@@ -119,12 +119,27 @@ def test_length_of_samples_is_refused_by_name():
     case = random_case("ids", cu_seqlens=torch.tensor([0, 5, 17]))
     with pytest.raises(ValueError, match=r"^per must be one of sample, token; got 'row'"):
         moso_scores(*case.args, **case.options, per="row")
-    with pytest.raises(ValueError, match=r"^per='token' goes with nonfinite='raise'"):
-        moso_scores(*case.args, **case.options, per="token", nonfinite="exclude")
     with pytest.raises(ValueError, match=r"^cu_seqlens must end at the number of rows"):
         moso_scores(*case.args, cu_seqlens=torch.tensor([0, 5, 16]), per="token")
     with pytest.raises(ValueError, match=r"^cu_seqlens must not decrease"):
         moso_scores(*case.args, cu_seqlens=torch.tensor([0, 25, 3, 17]), per="token")
+
+
+@each_backend
+def test_tokens_that_are_left_out_are_none_of_the_mean(backend):
+    case = random_case("ids", cu_seqlens=torch.tensor([0, 5, 12, 17]))
+    features = case.features.clone()
+    features[[1, 7, 8]] = float("nan")
+    labels = case.labels.clone()
+    labels[[1, 7, 8]] = -100
+    options = {**case.options, "per": "token", "backend": backend}
+    found = last_layer_stats(
+        features, case.weight, case.labels, case.bias, **options, nonfinite="exclude"
+    )
+    expected = last_layer_stats(case.features, case.weight, labels, case.bias, **options)
+    for name in FIELDS:
+        assert_close(getattr(found, name), getattr(expected, name), 1e-6, what=name)
+    assert found.mean_grad_sqnorm == pytest.approx(expected.mean_grad_sqnorm, rel=1e-6)
 
 
 def test_rows_that_are_samples_have_no_length():

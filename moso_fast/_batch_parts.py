@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from ._array_like import as_tensor
 from ._labels import as_labels
 
 LABEL_KEYS = ("labels", "label")
@@ -66,7 +69,7 @@ def parts_of(batch: Any) -> tuple[Any, Any, Any]:
         inputs, labels, index = batch
         if not is_index(index, None):
             kind = type(index).__name__
-            if isinstance(index, Tensor):
+            if hasattr(index, "dtype") and hasattr(index, "shape"):
                 kind = f"{str(index.dtype).removeprefix('torch.')} {tuple(index.shape)}"
             raise ValueError(
                 "data: a batch must be (input, label), (input, label, index) or a dict; got a "
@@ -90,20 +93,34 @@ def parts_of(batch: Any) -> tuple[Any, Any, Any]:
 
 def is_index(value: Any, samples: int | None) -> bool:
     """Tell whether these are (N,) integers; ``samples`` = N where that is known."""
-    if isinstance(value, (list, tuple)) and value and all(type(one) is int for one in value):
-        value = torch.as_tensor(value)
-    if not isinstance(value, Tensor) or value.dim() != 1:
-        return False
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        return False
-    return samples is None or len(value) == samples
+    if isinstance(value, Tensor):
+        real = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        numbers = real and value.dim() == 1
+    elif isinstance(value, (list, tuple)):
+        numbers = bool(value) and all(map(_is_integer, value))
+    else:
+        # Arrays of NumPy and what offers itself as one, columns of pandas too.
+        kind = getattr(getattr(value, "dtype", None), "kind", None)
+        numbers = kind in ("i", "u") and len(getattr(value, "shape", ())) == 1
+    return numbers and samples in (None, len(value))
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and is_index(value[None], None)
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def index_of(value: Any) -> Tensor:
+    """Return (N,) int64 on the CPU for what `is_index` takes."""
+    return as_tensor("data: index", value).long().cpu()
 
 
 def checked_index(index: Any, samples: int, views: int = 1) -> Tensor | None:
     """Return the numbers of the samples of a batch, one for the ``views`` rows of each, or None."""
     if index is None:
         return None
-    index = torch.as_tensor(index).long().cpu()
+    index = index_of(index)
     if len(index) != samples:
         raise ValueError(f"data: a batch of {samples} samples brings {len(index)} indices")
     index = index[::views]
@@ -181,11 +198,18 @@ def equal(one: Tensor | None, other: Tensor | None) -> bool:
     return torch.equal(one, other)
 
 
-def same_inputs(one: SampleBatch, other: SampleBatch) -> bool:
-    """Tell whether all tensors that a model gets of two batches are equal."""
-    mine, theirs = ([*b.args, *b.kwargs.values()] for b in (one, other))
-    pairs = zip(mine, theirs, strict=True)
-    return all(equal(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
+def same_samples(one: SampleBatch, other: SampleBatch) -> bool:
+    """Tell whether two batches hold the same samples, by their labels if these differ at all."""
+    if not equal(one.labels, other.labels):
+        return False
+    if len(one.labels.unique()) > 1:
+        return True
+    # One label throughout says nothing about the order: all tensors that the model gets do.
+    mine, theirs = (
+        [leaf for leaf in tree_leaves((b.args, b.kwargs)) if isinstance(leaf, Tensor)]
+        for b in (one, other)
+    )
+    return len(mine) == len(theirs) and all(map(equal, mine, theirs))
 
 
 def to_device(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

@@ -16,18 +16,22 @@ from ._batch_parts import (
     SampleBatch,
     checked_index,
     equal,
+    index_of,
     is_index,
     joined_index,
     parts_of,
-    same_inputs,
+    same_samples,
     split_batch,
     stacked_lists,
     to_device,
 )
 from ._data_errors import collating_hint, hint_on
 from ._labels import as_labels
+from ._list_inputs import ListInputs
 from ._loaders import (
     batch_count,
+    column_names,
+    gathers_samples,
     is_stream,
     known_labels,
     make_loader,
@@ -62,6 +66,8 @@ class SampleBatches:
         Names of the entries that the model gets, see `_arguments.Arguments`.
     ignore_index
         The label of tokens that do not count.
+    dtype
+        To which the model's inputs are brought, see `_list_inputs.ListInputs`.
 
     Raises
     ------
@@ -75,6 +81,7 @@ class SampleBatches:
         model: nn.Module | None = None,
         columns: Sequence[str] | None = None,
         ignore_index: int = -100,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.loader, self.model, self.ignore_index = loader, model, ignore_index
         self.arguments = Arguments(model, columns)
@@ -85,7 +92,8 @@ class SampleBatches:
         # Calls the model with keyword arguments, to see whether it keeps packed documents apart.
         self.run: Callable[[dict[str, Any]], Any] | None = None
         self._mixed: bool | None = None
-        self._indexed = False  # whether a batch brought numbers of its samples
+        self.indexed = False  # whether a batch brought numbers of its samples
+        self.lists = ListInputs(model, dtype)
         # Set where a partition or an index goes by the rows, before any of them was read.
         self.by_row = False
         self._flattens: bool | None = None  # whether the loader lays each batch into one row
@@ -99,17 +107,22 @@ class SampleBatches:
     def __iter__(self) -> Iterator[SampleBatch]:
         """Go through the data once; afterwards `index` holds the numbers of all samples, if any.
 
+        The model must be ready to be run: its weights in place, in eval mode.
+
         Raises
         ------
         TypeError, ValueError
             Batches of the wrong kind; an index that is not unique; a stream that begins with other
             samples when it is read again.
         """
+        return self._once(ready=True)
+
+    def _once(self, ready: bool) -> Iterator[SampleBatch]:
         indices: list[Tensor | None] = []
         self.rows = 0
         first: SampleBatch | None = None
         for batch in self.read(self.loader):
-            one = self.split(batch)
+            one = self.split(batch, ready=ready)
             first = first or one
             indices.append(one.index)
             self.rows += len(one.labels)
@@ -123,7 +136,7 @@ class SampleBatches:
         self.index = index
         self._passes += 1
         if self._passes == 1 and index is None and first is not None and self._stream:
-            self._check_again(first)
+            self._check_again(first, ready)
 
     def apart(self, batch: SampleBatch) -> list[SampleBatch]:
         """Batches to run instead of ``batch``: itself, or its documents one by one.
@@ -158,19 +171,22 @@ class SampleBatches:
 
         Goes through the data where batches were seen to have them, but not yet in one whole pass.
         """
-        if not self._passes and self._indexed:
-            for _ in self:
+        if not self._passes and self.indexed:
+            for _ in self._once(ready=False):
                 pass
         return self.index
 
-    def split(self, batch: Any, views: int = 1) -> SampleBatch:
+    def split(self, batch: Any, views: int = 1, ready: bool = True) -> SampleBatch:
         """Take a batch apart.
 
         (input, label) calls ``model(input)``, ``model(*input)`` for a tuple or list and
         ``model(**input)`` for a mapping; (input, label, index) and (index, (input, label)) also
         say the number of each sample. A mapping has the labels under ``labels`` or ``label``, may
         have numbers under ``idx`` or ``index``, and gives the model what its forward names.
-        ``views`` is how many consecutive rows each sample has.
+        A list that torch's own collate_fn made of the places of a list stays one where the model
+        takes it so, and becomes one tensor else. ``views`` is how many consecutive rows each sample
+        has; ``ready`` = False says that the model must not be run, for what is read of a batch
+        beside its inputs.
 
         Raises
         ------
@@ -183,11 +199,14 @@ class SampleBatches:
         labels = as_labels(labels)
         if not isinstance(inputs, Mapping):
             index = checked_index(index, len(labels), views)
-            self._indexed |= index is not None
+            self.indexed |= index is not None
             args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
             if self._collated and len(args) > self.arguments.places:
                 rows = stacked_lists(list(args))
-                args = (rows,) if isinstance(rows, Tensor) else args
+                if isinstance(rows, Tensor):
+                    args, came = (rows,), {id(rows): list(args)}
+                    if ready:
+                        args, _ = self.lists.settled(args, {}, came, len(labels))
             if len(args) > self.arguments.places:
                 raise ValueError(
                     f"data: a batch ((a, b), label) calls the model with {len(args)} inputs, and "
@@ -196,9 +215,10 @@ class SampleBatches:
                 )
             return SampleBatch(args, {}, labels, index)
         entries = {name: stacked_lists(v) if self._collated else v for name, v in inputs.items()}
+        came = {id(v): inputs[name] for name, v in entries.items() if v is not inputs[name]}
         if self._flattens is None:
             # Told by the first batch: the last may hold one sample of any loader.
-            several = self.loader.batch_size not in (None, 1) and sample_count(self.loader) != 1
+            several = gathers_samples(self.loader) and sample_count(self.loader) != 1
             self._flattens = len(labels) == 1 and several
         documents = find_documents(entries, labels, self._flattens, self.ignore_index)
         samples = len(labels) if documents is None else int(documents.max()) + 1
@@ -206,20 +226,16 @@ class SampleBatches:
             entries, index = self._own_index(entries, samples, views)
         else:
             index = checked_index(index, samples, views)
-        self._indexed |= index is not None
+        self.indexed |= index is not None
         args, kwargs = self.arguments.choose(entries)
         kwargs = decoder_inputs(self.model, self.arguments, kwargs, labels)
+        if came and ready and documents is None:  # documents are cut out of tensors
+            args, kwargs = self.lists.settled(args, kwargs, came, len(labels))
         return SampleBatch(args, kwargs, labels, index, documents)
 
     def may_be_packed(self) -> bool:
         """Tell whether rows may hold several documents, as far as that shows without reading."""
-        data = self.loader.dataset
-        names = getattr(data, "column_names", None)
-        if names is None and isinstance(data, (list, tuple)) and data:
-            names = data[0]
-        if not isinstance(names, (list, tuple, Mapping)):
-            return False
-        return any(isinstance(name, str) and name in PACKING_KEYS for name in names)
+        return any(name in PACKING_KEYS for name in column_names(self.loader.dataset))
 
     @contextmanager
     def forward_of(self, batch: SampleBatch) -> Iterator[None]:
@@ -254,7 +270,7 @@ class SampleBatches:
         if loader.num_workers < 2 and stage is None:
             return
         first = next(iter(loader), None)
-        if first is None or self.split(first).index is not None:
+        if first is None or self.split(first, ready=False).index is not None:
             return
         if stage is not None:
             raise ValueError(
@@ -264,17 +280,12 @@ class SampleBatches:
             )
         self.loader = without_workers(loader)
 
-    def _check_again(self, first: SampleBatch) -> None:
+    def _check_again(self, first: SampleBatch, ready: bool) -> None:
         """Compare the first batch with the first of another reading, if the stream has one."""
         again = next(iter(self.read(self.loader)), None)
         if again is None:
             return
-        other = self.split(again)
-        same = equal(first.labels, other.labels)
-        if same and len(first.labels.unique()) == 1:
-            # One label throughout says nothing about the order.
-            same = same_inputs(first, other)
-        if not same:
+        if not same_samples(first, self.split(again, ready=ready)):
             raise ValueError(
                 "data: the stream begins with other samples when it is read again, so that no "
                 "sample keeps its number; turn its shuffling off, or let each sample bring its "
@@ -292,5 +303,5 @@ class SampleBatches:
             if is_index(found, samples):
                 self._from_column = name
                 entries = {key: value for key, value in entries.items() if key != name}
-                return entries, torch.as_tensor(found).long().cpu()[::views]
+                return entries, index_of(found)[::views]
         return entries, None

@@ -20,6 +20,8 @@ from ._rates import ParameterGroup, groups_of
 # Deeper dictionaries than any known layout has them are not searched.
 _DEPTH = 5
 _SHOWN = 12
+# Where training scripts put the weights inside the dictionary that they save.
+USUAL = ("state_dict", "model_state_dict", "model", "net")
 # What these hold has names of parameters and is no weights.
 _NOT_WEIGHTS = re.compile(
     r"(^|[._])(opt|optim\w*|\w*sched\w*|scaler|rng|grads?|gradients?|momentum\w*|exp_avg\w*|fisher|hessian"
@@ -44,7 +46,6 @@ class Contents:
     odd: list[str] = field(default_factory=list)
     keys: str = ""
     lr: Any = None
-    lr_from: str = ""
     groups: list[ParameterGroup] = field(default_factory=list)
     last_rates: list[Any] = field(default_factory=list)
     step: Any = None
@@ -100,13 +101,17 @@ def _add_facts(found: Contents, source: Mapping[Any, Any]) -> None:
         bare = any(not at and found.tensors[name].dim() for name, at in found.containers.items())
         parameter = isinstance(value, Tensor) and (bare or value.numel() != 1)
         if found.lr is None and value is not None and not (parameter or isinstance(value, Mapping)):
-            found.lr, found.lr_from = value, key
-    for path, node in _dictionaries(source, "", 0):
-        lowered = path.lower()
-        if _OPTIMIZER.search(lowered) and "param_groups" in node:
-            found.groups += groups_of(node, path)
-        elif _SCHEDULER.search(lowered) and isinstance(node.get("_last_lr"), (list, tuple)):
-            found.last_rates += [plain_value(rate) for rate in node["_last_lr"]]
+            found.lr = value
+    # Numbers of the training may be tensors too, beside what has the rate; dictionaries with
+    # tensors are weights as a rule, and are searched only where nothing else states a rate.
+    for among_tensors in (False, True):
+        for path, node in _dictionaries(source, "", 0, among_tensors):
+            if _OPTIMIZER.search(path.lower()) and "param_groups" in node:
+                found.groups += groups_of(node, path)
+            elif _is_schedule(path, node):
+                found.last_rates += [plain_value(rate) for rate in node["_last_lr"]]
+        if found.groups or found.last_rates:
+            break
     for key in _STEPS:
         step = plain_value(source.get(key))
         if isinstance(step, int) and not isinstance(step, bool):
@@ -114,11 +119,21 @@ def _add_facts(found: Contents, source: Mapping[Any, Any]) -> None:
             break
 
 
+def _is_schedule(path: str, node: Mapping[Any, Any]) -> bool:
+    """Tell whether this is the state of a scheduler that says its last rates."""
+    return bool(_SCHEDULER.search(path.lower())) and isinstance(node.get("_last_lr"), (list, tuple))
+
+
 def _dictionaries(
-    node: Mapping[Any, Any], path: str, depth: int
+    node: Mapping[Any, Any], path: str, depth: int, among_tensors: bool, inside: bool = False
 ) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Yield dictionaries with their dotted path, also those in lists."""
-    if path:
+    """Yield dictionaries with their dotted path, also those in lists.
+
+    Of those that hold a tensor themselves, states of optimisers and schedulers alone, unless
+    ``among_tensors``. Schedulers ``inside`` of another one are left out.
+    """
+    schedule = _is_schedule(path, node)
+    if path and not (inside and schedule):
         yield path, node
     if depth > _DEPTH:
         return
@@ -131,8 +146,19 @@ def _dictionaries(
         for item in items[:16]:
             if isinstance(item, StandIn):
                 item = item.state
-            if isinstance(item, Mapping) and not any(isinstance(v, Tensor) for v in item.values()):
-                yield from _dictionaries(item, f"{path}.{key}" if path else key, depth + 1)
+            if not isinstance(item, Mapping):
+                continue
+            # A step counter or the best loss so far may be a tensor in them.
+            known = "param_groups" in item or "_last_lr" in item
+            if known or among_tensors or not any(isinstance(v, Tensor) for v in item.values()):
+                # SequentialLR and the like hold the schedulers of other phases: theirs is the rate.
+                yield from _dictionaries(
+                    item,
+                    f"{path}.{key}" if path else key,
+                    depth + 1,
+                    among_tensors,
+                    inside or schedule,
+                )
 
 
 def _described(source: Mapping[Any, Any]) -> str:

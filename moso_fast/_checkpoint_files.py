@@ -14,7 +14,7 @@ from . import _checkpoint_pickle
 from ._checkpoint_contents import Contents, contents_of
 from ._checkpoint_distributed import INDEX, read_distributed
 from ._checkpoint_pickle import StandIn, module_state
-from ._rates import Stated, learning_rate
+from ._rates import Stated
 from ._trainer_schedule import rate_of_last_step
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar", ".pyth", ".th", ".pkl")
@@ -104,11 +104,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint {path} cannot be read: {_one_line(error)}") from error
 
 
-def read_contents(path: Path, rates_only: bool = False) -> tuple[Contents, Stated]:
+def read_contents(
+    path: Path, rates_only: bool = False, with_rates: bool = True
+) -> tuple[Contents, Stated]:
     """Return what a file or folder holds, and what it says about its learning rate.
 
     With ``rates_only`` tensors are not read (or left in the file): the call is cheap, and only its
-    second result is whole.
+    second result is whole. Without ``with_rates`` the files of optimiser and scheduler that lie
+    beside the weights are left alone.
     """
     where = str(path)
     if not path.is_dir():
@@ -123,18 +126,12 @@ def read_contents(path: Path, rates_only: bool = False) -> tuple[Contents, State
         return contents, stated_in(contents, where)
     state = {} if rates_only else _folder_state(path)
     contents = contents_of(state, where) if state or not rates_only else Contents()
-    return contents, _stated_in_folder(path, contents)
+    return contents, _stated_in_folder(path, contents, with_rates)
 
 
 def stated_in(contents: Contents, where: str) -> Stated:
     """Return what the contents say about the learning rate."""
-    lr = contents.lr
-    return Stated(
-        where,
-        None if lr is None else learning_rate(lr, f"learning rate in {where}"),
-        tuple(contents.groups),
-        tuple(contents.last_rates),
-    )
+    return Stated(where, contents.lr, tuple(contents.groups), tuple(contents.last_rates))
 
 
 def _folder_state(folder: Path) -> dict[str, Any]:
@@ -200,8 +197,14 @@ def _deepspeed_file(folder: Path) -> Path | None:
     return None
 
 
-def _stated_in_folder(folder: Path, contents: Contents) -> Stated:
+def _stated_in_folder(folder: Path, contents: Contents, with_rates: bool) -> Stated:
     where = str(folder)
+    state_file = folder / "trainer_state.json"
+    trainer = _read_json(state_file) if state_file.is_file() else None
+    if trainer is not None:
+        contents.step = trainer.get("global_step")
+    if not with_rates:
+        return Stated(where)
     later = None
     beside: dict[str, Mapping[str, Any]] = {}
     for names, key in ((_OPTIMIZER_FILES, "optimizer"), (_SCHEDULER_FILES, "scheduler")):
@@ -210,18 +213,15 @@ def _stated_in_folder(folder: Path, contents: Contents) -> Stated:
             beside[key] = read_file(file, mmap=True)
             if later is None or not later.any():
                 later = stated_in(contents_of({key: beside[key]}, str(file)), str(file))
-    if not (folder / "trainer_state.json").is_file():
+    if trainer is None:
         return Stated(where, later=later)
-    trainer = _read_json(folder / "trainer_state.json")
-    contents.step = trainer.get("global_step")
     logged = [e for e in trainer.get("log_history") or () if "learning_rate" in e]
     rate = logged[-1]["learning_rate"] if logged else None
     if not rate or logged[-1].get("step", contents.step) != contents.step:
         # Not logged at this very step, or the rate of the next one at the end of the schedule.
         of_step = rate_of_last_step(folder, trainer, beside.get("scheduler"))
         rate = rate if of_step is None else of_step
-    lr = None if rate is None else learning_rate(rate, f"learning rate in {where}")
-    return Stated(where, lr, later=later)
+    return Stated(where, rate, later=later)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checkpoint_contents import Contents
+from ._checkpoint_contents import USUAL, Contents
 from ._checkpoint_names import MANY, Mapped, Target, mappings
 
 _SHOWN = 3
 # Averages of the weights over training, and weights of another moment: not those that the
 # learning rate in the file belongs to.
 _ASIDE = frozenset({"ema", "swa", "average", "averaged", "avg", "polyak", "shadow", "best"})
-_USUAL = ("state_dict", "model_state_dict", "model", "net")
 # What stands beside a network in a wrapper without changing what the network computes.
 _BESIDE = re.compile(
     r"(^|[._])(loss|losses|criterion|metrics?|acc\w*|auroc|f1|(train|val|valid|test)_\w+|ema"
@@ -93,7 +92,7 @@ def _choose(fitting: Sequence[Mapped], contents: Contents, where: str) -> tuple[
         ]
     names = " and ".join(repr(way.prefix.rstrip(".")) for way in different[:_SHOWN])
     running = [way for way in different if not _aside(way.prefix)]
-    usual = [way for way in running if way.prefix.split(".")[0] in ("", *_USUAL)]
+    usual = [way for way in running if way.prefix.split(".")[0] in ("", *USUAL)]
     for kind in (running, usual):
         if len(kind) == 1 and len(fitting) < MANY:
             entry, other = kind[0].prefix.rstrip("."), next(w for w in different if w != kind[0])
@@ -113,7 +112,7 @@ def _passed_over(chosen: Mapped, contents: Contents) -> str | None:
     if not _aside(chosen.prefix):
         return None
     places = {contents.containers[name] for name in contents.weights()}
-    usual = (name for name in places if name.rstrip(".") in _USUAL and not _aside(name))
+    usual = (name for name in places if name.rstrip(".") in USUAL and not _aside(name))
     return next((name.rstrip(".") for name in usual if not chosen.prefix.startswith(name)), None)
 
 

@@ -80,6 +80,7 @@ def adapter_tensors(
     active = list(getattr(network, "active_adapters", None) or [network.active_adapter])
     if len(active) != 1:
         raise ValueError(f"{start}, and the model has {len(active)} active adapters; set one")
+    _check_in_use(network, start)
     own = network.peft_config[active[0]].to_dict()
     for fact in _ADAPTER_FACTS:
         mine, stored = _plain(own.get(fact)), _plain(config.get(fact))
@@ -107,6 +108,24 @@ def adapter_tensors(
         ]
         raise ValueError(f"{start}, and does not fit the model's adapter: {'; '.join(parts)}")
     return result
+
+
+def _check_in_use(network: Any, start: str) -> None:
+    """Refuse a network whose forward pass would not use the adapter's weights that are loaded."""
+    # Asked of the class: peft's wrappers hand on the attributes of the module that they wrap.
+    layers = [
+        m for m in network.modules() if any(c.__module__.startswith("peft.") for c in _mro(m))
+    ]
+    if any(hasattr(type(m), "merged") and m.merged for m in layers):
+        raise ValueError(
+            f"{start}, and the model's adapter is merged into its base weights, which would be "
+            "scored in place of the checkpoint's; call unmerge_adapter() of the PeftModel first"
+        )
+    if any(hasattr(type(m), "disable_adapters") and m.disable_adapters for m in layers):
+        raise ValueError(
+            f"{start}, and the model's adapter is disabled, so that it would not be scored; call "
+            "enable_adapter_layers() of the PeftModel's base_model, or leave disable_adapter()"
+        )
 
 
 def _saved_names(network: Any, adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

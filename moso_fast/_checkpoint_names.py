@@ -108,11 +108,15 @@ def mappings(contents: Contents, target: Target, entry: str | None = None) -> li
     for clean in (_without_wrappers, _without_modules):
         seen: set[frozenset[tuple[str, str]]] = set()
         fitting = 0
-        for prefix, pairs in _pairings(list(tensors), list(target.names), clean):
+        # Where two names of the file would become one, all are left as they are, throughout.
+        own = clean if len({clean(name) for name in tensors}) == len(tensors) else str
+        in_file = {own(name): name for name in tensors}
+        passing = {clean(name): buffer for name, buffer in target.passing.items()}
+        for prefix, pairs in _pairings(in_file, _by_clean(target.names, clean)):
             key = frozenset(pairs.items())
             if key not in seen:
                 seen.add(key)
-                found.append(_judged(prefix, pairs, tensors, contents, target, clean))
+                found.append(_judged(prefix, pairs, tensors, passing, contents, target, own))
                 fitting += found[-1].fits
             if fitting == MANY:
                 break
@@ -122,11 +126,9 @@ def mappings(contents: Contents, target: Target, entry: str | None = None) -> li
 
 
 def _pairings(
-    given: Collection[str], wanted: Collection[str], clean: Clean
+    in_file: Mapping[str, str], in_model: Mapping[str, str]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield a prefix of the file, and model name -> name in the file, for every possible prefix."""
-    in_file = _by_clean(given, clean)
-    in_model = _by_clean(wanted, clean)
     needed = [name for name in in_model if not _HARMLESS_MISSING.search(name)]
     for own in _common_prefixes(needed or list(in_model)):
         short = {n[len(own) :]: full for n, full in in_model.items() if n.startswith(own)}
@@ -148,6 +150,7 @@ def _judged(
     prefix: str,
     pairs: Mapping[str, str],
     tensors: Mapping[str, Tensor],
+    passing: Mapping[str, Tensor],
     contents: Contents,
     target: Target,
     clean: Clean,
@@ -165,7 +168,6 @@ def _judged(
     )
     used = {contents.containers[source] for source in pairs.values()}
     taken = set(pairs.values())
-    passing = {clean(name): buffer for name, buffer in target.passing.items()}
     unexpected = [
         name
         for name, tensor in tensors.items()

@@ -7,10 +7,13 @@ file that was changed shows in any of the samples.
 
 from __future__ import annotations
 
+import enum
+import functools
 import hashlib
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from ._batch_parts import parts_of
 
 SAMPLES = 64  # the first, the last, and others evenly between them
+_DEPTH = 24  # deeper than inputs are nested; what lies below counts by its class alone
+_PLAIN = (bool, int, float, str, bytes)
+_WRITTEN_OUT = (bool, int, float, complex, str, bytes, bytearray, range, np.generic, enum.Enum)
 
 
 def inputs_digest(loader: DataLoader[Any]) -> str | None:
@@ -36,8 +42,16 @@ def inputs_digest(loader: DataLoader[Any]) -> str | None:
     result = hashlib.blake2b(digest_size=16)
     with _own_randomness():
         for place in places:
-            _add(result, data[place])
-    return f"digest {result.hexdigest()} of {len(places)} samples"
+            sample = data[place]
+            # What a sample must be is said where it is scored.
+            with suppress(TypeError, ValueError):
+                sample = parts_of(sample)[0]
+            result.update(_Inputs().digest(sample))
+    # Whoever reads two of them in the message of a run that is not resumed learns the other cause.
+    return (
+        f"digest {result.hexdigest()} (another one each time if the data set draws at random) of "
+        f"{len(places)} samples"
+    )
 
 
 @contextmanager
@@ -52,28 +66,122 @@ def _own_randomness() -> Iterator[None]:
         np.random.set_state(before[1])
 
 
-def _add(result: Any, sample: Any) -> None:
-    try:
-        inputs = parts_of(sample)[0]
-    except (TypeError, ValueError):  # it says what a sample must be where it is scored
-        inputs = sample
-    leaves, structure = tree_flatten(inputs)
-    result.update(str(structure).encode())
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            leaf = leaf.detach().cpu()
-            if leaf.layout != torch.strided or leaf.is_quantized:
-                leaf = leaf.dequantize() if leaf.is_quantized else leaf.to_dense()
-            result.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-            if leaf.numel():
-                result.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(leaf, np.ndarray) and leaf.dtype != object:
-            result.update(f"{leaf.dtype} {leaf.shape}".encode())
-            result.update(np.ascontiguousarray(leaf).tobytes())
-        elif isinstance(leaf, (bool, int, float, complex, str, bytes, np.generic)) or leaf is None:
-            result.update(repr(leaf).encode())
-        elif callable(getattr(leaf, "tobytes", None)):  # an image of Pillow, say
-            result.update(f"{getattr(leaf, 'size', '')} {getattr(leaf, 'mode', '')}".encode())
-            result.update(leaf.tobytes())
+class _Inputs:
+    """Digest of one sample's inputs of any kind, by what they hold and not by where they lie.
+
+    For one sample alone: a data set may hand out the same object again with other contents.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[int] = []  # what is being looked into: an object may hold itself
+        # What is held in several places is looked into once. Objects are kept with their digests,
+        # since another one could come to lie where one has gone.
+        self._done: dict[int, tuple[Any, bytes]] = {}
+
+    def digest(self, value: Any) -> bytes:
+        """Return a digest of a value and of all that it holds."""
+        result = hashlib.blake2b(digest_size=16)
+        for piece in self._pieces(value):
+            # With its length: two texts one after the other are not one long text.
+            result.update(f"{len(piece)} ".encode() + piece)
+        return result.digest()
+
+    def _pieces(self, value: Any) -> Iterator[bytes]:
+        if isinstance(value, Tensor):
+            yield from self._of_tensor(value)
+        elif isinstance(value, np.ndarray):
+            yield f"{value.dtype} {value.shape}".encode()
+            if value.dtype.hasobject:  # its bytes are addresses
+                yield from self._of_parts(value, value.reshape(-1).tolist())
+            else:
+                yield np.ascontiguousarray(value).tobytes()
+        elif value is None or isinstance(value, _WRITTEN_OUT):
+            yield repr(value).encode()
+        elif id(value) in self._done:
+            yield self._done[id(value)][1]
+        elif id(value) in self._open or len(self._open) > _DEPTH:
+            yield type(value).__qualname__.encode()
         else:
-            result.update(type(leaf).__qualname__.encode())
+            yield from self._of_container(value)
+
+    def _of_tensor(self, tensor: Tensor) -> Iterator[bytes]:
+        tensor = tensor.detach()
+        if tensor.is_nested:
+            parts = list(tensor.unbind())
+            yield f"nested {len(parts)}".encode()
+            for part in parts:
+                yield self.digest(part)
+            return
+        tensor = tensor.cpu().resolve_conj().resolve_neg()
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            tensor = tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
+        yield f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+        if tensor.numel():
+            yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    def _of_container(self, value: Any) -> Iterator[bytes]:
+        """Look into lists, dictionaries, what pytree knows, images and objects with attributes."""
+        outermost = iter([False])
+        # One level at a time, so that what holds itself is seen.
+        leaves, structure = tree_flatten(value, is_leaf=lambda _: next(outermost, True))
+        if str(structure) != "*":  # of what pytree does not open
+            yield str(structure).encode()
+            yield from self._of_parts(value, leaves)
+            return
+        yield type(value).__qualname__.encode()
+        if isinstance(value, ModuleType) or (callable(value) and hasattr(value, "__qualname__")):
+            yield str(value.__name__).encode()
+        elif isinstance(value, Mapping):
+            yield from self._of_parts(
+                value, [part for pair in dict(value).items() for part in pair]
+            )
+        elif callable(getattr(value, "tobytes", None)):  # an image of Pillow, say
+            facts = [getattr(value, name, "") for name in ("size", "mode", "dtype", "shape")]
+            yield " ".join(str(fact) for fact in facts if not callable(fact)).encode()
+            yield value.tobytes()
+        elif isinstance(value, Set):
+            yield from sorted(self._of_parts(value, list(value)))
+        elif isinstance(value, Sequence):
+            yield from self._of_parts(value, list(value))
+        elif callable(getattr(value, "__array__", None)):  # a column of pandas, say
+            yield self.digest(np.asarray(value))
+        else:
+            yield from self._of_object(value)
+
+    def _of_object(self, value: Any) -> Iterator[bytes]:
+        attributes = _attributes(value)
+        if attributes:
+            parts = [part for pair in attributes for part in pair]
+            result = b"".join(self._of_parts(value, parts))
+            self._done[id(value)] = value, result
+            yield result
+        elif " at 0x" not in repr(value):  # a date, a fraction: no address in its text
+            yield repr(value).encode()
+
+    def _of_parts(self, value: Any, parts: list[Any]) -> Iterator[bytes]:
+        if parts and all(type(part) in _PLAIN for part in parts):  # token numbers: by far quicker
+            yield repr(parts).encode()
+            return
+        self._open.append(id(value))
+        for part in parts:
+            yield self.digest(part)
+        self._open.pop()
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    """Return names and values of what an object holds, without what it computed for later use."""
+    found = dict(getattr(value, "__dict__", None) or {})
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            private = name.startswith("__") and not name.endswith("__")
+            at = f"_{cls.__name__.lstrip('_')}{name}" if private else name
+            if name not in ("__dict__", "__weakref__") and hasattr(value, at):
+                found[at] = getattr(value, at)
+    cached = {
+        name
+        for cls in type(value).__mro__
+        for name, member in vars(cls).items()
+        if isinstance(member, functools.cached_property)
+    }
+    return [(str(name), found[name]) for name in sorted(found, key=str) if name not in cached]

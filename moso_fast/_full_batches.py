@@ -100,9 +100,9 @@ def _rows_of(value: Any, rows: Tensor, count: int) -> Any:
 def batches(
     loader: DataLoader[Any],
     members: Tensor | None,
-    views: int = 1,
-    data: SampleBatches | None = None,
-    prepared: Callable[[Batch], Batch] = lambda batch: batch,
+    views: int,
+    data: SampleBatches,
+    prepared: Callable[[Batch], Batch],
 ) -> Iterator[Batch]:
     """Yield the batches of one part: ``members`` are its sample numbers, ascending; None = all.
 
@@ -115,7 +115,6 @@ def batches(
     ValueError
         A batch whose rows are not samples times views.
     """
-    data = data or SampleBatches(loader)
     if members is not None and not isinstance(loader.dataset, IterableDataset):
         rebuilt = None if data.may_be_packed() else _of_subset(loader, members)
         if rebuilt is not None:

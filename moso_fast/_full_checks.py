@@ -88,10 +88,3 @@ def check_sum(
             f"self-check failed: the alignments sum to {float(alignment):.9g} but N |G|^2 is "
             f"{count * squared:.9g} (allowed difference {bound:.3g})"
         )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()

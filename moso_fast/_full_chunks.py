@@ -9,11 +9,17 @@ from typing import Any
 import torch
 
 from ._full_batches import Batch
-from ._full_checks import out_of_memory
 
 _CPU_SHARE, _CUDA_SHARE = 0.25, 0.5
 # Activations, their gradients, and what the norms of the widest layer take beside.
 _COPIES = 4
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
 
 
 class _SmallerChunk(Exception):

@@ -6,7 +6,8 @@ the model makes: an input that is looked up as it came, with offsets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_ASK = "give the bags' offsets beside their values, one bag a sample, in the order of the labels"
+# Values, offsets, weights of the values, and whether the offsets tell where the last bag ends.
+LookUp = tuple[Tensor, Tensor, Tensor | None, bool]
+
+ASK = "give the bags' offsets beside their values, one bag a sample, in the order of the labels"
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Flat:
         if not fits or bool((edges.diff() < 0).any()):
             raise ValueError(
                 f"data: {self.kind} of {len(bounds)} entries do not divide {len(values)} values "
-                f"among {rows} labels; {_ASK}"
+                f"among {rows} labels; {ASK}"
             )
         return edges
 
@@ -78,7 +82,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Tensor, Tensor, Tensor | None, bool]] = []
+        self.calls: list[LookUp] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -112,38 +116,77 @@ def may_be_flat(inputs: Sequence[Any]) -> bool:
     return len(lists) > 1 and not all(v.is_floating_point() for v in lists)
 
 
-def find_flat(forward: Any, inputs: Sequence[Any], rows: int) -> tuple[Flat, ...]:
-    """Find the flat inputs of a batch by what ``forward()`` looks up in bags.
+def looked_up(forward: Callable[[], Any]) -> list[LookUp]:
+    """List what ``forward()`` looks up in bags."""
+    with torch.no_grad(), _Watch() as watch:
+        forward()
+    return watch.calls
+
+
+def looked_up_alone(forward: Callable[[], Any]) -> list[LookUp]:
+    """List the same for a single row, with which the model may fail behind its look-ups.
+
+    An error is not lost: the passes that follow raise it again.
+    """
+    with torch.no_grad(), _Watch() as watch, contextlib.suppress(Exception):
+        forward()
+    return watch.calls
+
+
+def same_twice(alone: Sequence[LookUp], pair: Sequence[LookUp], inputs: Sequence[Any]) -> bool:
+    """Tell whether a model looks up the same bags twice, once for each of two equal rows.
+
+    ``alone``: what it looks up for the one row. Beside that, it may have bags of its own, which are
+    the same for any batch; those of ``inputs`` are not.
+    """
+    if len(alone) != len(pair):
+        return False
+    for (values, offsets, each, ends), (both, bounds, weights, _) in zip(alone, pair, strict=True):
+        lengths = _lengths(values, offsets, ends)
+        if torch.equal(_lengths(both, bounds, ends), lengths) and torch.equal(both, values):
+            if _which(values, inputs) is None:
+                continue
+            return False
+        twice = torch.equal(_lengths(both, bounds, ends), lengths.repeat(2))
+        twice = twice and torch.equal(both, values.repeat(2))
+        if each is not None and weights is not None:
+            twice = twice and len(weights) == 2 * len(each)
+        if not twice:
+            return False
+    return True
+
+
+def find_flat(calls: Sequence[LookUp], inputs: Sequence[Any], rows: int) -> tuple[Flat, ...]:
+    """Find the flat inputs of a batch by what the model looks up in bags.
 
     Raises
     ------
     ValueError
         Values that are an input, with offsets that no input tells, or not one bag a sample.
     """
-    with torch.no_grad(), _Watch() as watch:
-        forward()
     found: dict[int, Flat] = {}
-    for values, offsets, each, ends in watch.calls:
+    for values, offsets, each, ends in calls:
         number = _which(values, inputs)
         if number is None:
             continue  # made by the model from inputs of its own, row by row
+        # Words may look like offsets or lengths themselves.
+        beside = [None if k == number else value for k, value in enumerate(inputs)]
         bags = len(offsets) - ends
-        last = offsets[-1:] if ends else offsets.new_tensor([len(values)])
-        lengths = torch.cat([offsets[:bags], last]).diff()
+        lengths = _lengths(values, offsets, ends)
         single = len(values) == rows and bags == rows and bool((lengths == 1).all())
-        if single and _which(offsets, inputs) is None:
+        if single and _which(offsets, beside) is None:
             continue  # one value a row: rows like any other
         if bags != rows:
             raise ValueError(
-                f"model: an embedding bag makes {bags} bags of an input for {rows} labels; {_ASK}"
+                f"model: an embedding bag makes {bags} bags of an input for {rows} labels; {ASK}"
             )
-        bounds, kind = _which(offsets, inputs), "offsets"
+        bounds, kind = _which(offsets, beside), "offsets"
         if bounds is None:
-            bounds, kind = _which(lengths, inputs), "lengths"
+            bounds, kind = _which(lengths, beside), "lengths"
         if bounds is None:
             raise ValueError(
                 "model: an embedding bag takes an input in pieces that neither offsets nor lengths "
-                f"among the inputs tell; {_ASK}"
+                f"among the inputs tell; {ASK}"
             )
         weights = None if each is None else _which(each, inputs)
         together: tuple[int, ...] = (number,) if weights is None else (number, weights)
@@ -152,6 +195,11 @@ def find_flat(forward: Any, inputs: Sequence[Any], rows: int) -> tuple[Flat, ...
             together = (*known.values, *(n for n in together if n not in known.values))
         found[number] = Flat(together, bounds, kind)
     return tuple(found.values())
+
+
+def _lengths(values: Tensor, offsets: Tensor, ends: bool) -> Tensor:
+    """Sizes of the bags of a look-up."""
+    return (offsets if ends else torch.cat([offsets, offsets.new_tensor([len(values)])])).diff()
 
 
 def _which(tensor: Tensor, inputs: Sequence[Any]) -> int | None:
@@ -164,5 +212,8 @@ def _which(tensor: Tensor, inputs: Sequence[Any]) -> int | None:
     for number, value in lists:
         if value.data_ptr() == tensor.data_ptr() and value.stride() == tensor.stride():
             return number
+    if not tensor.is_floating_point():
+        # Numbers such as 0.3 are no offsets, although they would be 0 as integers.
+        lists = [(n, v) for n, v in lists if torch.equal(v.to(tensor).to(v), v)]
     equal = [n for n, v in lists if torch.equal(v.to(tensor), tensor)]
     return equal[0] if len(equal) == 1 else None

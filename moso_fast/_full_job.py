@@ -106,7 +106,7 @@ class FullJob(Job):
                 stats = self._score(on_batch)
             results.append(stats)
             if self.store is not None:
-                facts = (self._labels, self.precision, self.feature_dtype, self.shift.stored())
+                facts = (self._labels, self.precision, self.feature_dtype, self.shift.stored(), "")
                 self.store.save(Group(k, [name], *facts, stats))
         if self.store is not None and self.store.beyond(len(self.rates)):
             self._check_end(None)
@@ -160,8 +160,22 @@ class FullJob(Job):
         network = self.engine.network
         batch = batch.on(network.device, network.dtype)
         if network.loss.loss == "cross_entropy":
-            network.loss.shift = self.shift.decide(batch.args, batch.kwargs, batch.labels)
+            network.loss.shift = self._shifted(batch)
         return self.engine.know(batch)
+
+    def _shifted(self, batch: Batch) -> bool:
+        """Decide whether labels are those of the next token, by as many samples as fit.
+
+        Samples whose labels tell nothing leave it to the next ones of the batch.
+        """
+
+        def work(chunk: Batch) -> tuple[bool, None]:
+            return self.shift.decide(chunk.args, chunk.kwargs, chunk.labels), None
+
+        if self.shift.value is not None or batch.labels.dim() < 2:
+            return work(batch)[0]
+        found = (shift for _, shift, _ in self.engine.chunks.of(batch, work))
+        return next((shift for shift in found if self.shift.value is not None), False)
 
     def _check_part(self, part: int, count: int) -> None:
         if self.ids is None:

@@ -51,10 +51,13 @@ class OutputLoss:
         ``per``); or a callable that gets the model's output as it is.
     label_smoothing, ignore_index
         As in `torch.nn.functional.cross_entropy`.
-    shift
-        Whether logits at t go with the label at t + 1.
     per
         Of a row of tokens: ``"token"``, the mean over those that count, or ``"sample"``, the sum.
+
+    Attributes
+    ----------
+    shift
+        Whether logits at t go with the label at t + 1; False until somebody has found out.
     """
 
     def __init__(
@@ -62,12 +65,11 @@ class OutputLoss:
         loss: str | Callable[[Any, Any], Tensor],
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
-        shift: bool = False,
         per: str = "token",
     ) -> None:
         self.per = per
         self.loss, self.label_smoothing = loss, label_smoothing
-        self.ignore_index, self.shift = ignore_index, shift
+        self.ignore_index, self.shift = ignore_index, False
 
     def counted(self, labels: Tensor) -> Tensor:
         """(B,) bool: whether a row has a label that counts."""

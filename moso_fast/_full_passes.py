@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._full_batches import Batch
+from ._full_chunks import out_of_memory
 from ._full_loss import OutputLoss, RowLosses
 from ._full_modes import Sound, Substitution
 from ._norms.checkpointing import whole_graph
-from ._norms.tape import Plan, Tape
+from ._norms.tape import Plan, Tape, UnknownCall
 from ._norms.trace import Trace, leaves, untraced_uses
 
 Gradients = dict[int, Tensor]
+
+
+class NoOtherOrder(Exception):
+    """A model that takes samples in the order of the batch alone; the cause is its own error."""
 
 
 class Network:
@@ -147,7 +152,7 @@ def traced(
     ``marked``: the tape also tells the samples in the calls' outputs apart (see `order_changes`).
     """
     while True:
-        trace, tape = _trace(network, plan, batch, expanding, marked)
+        trace, tape = new_trace(network, plan, batch, expanding, marked)
         with torch.enable_grad(), network.context():
             with trace:
                 outputs = network.forward(batch)
@@ -160,15 +165,20 @@ def traced(
             break
     gradients = torch.autograd.grad(total, network.parameters, allow_unused=True)
     tape.finish()
-    tape.moves = trace.moves
     return losses, [None if g is None else dense(g) for g in gradients], tape
 
 
-def _trace(
-    network: Network, plan: Plan, batch: Batch, expanding: bool, marked: bool
+def new_trace(
+    network: Network,
+    plan: Plan,
+    batch: Batch,
+    expanding: bool,
+    marked: bool = False,
+    probing: bool = False,
 ) -> tuple[Trace, Tape]:
+    """Make a trace for a pass of ``batch``, and the tape that it writes to (see `Tape`)."""
     given = network.enough(batch)
-    tape = Tape(plan, given.rows, given.samples, network.device)
+    tape = Tape(plan, given.rows, given.samples, network.device, probing)
     tape.marks = {} if marked else None
     trace = Trace(tape, expanding)
     trace.know_packed((given.args, given.kwargs))
@@ -182,12 +192,24 @@ def order_changes(
 
     The batch goes through the model once more, the last sample first. What a call makes of a sample
     must be where that sample is now, and is what it was, up to rounding.
+
+    Raises
+    ------
+    NoOtherOrder
+        The model fails for the samples in that order.
     """
     assert tape.marks is not None
     turned = batch.take(torch.arange(batch.samples).flip(0))
-    trace, again = _trace(network, plan, turned, expanding, True)
+    trace, again = new_trace(network, plan, turned, expanding, True)
     with torch.no_grad(), network.context(), trace:
-        network.forward(turned)
+        try:
+            network.forward(turned)
+        except UnknownCall:
+            raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise NoOtherOrder from error
     assert again.marks is not None
     if [call.key for call, _, _ in tape.calls] != [call.key for call, _, _ in again.calls]:
         return {key for _, _, used in (*tape.calls, *again.calls) for key in used}

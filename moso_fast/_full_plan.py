@@ -19,20 +19,23 @@ from ._full_loss import RowLosses
 from ._full_passes import (
     Gradients,
     Network,
+    NoOtherOrder,
     alignment_double_backward,
     alignment_forward,
     explicit_gradients,
     keeps_gradients,
+    new_trace,
+    order_changes,
     traced,
 )
 from ._full_rows import Rows, tolerance
 from ._norms.layout import Layout, clear
-from ._norms.tape import Plan, Tape
-from ._norms.trace import Trace
+from ._norms.tape import Plan, Tape, UnknownCall
 
 # What rounding leaves of a parameter's gradient that should vanish, relative to the whole one.
 _FLOOR = 1e-6
 
+CHANGED_ORDER = "used where the samples change their order"
 _PAIRS = "the model fails in a batch of one: a row that is alone goes through it twice"
 
 Aligned = Callable[[Network, Batch, Gradients], RowLosses]
@@ -123,10 +126,8 @@ class Methods:
 
     def _probed(self, few: Batch) -> tuple[Tape, Tensor]:
         network = self.network
-        tape = Tape(self.plan, few.rows, few.samples, network.device, probing=True)
         with torch.enable_grad(), network.context():
-            trace = Trace(tape, self.expanding)
-            trace.know_packed((few.args, few.kwargs))
+            trace, tape = new_trace(network, self.plan, few, self.expanding, probing=True)
             with trace:
                 outputs = network.forward(few)
             rows = network.losses(outputs, few).differentiable
@@ -148,7 +149,7 @@ class Methods:
 
     def _check_norms(self, few: Batch, expected: list[Gradients]) -> None:
         """Compare norms parameter by parameter; what differs is not traced any more."""
-        _, _, tape = traced(self.network, self.plan, few, self.expanding)
+        _, _, tape = traced(self.network, self.plan, few, self.expanding, marked=True)
         for at, gradients in zip((0, few.samples - 1), expected, strict=True):
             squares = {key: float(g.double().square().sum()) for key, g in gradients.items()}
             floor = _FLOOR * sum(squares.values())
@@ -158,6 +159,19 @@ class Methods:
                 found = float(tape.norms[key][at]) if key in tape.norms else 0.0
                 if abs(found - square) > self.tolerance * square + floor:
                     self.plan.others[key] = "its traced gradients differ from plain autograd"
+        for key in self._changed_order(few, tape):
+            self.plan.others.setdefault(key, CHANGED_ORDER)
+
+    def _changed_order(self, few: Batch, tape: Tape) -> set[int]:
+        """Find parameters of calls in which the first samples do not lie as in the batch: ids."""
+        if few.samples == 1:
+            return set()
+        try:
+            return order_changes(self.network, self.plan, few, tape, self.expanding, self.tolerance)
+        except UnknownCall as call:
+            return set(call.used)
+        except NoOtherOrder:
+            return set()  # it packs them by descending length, say; batches may be checked yet
 
     def know_others(self, batch: Batch, expected: list[Gradients] | None = None) -> None:
         """Choose how parameters that are not traced get their gradients, if some are new."""

@@ -22,12 +22,18 @@ from ._full_passes import Network
 def in_float64(network: Network) -> Iterator[Network]:
     """Run the block with the model's numbers in float64; afterwards it has its own back.
 
+    So have the parameters: the very ``.grad`` that each had before.
+
     Yields a network of the same model and parameters, without autocast.
     """
     model = network.model
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     saved: list[tuple[Tensor, Tensor]] = []
+    # A gradient must have its parameter's dtype: the caller's are taken off and come back last.
+    gradients = [(p, p.grad) for p in model.parameters()]
     try:
+        for p, _ in gradients:
+            p.grad = None
         for tensor in tensors:
             saved.append((tensor, tensor.data))
             tensor.data = tensor.data.double()
@@ -37,6 +43,8 @@ def in_float64(network: Network) -> Iterator[Network]:
     finally:
         for tensor, data in reversed(saved):
             tensor.data = data
+        for p, gradient in gradients:
+            p.grad = gradient
 
 
 def can_repeat(network: Network) -> bool:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from ._full_batches import Batch
-from ._full_flat import Flat, find_flat, may_be_flat
+from ._full_flat import (
+    ASK,
+    Flat,
+    LookUp,
+    find_flat,
+    looked_up,
+    looked_up_alone,
+    may_be_flat,
+    same_twice,
+)
 from ._full_passes import Network
 
 # Allowed relative difference to plain autograd; beyond it, the rule itself must be wrong.
@@ -34,14 +43,50 @@ class Rows:
     def know_batch(self, batch: Batch) -> Batch:
         """Note in a batch which of its inputs are flat, as the model's first batch showed."""
         if self.flat is None:
+            inputs = batch.inputs()
             if batch.rows == 1:
+                if may_be_flat(inputs) and not batch.flat:
+                    self.know_pairs(batch)
+                    return self._alone(batch) if self.network.pairs else batch
                 return batch
             self.flat = ()
-            inputs = batch.inputs()
             if may_be_flat(inputs):
                 with self.network.context():
-                    self.flat = find_flat(lambda: self.network.forward(batch), inputs, batch.rows)
+                    calls = looked_up(lambda: self.network.forward(batch))
+                self.flat = find_flat(calls, inputs, batch.rows)
         return replace(batch, flat=self.flat) if self.flat else batch
+
+    def _alone(self, batch: Batch) -> Batch:
+        """Note the flat inputs of a row that goes through the model twice, in a batch of its own.
+
+        Where no larger batch has shown them yet. A row's own numbers may look like offsets or
+        lengths, so that each such batch is asked anew, and tried.
+
+        Raises
+        ------
+        ValueError
+            The two rows do not get the same bags.
+        """
+        network = self.network
+
+        def calls(given: Batch) -> list[LookUp]:
+            with network.context():
+                return looked_up_alone(lambda: network.model(*given.args, **given.kwargs))
+
+        inputs, once = batch.inputs(), calls(batch)
+
+        def works(given: Batch) -> bool:
+            return same_twice(once, calls(network.enough(given)), inputs)
+
+        if works(batch):
+            return batch
+        flat = replace(batch, flat=find_flat(once, inputs, 1))
+        if works(flat):
+            return flat
+        raise ValueError(
+            "model: it fails in a batch of one, and its embedding bags do not tell how a row can "
+            f"go through it twice instead; {ASK}, in batches of at least two"
+        )
 
     def know_pairs(self, batch: Batch) -> None:
         """Find out whether the model fails in a batch of one, where it takes the same row twice.
@@ -60,6 +105,8 @@ class Rows:
         except Exception as error:
             network.pairs = True
             try:
+                if self.flat is None and may_be_flat(alone.inputs()):
+                    alone = self._alone(alone)
                 self.losses(alone)
             except Exception:  # no matter of the batch's size
                 network.pairs = None

@@ -44,7 +44,7 @@ def _find(model: nn.Module, head: str | nn.Module | None) -> tuple[str, nn.Modul
             raise ValueError(f"head ({type(head).__name__}) is no module of the model")
         return names[id(head)], head, "head"
     if isinstance(head, str):
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))  # also its other names
         if head not in modules:
             raise ValueError(f"head {head!r} is no module of the model; {_candidates(model)}")
         return head, modules[head], "head"

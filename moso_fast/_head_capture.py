@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ._head_check import (
     read_head,
     version,
 )
+from ._head_reads import watched
 from ._output_check import OutputCheck
 
 
@@ -49,6 +50,9 @@ class HeadCapture:
         self._replacement: Tensor | None = None
         self._writes = False  # to its inputs
         self._deaf = False  # to calls that are none of ours
+        #: Whether the model reads the head's tensors outside of the head, where other weights of
+        #: the head then make other features.
+        self.read_elsewhere = False
         self._copies = False  # of the head's input and output, since the model writes to them
 
     @contextmanager
@@ -57,6 +61,7 @@ class HeadCapture:
         self.reading, self.sample = None, None
         self.check.begin()
         self.plain = is_plain(self.head)
+        self.read_elsewhere = False
         handle = self.head.register_forward_hook(self._called, with_kwargs=True)
         try:
             yield
@@ -77,7 +82,9 @@ class HeadCapture:
         # is kept, and from then on of every one where that was seen.
         kept = _copied((args, kwargs)) if self.reading is None or self._writes else None
         before = _versions((args, kwargs))
-        call, outputs = self._forward(args, kwargs)
+        with watched(self.head) if self.reading is None else nullcontext() as reads:
+            call, outputs = self._forward(args, kwargs)
+        self.read_elsewhere |= reads is not None and reads.found
         wrote = _versions((args, kwargs)) != before
         self._writes |= wrote
 

@@ -7,8 +7,6 @@ that is something else, the head is refused by name, unless a constant factor is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,8 +40,12 @@ class HeadCall:
 
     def overwritten(self) -> tuple[bool, bool]:
         """Tell whether the model wrote to the input and to the output after the call."""
-        # Clones have versions of their own, which nobody but us could move.
-        return version(self.value) != self.versions[0], version(self.live) != self.versions[1]
+        # Clones have versions of their own, which nobody but us could move. Writes to tensors of
+        # inference mode are not counted: there the copy is compared.
+        output = version(self.live) != self.versions[1]
+        if self.live.is_inference():
+            output = not torch.equal(self.live, self.output)
+        return version(self.value) != self.versions[0], output
 
 
 @dataclass(frozen=True)
@@ -163,16 +165,10 @@ def read_again(name: str, head: nn.Module, sample: Sample, plain: bool) -> HeadR
 
 
 def _call(head: nn.Module, value: Tensor, autocast: torch.dtype | None) -> HeadCall:
-    with torch.no_grad(), autocast_as(value.device.type, autocast):
+    allowed = torch.autocast(value.device.type, dtype=autocast, enabled=autocast is not None)
+    with torch.no_grad(), allowed:
         output = head(value)
     return HeadCall(value, output, output, (version(value), version(output)), autocast)
-
-
-@contextmanager
-def autocast_as(kind: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Run the block under autocast to ``dtype``, or under none."""
-    with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
-        yield
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +54,7 @@ class ScoringJob(Job):
         assert head is not None
         super().__init__(scorer, head, data, checkpoints, formula, partition, seed, index)
         self.head, self.row_weights = head, row_weights
+        self.notes: list[dict[str, str]] = []  # of every group: what lies behind its heads
         samples = self.samples if self.samples >= 0 else None
         row_weights.check(samples, getattr(head, "out_features", None))
         self.capture = FeatureCapture(
@@ -85,9 +87,9 @@ class ScoringJob(Job):
         return {
             "head": self.scorer.head_name,
             "per": self.scorer.per,
+            **self.row_weights.describe(),
             **describe_head(self.scorer.model, self.head),
-            "logits": "the head's output",
-            **self.capture.inputs.check.notes,
+            **joined(self.notes),
         }
 
     def _run(self, on_batch: Callable[[], None]) -> list[PartStats]:
@@ -99,7 +101,9 @@ class ScoringJob(Job):
         for k, (tensors, copy) in enumerate(self._weights_in_order()):
             name = "" if self.store is None else digest(tensors)
             backbone = self.weights.backbone(tensors)
-            shared = snapshot is not None and snapshot.equals(backbone)
+            # Known since features were made: nothing is shared before that.
+            alone = not self.capture.inputs.read_elsewhere
+            shared = snapshot is not None and alone and snapshot.equals(backbone)
             if pending is not None and (not shared or pending.full()):
                 # Before the next features overwrite those of this group.
                 results.append(self._finish(pending))
@@ -111,6 +115,7 @@ class ScoringJob(Job):
                 stored = self._load(k)
                 if stored is not None:
                     results.append(stored.stats)
+                    self.notes.append(json.loads(stored.notes))
             if stored is not None and k < stored.end:
                 self._check_digest(stored, k, name)
                 continue
@@ -122,8 +127,8 @@ class ScoringJob(Job):
                 results.append(self._finish(pending))
                 pending = None
             if pending is None:
-                found = self.capture.inputs.check.map
-                pending = HeadGroup(k, features, reading.input_scale, found)
+                check = self.capture.inputs.check
+                pending = HeadGroup(k, features, reading.input_scale, check.map, check.notes)
             pending.add(reading, name)
         if pending is not None:
             results.append(self._finish(pending))
@@ -146,7 +151,6 @@ class ScoringJob(Job):
             features = self.capture.run(on_batch)
             reading = self._own(self.capture.inputs.reading, features)
         self._know_samples(features.samples)
-        self.precision = default_precision(features.features)
         self.feature_dtype = str(features.features.dtype).removeprefix("torch.")
         self._check_counted(features.counted(self.capture.ignore_index))
         if self.store is not None:
@@ -170,6 +174,7 @@ class ScoringJob(Job):
 
     def _finish(self, heads: HeadGroup) -> PartStats:
         scorer, features = self.scorer, heads.features
+        self.notes.append(heads.notes)
         weight, bias = heads.stacked()
         inputs = heads.inputs()
         self.precision = default_precision(inputs)
@@ -190,7 +195,10 @@ class ScoringJob(Job):
             **scorer.options,
         )
         if self.store is not None:
-            facts = (self._labels, self.precision, self.feature_dtype, self.shift.stored())
+            facts = (
+                *(self._labels, self.precision, self.feature_dtype),
+                *(self.shift.stored(), json.dumps(heads.notes)),
+            )
             self.store.save(Group(heads.first, heads.digests, *facts, stats))
         return stats
 
@@ -208,8 +216,10 @@ class HeadGroup:
         features: Features,
         input_scale: float = 1.0,
         logit_map: LogitMap | None = None,
+        notes: Mapping[str, str] | None = None,
     ) -> None:
         self.first, self.features = first, features
+        self.notes = dict(notes or {})
         self.input_scale, self.logit_map = input_scale, logit_map
         self.digests: list[str] = []
         self.scales: list[float] = []
@@ -250,6 +260,16 @@ class HeadGroup:
         if len(self._weights) == 1:
             return self._weights[0], self._biases[0] if self._biases else None
         return torch.stack(self._weights), torch.stack(self._biases) if self._biases else None
+
+
+def joined(notes: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Facts of all groups in one: each that was noted, once."""
+    names = dict.fromkeys(name for one in notes for name in one)
+    found = {"logits": "the head's output"}
+    for name in names:
+        seen = dict.fromkeys(one.get(name, found.get(name, "")) for one in notes)
+        found[name] = "; ".join(value for value in seen if value)
+    return found
 
 
 def with_scores(stats: PartStats, formula: str, ids: Tensor | None) -> list[dict[str, Tensor]]:

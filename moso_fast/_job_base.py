@@ -62,6 +62,7 @@ class Job:
             scorer.model,
             scorer.columns,
             scorer.options["ignore_index"],
+            scorer.dtype,
         )
         self.loader = self.data.loader
         self.formula = formula
@@ -106,6 +107,9 @@ class Job:
 
     def _run(self, on_batch: Callable[[], None]) -> list[PartStats]:
         raise NotImplementedError
+
+    def warn_if_noise(self, groups: list[PartStats]) -> None:
+        """Warn where the scores are largely rounding; sums in full precision never are."""
 
     def _facts(self) -> dict[str, Any]:
         """Collect the settings of the subclass that decide the statistics."""
@@ -208,9 +212,6 @@ class Job:
         if self._may_change:
             stated = loaded.stated
             self._stated.append(stated)
-            lr = None
-            if self.combine == "mean":
-                lr = loaded.stated.rate(self._scored_parameters())
             # What differs already from the first checkpoint need not wait for the last one.
             first = self._stated[0]
             known = {j: one.any() or one.later is not None for j, one in ((0, first), (k, stated))}

@@ -94,6 +94,27 @@ def sample_count(loader: DataLoader[Any]) -> int | None:
     return len(loader.dataset)
 
 
+def column_names(data: Any) -> list[str]:
+    """Return the names of a data set's columns, as far as they show without reading it."""
+    names = getattr(data, "column_names", None)
+    if names is None and isinstance(data, (list, tuple)) and data:
+        names = data[0]
+    if not isinstance(names, (list, tuple, Mapping)):
+        return []
+    return [name for name in names if isinstance(name, str)]
+
+
+def gathers_samples(loader: DataLoader[Any]) -> bool:
+    """Tell whether the first batch of a loader is made of several samples."""
+    if loader.batch_size is not None:
+        return loader.batch_size > 1
+    if isinstance(loader.dataset, IterableDataset):
+        return False  # each item of the stream is a batch
+    # The order of whoever chooses the samples was checked: it is the same when it is read again.
+    first = next(iter(loader.batch_sampler or loader.sampler), None)
+    return isinstance(first, (list, tuple)) and len(first) > 1
+
+
 def batch_count(loader: DataLoader[Any]) -> int | None:
     """Return the number of batches in a pass, or None where it is unknown."""
     try:

@@ -75,11 +75,6 @@ class LogitMap:
         return [v.to(z.device, z.dtype) for v in self.values]
 
 
-def scale_map(factor: float) -> LogitMap:
-    """Return the map a z."""
-    return LogitMap("scale", (torch.tensor(factor, dtype=torch.float64),))
-
-
 def _times(factor: str) -> str:
     return "z" if factor == "1" else f"{factor} * z"
 

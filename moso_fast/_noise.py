@@ -39,7 +39,7 @@ def cancellation(
             count[ids == part] = number
     own = q / (count - 1)
     score = count / (count - 1) * fields["alignment"].double() - own
-    ratio = (own / score.abs()).nan_to_num(nan=float("nan"), posinf=float("inf"))
+    ratio = own / score.abs()
     ratio = ratio[~ratio.isnan()]
     return float(ratio.median()) if len(ratio) else 0.0
 

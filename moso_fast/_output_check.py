@@ -69,6 +69,7 @@ class OutputCheck:
     def begin(self) -> None:
         """Start with the first batch of another checkpoint."""
         self._first, self.map, self._mean = True, None, False
+        self.notes = {}
 
     def features(self, call: HeadCall, outputs: Any, probe: Probe) -> Tensor:
         """Features (..., D) of one batch, one row for each row of the logits (..., C).
@@ -130,11 +131,12 @@ class OutputCheck:
                 f"{z.shape[:-1].numel()}, and they are none of these"
             )
         eps = _eps(z, logits)
-        given, seen = (t.reshape(-1, t.shape[-1]).double() for t in (given, seen))
+        given, seen = _flat(given), _flat(seen)
         most = max(8, _NUMBERS // given.shape[1])
-        self.map = find_map(given[:most], seen[:most], eps)
-        if self.map is None or not agrees(self.map, given, seen, eps):
-            raise self._refused(_seen(given, seen))
+        few = given[:most].double(), seen[:most].double()
+        self.map = find_map(*few, eps)
+        if self.map is None or not _holds(self.map, given, seen, eps):
+            raise self._refused(_seen(*few))
         self._check_map(z, logits)
         self.notes["logits"] = f"{self.map.describe()} of the head's output z"
         return value.reshape(*logits.shape[:-1], value.shape[-1])
@@ -240,13 +242,8 @@ class OutputCheck:
     def _check_map(self, z: Tensor, logits: Tensor) -> None:
         """Hold the real logits against the map of the real output of the head."""
         assert self.map is not None
-        given, seen = _flat(z), _flat(logits)
-        if given.shape == seen.shape:
-            eps = _eps(z, logits)
-            blocks = max(1, _NUMBERS // given.shape[1])
-            pairs = zip(given.split(blocks), seen.split(blocks), strict=True)
-            if all(agrees(self.map, one.double(), other.double(), eps) for one, other in pairs):
-                return
+        if _holds(self.map, _flat(z), _flat(logits), _eps(z, logits)):
+            return
         raise self._refused(
             f"with random numbers in its place they are {self.map.describe()} of it, with the real "
             "ones they are not"
@@ -256,12 +253,12 @@ class OutputCheck:
         count = z.shape[:-1].numel()
         if len(rows) < count:
             self.notes["rows"] = "the logits are some rows of the head's output"
-        elif bool((rows.cpu() != torch.arange(count)).any()):
+        elif not _in_order(rows, count):
             self.notes["rows"] = "the logits are the head's rows in another order"
 
     def _take(self, value: Tensor, rows: Tensor, lead: torch.Size) -> Tensor:
         flat = _flat(value)
-        if len(rows) == len(flat) and bool((rows.cpu() == torch.arange(len(flat))).all()):
+        if _in_order(rows, len(flat)):
             return value.reshape(*lead, value.shape[-1])
         return flat[rows].reshape(*lead, value.shape[-1])
 
@@ -271,6 +268,15 @@ class OutputCheck:
             f"the model's logits are not the output of head {self.name!r} ({kind}): {why}; choose "
             f"another head= if this is not the last layer, else {FULL_GRADIENT}"
         )
+
+
+def _holds(found: LogitMap, given: Tensor, seen: Tensor, eps: float) -> bool:
+    """Tell whether m(given) = seen; block by block, since vocabularies are not widened whole."""
+    if given.shape != seen.shape:
+        return False
+    rows = max(1, _NUMBERS // given.shape[1])
+    pairs = zip(given.split(rows), seen.split(rows), strict=True)
+    return all(agrees(found, one.double(), other.double(), eps) for one, other in pairs)
 
 
 def _same_memory(outputs: Any, z: Tensor) -> Tensor | None:
@@ -287,6 +293,11 @@ def _same_memory(outputs: Any, z: Tensor) -> Tensor | None:
             ):
                 return logits
     return None
+
+
+def _in_order(rows: Tensor, count: int) -> bool:
+    """Tell whether ``rows`` are all of ``count``, one after the other."""
+    return len(rows) == count and bool((rows.cpu() == torch.arange(count)).all())
 
 
 def _is_mean(z: Tensor, logits: Tensor) -> bool:

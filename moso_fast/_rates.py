@@ -45,13 +45,14 @@ class ScoredParameters:
 class Stated:
     """What one checkpoint says about its learning rate.
 
-    ``lr`` is a single number (given, or from the file), ``groups`` the optimiser's groups, and
-    ``schedule`` the last rates of a scheduler. ``later`` are groups and rates of files beside the
-    weights, asked only where other checkpoints of the same call have a rate or none has.
+    ``lr`` is a single rate: a number that was given, or what the file has there, which is looked
+    at when it is asked for. ``groups`` are the optimiser's groups, and ``schedule`` the last rates
+    of a scheduler. ``later`` are groups and rates of files beside the weights, asked only where
+    other checkpoints of the same call have a rate or none has.
     """
 
     where: str
-    lr: float | None = None
+    lr: Any = None
     groups: tuple[ParameterGroup, ...] = ()
     schedule: tuple[Any, ...] = ()
     later: Stated | None = None
@@ -65,11 +66,12 @@ class Stated:
 
         Raises
         ------
-        ValueError
-            Several rates are stated and it cannot be told which of them belongs to the parameters.
+        TypeError, ValueError
+            What is stated is no number >= 0; several rates are stated and it cannot be told which
+            of them belongs to the parameters.
         """
         if self.lr is not None:
-            return self.lr
+            return learning_rate(self.lr, f"learning rate in {self.where}")
         if self.groups:
             return _rate_of_groups(self.groups, scored, self.where)
         if self.schedule:
@@ -193,11 +195,16 @@ def _candidates(
     """Rates of the groups that may hold the parameter; by name where the groups have names."""
     paired = list(zip(groups, rates, strict=True))
     if all(group.names is not None for group in groups):
-        return {
-            rate
-            for group, rate in paired
-            if any(_same_name(other, name) for other in group.names or ())
-        }
+        # A name of another part may end like this one: the very name comes first.
+        for same in (str.__eq__, _ends_alike):
+            found = {
+                rate
+                for group, rate in paired
+                if any(same(other, name) for other in group.names or ())
+            }
+            if found:
+                return found
+        return set()
     # An optimiser numbers its parameters by group, so the order says nothing about the model's:
     # the shapes of what it remembers do.
     having = [rate for group, rate in paired for shapes in group.shapes if shape in shapes]
@@ -207,8 +214,8 @@ def _candidates(
     return set(having)
 
 
-def _same_name(one: str, other: str) -> bool:
-    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
+def _ends_alike(one: str, other: str) -> bool:
+    return one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
 def _listed(rates: Sequence[float]) -> str:

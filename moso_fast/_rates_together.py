@@ -14,12 +14,14 @@ def settle(
     stated: Sequence[Stated],
     scored: ScoredParameters | Sequence[ScoredParameters | None],
     combine: str,
+    option: str = "",
 ) -> list[float | None]:
     """Return the learning rate of each checkpoint: a number for all of them, or None for all.
 
-    ``scored``: whose rate is wanted, the same for all checkpoints or one for each. A checkpoint
-    that states none takes that of the optimiser or scheduler saved beside it. Warns of
-    checkpoints that count nothing.
+    ``scored``: whose rate is wanted, the same for all checkpoints or one for each;
+    ``option``: how to give a rate, where that is no argument of `Checkpoint`. A checkpoint that
+    states none takes that of the optimiser or scheduler saved beside it. Warns of checkpoints that
+    count nothing.
 
     Raises
     ------
@@ -32,7 +34,7 @@ def settle(
     # Standardised scores do not depend on the rates: nothing about them is worth refusing.
     if combine == "zscore":
         try:
-            rates = _complete(stated, scored)
+            rates = _complete(stated, scored, option)
         except ValueError as error:
             warnings.warn(
                 f"{error} (combine='zscore' needs none; self_influence is taken with rate 1)",
@@ -40,13 +42,13 @@ def settle(
             )
             return [None] * len(stated)
     else:
-        rates = _complete(stated, scored)
-    check_rates(rates, [one.where for one in stated], combine)
+        rates = _complete(stated, scored, option)
+    check_rates(rates, [one.where for one in stated], combine, option)
     return rates
 
 
 def _complete(
-    stated: Sequence[Stated], scored: Sequence[ScoredParameters | None]
+    stated: Sequence[Stated], scored: Sequence[ScoredParameters | None], option: str
 ) -> list[float | None]:
     rates = [one.rate(whose) for one, whose in zip(stated, scored, strict=True)]
     if None not in rates:
@@ -60,14 +62,17 @@ def _complete(
     # checkpoint has one: the ranking is the same under every rate but 0.
     if none_stated and (None in filled or not any(filled)):
         return rates
-    check_presence(dict(enumerate(filled)), {k: one.where for k, one in enumerate(stated)})
+    names = {k: one.where for k, one in enumerate(stated)}
+    check_presence(dict(enumerate(filled)), names, option)
     return filled
 
 
-def check_presence(rates: Mapping[int, float | None], where: Mapping[int, str]) -> None:
+def check_presence(
+    rates: Mapping[int, float | None], where: Mapping[int, str], option: str = ""
+) -> None:
     """Raise ValueError where some of the checkpoints (number -> rate) have one and others none.
 
-    ``where`` names each of them.
+    ``where`` names each of them, ``option`` how to give a rate.
     """
     with_rate = [k for k, rate in rates.items() if rate is not None]
     without = [k for k, rate in rates.items() if rate is None]
@@ -75,6 +80,12 @@ def check_presence(rates: Mapping[int, float | None], where: Mapping[int, str]) 
         numbers = ", ".join(str(k) for k in without[:_SHOWN])
         names = ", ".join(dict.fromkeys(where[k] for k in without[:_SHOWN]))
         more = f" and {len(without) - _SHOWN} more" if len(without) > _SHOWN else ""
+        if option:
+            others = f"{names}{more} {'does' if len(without) == 1 else 'do'}"
+            raise ValueError(
+                f"{where[with_rate[0]]} states a learning rate and {others} not: either all have "
+                f"one or none; give one {option} for each"
+            )
         lacking = f"checkpoint {numbers} has none"
         if len(without) > 1:
             lacking = f"checkpoints {numbers}{more} have none"

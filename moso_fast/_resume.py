@@ -18,7 +18,7 @@ from ._files import atomic_path
 from .parts import FIELDS, PartStats
 
 FORMAT = 1
-_FACTS = ("digests", "labels", "precision", "feature_dtype", "shift")
+_FACTS = ("digests", "labels", "precision", "feature_dtype", "shift", "notes")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Group:
     precision: str
     feature_dtype: str
     shift: str  # of `LabelShift.stored`
+    notes: str  # json, of what lies behind the head
     stats: PartStats
 
     @property
@@ -67,7 +68,9 @@ class ResultStore:
         if results:
             self._compare(manifest, wanted)
             return
-        # Also over the manifest of a run that ended before its first result.
+        # Also over the manifest of a run that ended before its first result, whose numbers of the
+        # samples go first: beside the new manifest they would be taken for those of this run.
+        (self.folder / "index.npy").unlink(missing_ok=True)
         with atomic_path(manifest) as path:
             path.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
 

@@ -74,10 +74,10 @@ class RowWeights:
             ("class_weight", self.class_weight, classes, "class"),
             ("sample_weight", self.sample_weight, samples, "sample"),
         ):
-            if weights is not None and count is not None and weights.numel() != count:
+            length = None if weights is None else weights.numel()
+            if None not in (length, count) and length != count:
                 raise ValueError(
-                    f"{name} must have one entry per {what}, shape ({count},); "
-                    f"got ({weights.numel()},)"
+                    f"{name} must have one entry per {what}, shape ({count},); got ({length},)"
                 )
 
     def of(self, features: Features, classes: int) -> Tensor | None:

@@ -23,6 +23,8 @@ from ._head import predicts_next_token
 _IGNORED = -100
 # The nearer reading is taken where the model's loss is that much nearer to it than to the other.
 _NEARER = 0.2
+# Readings that differ by less, relative to the loss, tell nothing.
+_APART = 1e-3
 
 Forward = Callable[[], Any]
 
@@ -71,6 +73,8 @@ class LabelShift:
             return self.value
         if labels.dim() < 2 or labels.is_floating_point() or labels.shape[1] < 2:
             return False
+        if bool((self._ids(labels)[:, 1:] == _IGNORED).all()):
+            return False  # nothing that tells: a later batch decides
         self.value, self.reason = self._by_loss(args, kwargs, labels) or self._by_name(
             args, kwargs, labels
         )
@@ -102,16 +106,16 @@ class LabelShift:
             return None
         if logits.dim() != 3 or logits.shape[:2] != labels.shape:
             return None
-        own = float(loss)
-        apart = {
-            shift: abs(own - _mean_loss(logits, self._ids(labels), shift))
-            for shift in (False, True)
-        }
+        own, ids = float(loss), self._ids(labels)
+        read = {shift: _mean_loss(logits, ids, shift) for shift in (False, True)}
+        if not abs(read[True] - read[False]) > _APART * max(1.0, abs(own)):
+            return None  # a head of zeros predicts all tokens alike; also NaN
+        apart = {shift: abs(own - value) for shift, value in read.items()}
         near = min(apart, key=lambda shift: apart[shift])
-        named = predicts_next_token(innermost(self.model))
         if apart[near] <= _NEARER * apart[not near]:
             return near, "as in the model's own loss"
-        if near == named:  # the loss has other parts, such as that of a router
+        if near == predicts_next_token(innermost(self.model)):
+            # The loss has other parts, such as that of a router.
             return near, "as its class and, roughly, the model's own loss have it"
         return None
 
@@ -135,6 +139,8 @@ class LabelShift:
         given = {**inputs[1], "labels": self._ids(labels).to(device)}
         try:
             return target(*inputs[0], **given)
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
             # Its "labels" are something else than ours: it says nothing, as if it took none.
             return None

@@ -49,7 +49,8 @@ def load_parquet(path: Path) -> Content:
         counted = _range_of_pandas(metadata.get(b"pandas"), table.num_rows)
         if counted is not None:
             table = table.append_column("index", arrow.array(counted, arrow.int64()))
-    nameless = [name for name in table.column_names if NAMELESS.fullmatch(name)]
+    # Where our description is, nobody has renamed a column: a name is one, whatever it looks like.
+    nameless = [n for n in table.column_names if text is None and NAMELESS.fullmatch(n)]
     check_names(
         path,
         [name for name in table.column_names if name not in nameless],

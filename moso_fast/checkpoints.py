@@ -10,15 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ._checkpoint_contents import Contents, contents_of
+from ._checkpoint_contents import USUAL, Contents, contents_of
 from ._checkpoint_files import adapter_config, existing, read_contents, stated_in
 from ._rates import Stated, learning_rate
 from ._rates_together import check_presence
 
 __all__ = ["Checkpoint", "LoadedCheckpoint", "iterate", "load_state_dict", "read", "stated_rate"]
 
-# Where training scripts put the weights inside the dictionary that they save.
-_USUAL = ("state_dict.", "model_state_dict.", "model.", "net.")
 _IN_MEMORY = "a state dict in memory"
 
 
@@ -98,7 +96,13 @@ class LoadedCheckpoint:
 
     @property
     def lr(self) -> float | None:
-        """The learning rate, where one is stated; ValueError where several different ones are."""
+        """The learning rate, where one is stated.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It is no number >= 0, or several different ones are stated.
+        """
         return self.stated.rate(None)
 
     @property
@@ -117,7 +121,7 @@ class LoadedCheckpoint:
             containers = [name for name in containers if name == inside] or [inside]
             weights = self.contents.tensors
         chosen = containers[:1] if len(containers) == 1 else []
-        chosen = chosen or [name for name in _USUAL if name in containers][:1]
+        chosen = chosen or [f"{name}." for name in USUAL if f"{name}." in containers][:1]
         if not chosen:
             raise ValueError(
                 f"checkpoint ({self.description}) must be a state dict of tensors, or hold one; "
@@ -191,15 +195,22 @@ def load_state_dict(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[
 
     See `Checkpoint` for the layouts; raises ValueError for a file that has none of them.
     """
-    return read(Checkpoint(source)).state
+    return read(Checkpoint(source), check_rate=False).state
 
 
-def read(checkpoint: Checkpoint) -> LoadedCheckpoint:
+def read(checkpoint: Checkpoint, check_rate: bool = True) -> LoadedCheckpoint:
     """Read the tensors of a checkpoint, and what it says about learning rate and step.
+
+    Parameters
+    ----------
+    checkpoint
+        Where ``checkpoint.lr`` is given, what the file says of the rate is not looked at.
+    check_rate
+        False leaves that also until the rate is asked for.
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         Missing or unreadable file, no tensors in it, a learning rate that is not a number >= 0.
     """
     source = checkpoint.source
@@ -211,18 +222,19 @@ def read(checkpoint: Checkpoint) -> LoadedCheckpoint:
     else:
         path = existing(source)
         where = str(path)
-        contents, stated = read_contents(path)
+        contents, stated = read_contents(path, with_rates=checkpoint.lr is None)
         adapter = adapter_config(path)
     if not contents.tensors:
         holds = f"it holds {contents.keys}" if contents.keys else "it is empty"
         raise ValueError(
             f"checkpoint ({where}) must be a state dict of tensors, or hold one; {holds}"
         )
+    stated = _given(checkpoint, stated)
+    if check_rate and stated.lr is not None:
+        learning_rate(stated.lr, f"learning rate in {where}")
     step = contents.step if checkpoint.step is None else checkpoint.step
     step = int(step) if _is_integer(step) else None
-    return LoadedCheckpoint(
-        contents, _given(checkpoint, stated), step, where, checkpoint.entry, adapter
-    )
+    return LoadedCheckpoint(contents, stated, step, where, checkpoint.entry, adapter)
 
 
 def stated_rate(checkpoint: Checkpoint) -> Stated:
@@ -231,7 +243,7 @@ def stated_rate(checkpoint: Checkpoint) -> Stated:
     Raises
     ------
     ValueError
-        Missing or unreadable file, a learning rate that is not a number >= 0.
+        Missing or unreadable file.
     """
     source = checkpoint.source
     where = _IN_MEMORY if isinstance(source, Mapping) else str(source)

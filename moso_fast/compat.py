@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ._batch_parts import parts_of
 from ._batches import SampleBatches, make_loader, split_batch
 from ._full_batches import Batch
 from ._full_loss import OutputLoss
@@ -86,7 +87,11 @@ def _score(net: nn.Module, loader: Iterable[Any], criterion: Any, formula: str) 
         raise TypeError(f"criterion must be callable, got {type(criterion).__name__}")
     if isinstance(loader, DataLoader):
         # Refuses one that shuffles, and reads a stream that workers would repeat without them.
-        loader = SampleBatches(make_loader(loader, 1)).loader
+        batches = SampleBatches(make_loader(loader, 1))
+        if batches.indexed:
+            # Samples with their numbers may come in any order, and the numbers have no place here.
+            raise _takes_no_index()
+        loader = batches.loader
     elif isinstance(loader, Iterator):
         raise TypeError("dataloader must be one that can be gone through twice, got an iterator")
     parameters = choose_parameters(net)
@@ -109,6 +114,10 @@ def _score(net: nn.Module, loader: Iterable[Any], criterion: Any, formula: str) 
     )
 
 
+def _takes_no_index() -> ValueError:
+    return ValueError("dataloader: batches must be (inputs, labels); MoSoScorer takes an index")
+
+
 def _check(formula: str, count: int) -> None:
     if formula == "official_exact" and count < 2:
         raise ValueError(f"dataloader must hold at least 2 samples, got {count}")
@@ -129,6 +138,8 @@ def _gathered(loader: Iterable[Any]) -> Iterator[Batch]:
             waiting.clear()
 
     for batch in loader:
+        if parts_of(batch)[2] is not None:
+            raise _takes_no_index()
         args, kwargs, labels = split_batch(batch)
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             yield from joined()

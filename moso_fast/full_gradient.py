@@ -111,15 +111,16 @@ class FullGradient:
         error: SelfCheckError,
     ) -> PartResult:
         """Score the part in float64: the checks then tell rounding from a rule that is wrong."""
-        with in_float64(self.network) as network:
-            engine = FullGradient(network, self.chunks.size, self.nonfinite)
-            engine.methods.rows.flat = self.methods.rows.flat
-            try:
+        try:
+            # A device may have no float64, or too little memory for it.
+            with in_float64(self.network) as network:
+                engine = FullGradient(network, self.chunks.size, self.nonfinite)
+                engine.methods.rows.flat = self.methods.rows.flat
                 result = engine._part(batches, lambda: None, on_count)
-            except SelfCheckError as again:
-                raise failed_again(again) from None
-            except (RuntimeError, TypeError) as reason:
-                raise cannot_repeat(error, reason) from reason
+        except SelfCheckError as again:
+            raise failed_again(again) from None
+        except (RuntimeError, TypeError, MemoryError) as reason:
+            raise cannot_repeat(error, reason) from reason
         self.repeats += 1
         if self.repeats == 1:
             warnings.warn(

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._checkpoint_files import TORCH_SUFFIXES
 from ._rates import ScoredParameters, Stated
 from .arrays import open_array, open_safetensors, safetensors_names, split_spec
 
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 SUFFIXES = (".safetensors", ".npz", ".npy", *TORCH_SUFFIXES)
 
 
@@ -101,7 +101,8 @@ def _open(path: Path) -> tuple[dict[str, Tensor], Stated | None]:
         return _open_npz(path), None
     from .checkpoints import Checkpoint, read
 
-    loaded = read(Checkpoint(path))
+    # The rate may be given beside the file.
+    loaded = read(Checkpoint(path), check_rate=False)
     return loaded.state, loaded.stated
 
 

@@ -286,8 +286,7 @@ class MoSoScorer:
                 job = FullJob(*call)
             job.combine = combine
             groups = job.run()
-            if isinstance(job, ScoringJob):
-                job.warn_if_noise(groups)
+            job.warn_if_noise(groups)
             stats = [one for group in groups for one in with_scores(group, formula, job.ids)]
             provenance = self._provenance(job, groups[0])
             provenance |= {"index": job.index_source()}
@@ -307,16 +306,13 @@ class MoSoScorer:
 
         with_rates = job.rates[0] is not None
         loss = self.options["loss"]
-        own: dict[str, Any] = job.describe()
-        if isinstance(job, ScoringJob):
-            own |= job.row_weights.describe()
         return {
             "moso_fast": __version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
             "backend": stats.backend,
             "gradient": self.gradient,
-            **own,
+            **job.describe(),
             **self.options,
             "loss": getattr(loss, "__qualname__", type(loss).__name__) if callable(loss) else loss,
             "precision": self.options["precision"] or job.precision,
@@ -334,9 +330,8 @@ class MoSoScorer:
 def _check_index(index: Any) -> Tensor | None:
     if index is None:
         return None
-    index = as_tensor("index", index)
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise TypeError(f"index must hold integers, got {index.dtype}")
+    # A copy: the table may be written to, and the caller's array must stay as it is.
+    index = as_tensor("index", index).clone()
     if index.dim() != 1:
         raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}")
     # With the checks of the table, before any work.

@@ -80,8 +80,9 @@ class ScoreTable:
             raise ValueError(
                 f"index must have shape ({rows},), as scores; got {tuple(self.index.shape)}"
             )
-        if self.index.is_floating_point() or self.index.dtype == torch.bool:
-            raise TypeError(f"index must hold integers; got {self.index.dtype}")
+        real_or_complex = self.index.is_floating_point() or self.index.is_complex()
+        if real_or_complex or self.index.dtype == torch.bool:
+            raise TypeError(f"index must hold integers, got {self.index.dtype}")
         self.index = self.index.detach().cpu().long()
         if rows and int(self.index.min()) < 0:
             raise ValueError(f"index must not be negative; got {int(self.index.min())}")

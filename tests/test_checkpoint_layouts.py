@@ -243,3 +243,20 @@ def test_a_table_names_the_entry_and_warns_once(tmp_path: Path) -> None:
     average = scorer.score(data, Checkpoint(files[0], entry="state_dict_ema"))
     assert torch.equal(average.scores, scorer.score(data, OTHER_STATE).scores)
     assert not torch.equal(average.scores, table.scores)
+
+
+def test_names_that_become_one_without_wrappers_are_judged_as_they_are() -> None:
+    def states(extra: dict[str, Tensor]) -> dict[str, Any]:
+        one = torch.ones(2, 2)
+        collides = {"b": one, "_orig_mod.b": 2 * one}
+        return {"x": {"_orig_mod.weight": 3 * one, **extra}, "y": collides}
+
+    model = nn.Linear(2, 2, bias=False)
+    assert torch.equal(into(model, states({})).tensors["weight"], 3 * torch.ones(2, 2))
+    for extra in ("_orig_mod.extra", "_orig_mod.scale.weight", "_orig_mod.x_extra_state"):
+        with pytest.raises(ValueError, match=rf"1 unexpected \(x.{extra}\)"):
+            into(model, states({extra: torch.ones(3)}))
+    wrapped = nn.Module()
+    wrapped._orig_mod = nn.Linear(2, 2, bias=False)
+    fitted = into(wrapped, states({}))
+    assert torch.equal(fitted.tensors["_orig_mod.weight"], 3 * torch.ones(2, 2))

@@ -265,3 +265,33 @@ def test_a_lightning_file_with_paths_among_its_settings(tmp_path: Path) -> None:
     fitted = into(Lit().net, tmp_path / "x.ckpt")
     assert_same(fitted, lit.net.state_dict())
     assert fitted.entry == "state_dict.net." and fitted.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "mend", "message"),
+    [
+        ("merge_adapter", "unmerge_adapter", r"is merged .*call unmerge_adapter\(\)"),
+        ("disable_adapter_layers", "enable_adapter_layers", r"disabled.*enable_adapter_layers\(\)"),
+    ],
+)
+@pytest.mark.parametrize("how", [{}, {"target_modules": ["query"], "modules_to_save": ["key"]}])
+def test_an_adapter_that_the_model_does_not_use_is_refused(
+    tmp_path: Path, spoil: str, mend: str, message: str, how: dict
+) -> None:
+    base = bert()
+    model, source = lora(base, **how), lora(base, **how)
+    source.save_pretrained(tmp_path)
+    getattr(model.base_model, spoil)()
+    with pytest.raises(ValueError, match=message) as caught:
+        into(Wrapped(model), tmp_path)
+    assert "\n" not in str(caught.value)
+    getattr(model.base_model, mend)()
+    assert_same(into(model, tmp_path), source.state_dict())
+
+
+def test_an_adapter_is_refused_inside_the_context_that_disables_it(tmp_path: Path) -> None:
+    model = lora(bert())
+    model.save_pretrained(tmp_path)
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"leave disable_adapter\(\)"):
+        into(model, tmp_path)
+    assert_same(into(model, tmp_path), model.state_dict())

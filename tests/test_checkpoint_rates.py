@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from moso_fast import MoSoScorer
 from moso_fast._rates import ScoredParameters, groups_of
-from moso_fast.checkpoints import Checkpoint, read
+from moso_fast.checkpoints import Checkpoint, load_state_dict, read
 from moso_fast.heads import read_head
 
 DATA = TensorDataset(
@@ -230,3 +230,110 @@ def test_no_warning_where_all_is_known() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         score([Checkpoint(STATE, lr=0.1), Checkpoint(state_of(network(2)), lr=0.2)])
+
+
+@pytest.mark.parametrize("where", ["lr", "learning_rate", "groups", "schedule"])
+def test_a_rate_of_the_file_is_not_looked_at_where_one_is_given(tmp_path: Path, where: str) -> None:
+    content: dict[str, Any] = {"model": STATE, where: "cosine"}
+    if where == "groups":
+        content = {"model": STATE, "optimizer": {"param_groups": [{"lr": "cosine", "params": []}]}}
+    elif where == "schedule":
+        content = {"model": STATE, "scheduler": {"_last_lr": ["cosine"]}}
+    torch.save(content, tmp_path / "x.pt")
+    for source in (content, tmp_path / "x.pt"):
+        points = [Checkpoint(source, lr=0.25)]
+        assert rates(score(points)) == rates(score(iter(points))) == [0.25]
+        with pytest.raises(TypeError, match="must be a number >= 0, got 'cosine'"):
+            score([source])
+    assert load_state_dict(tmp_path / "x.pt").keys() == STATE.keys()
+
+
+def test_damaged_files_beside_the_weights_do_not_matter_where_a_rate_is_given(
+    tmp_path: Path,
+) -> None:
+    folder = trainer(tmp_path / "a", 6, [{"learning_rate": "x"}], optimizer=stepped(0.125))
+    (folder / "optimizer.pt").write_bytes(b"damaged")
+    loaded = read(Checkpoint(folder, lr=0.25))
+    assert (loaded.lr, loaded.step) == (0.25, 6)
+    assert rates(score([Checkpoint(folder, lr=0.25)])) == [0.25]
+    with pytest.raises(ValueError, match=r"optimizer\.pt"):
+        score([folder])
+
+
+def phases(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State of an optimiser and of a scheduler that holds others, inside their first phase."""
+    optimizer = torch.optim.SGD(network().parameters(), lr=1.0)
+    schedules = torch.optim.lr_scheduler
+    parts = [
+        schedules.LinearLR(optimizer, 0.25, 1.0, total_iters=3),
+        schedules.CosineAnnealingLR(optimizer, T_max=7),
+    ]
+    if kind == "SequentialLR":
+        whole: Any = schedules.SequentialLR(optimizer, parts, milestones=[3])
+    else:
+        whole = schedules.ChainedScheduler(parts)
+    optimizer.step()
+    whole.step()
+    assert len({part["_last_lr"][0] for part in whole.state_dict()["_schedulers"]}) == 2
+    return optimizer.state_dict(), whole.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["SequentialLR", "ChainedScheduler"])
+def test_of_a_scheduler_that_holds_others_its_own_rate_counts(kind: str) -> None:
+    optimizer, scheduler = phases(kind)
+    right = optimizer["param_groups"][0]["lr"]
+    for at in (
+        {"scheduler": scheduler},
+        {"lr_schedulers": [scheduler]},
+        {"t": {"sched": scheduler}},
+    ):
+        assert rates(score([{"model": STATE, **at}])) == [pytest.approx(right)]
+    two = {"lr_schedulers": [scheduler, {"_last_lr": [9.0]}]}
+    with pytest.raises(ValueError, match="for several parameter groups"):
+        score([{"model": STATE, **two}])
+    # Without a rate of its own, those inside are what is known.
+    inside = {"scheduler": {"_schedulers": [{"_last_lr": [0.5]}]}}
+    assert rates(score([{"model": STATE, **inside}])) == [0.5]
+
+
+@pytest.mark.parametrize("key", ["loss", "best", "_step"])
+def test_a_tensor_beside_a_rate_does_not_hide_it(key: str) -> None:
+    number = {key: torch.tensor(3.0)}
+    optimizer = {**stepped(1e-4, 0.5), **number}
+    scheduler = {"_last_lr": [0.5], **number}
+    for at in (
+        {"optimizer": optimizer},
+        {"optimizers": [optimizer]},
+        {"scheduler": scheduler},
+        {"trainer": {"optimizer": stepped(0.5), **number}},
+        {"trainer": {"lr_scheduler": scheduler, **number}},
+    ):
+        assert rates(score([{"model": STATE, **at}])) == [0.5], at.keys()
+
+
+def test_what_states_a_rate_today_is_not_outvoted_by_what_lies_among_tensors() -> None:
+    hidden = {"copy": {"decay": torch.tensor(0.9), "optimizer": stepped(9.0)}}
+    assert rates(score([{"model": STATE, "optimizer": stepped(0.5), **hidden}])) == [0.5]
+
+
+def test_the_very_name_comes_before_one_that_ends_alike() -> None:
+    groups = {
+        "param_groups": [
+            {"lr": 0.1, "params": [0], "param_names": ["aux.3.weight"]},
+            {"lr": 0.5, "params": [1], "param_names": ["3.weight"]},
+        ]
+    }
+    scored = ScoredParameters({"3.weight": (3, 8)}, "the head", {(3, 8): 2})
+    stated = read(Checkpoint({"model": STATE, "optimizer": groups})).stated
+    assert stated.rate(scored) == 0.5
+    other = ScoredParameters({"net.3.weight": (3, 8)}, "the head", {(3, 8): 2})
+    assert stated.rate(other) == 0.5
+    nested = ScoredParameters({"net.aux.3.weight": (3, 8)}, "the head", {(3, 8): 2})
+    with pytest.raises(ValueError, match=r"learning rates 0\.1, 0\.5, and"):
+        stated.rate(nested)
+
+
+def test_a_stream_whose_checkpoints_differ_in_having_a_rate_says_that_first() -> None:
+    ambiguous = {"model": STATE, "optimizer": stepped(1e-4, 1e-2, momentum=0.0)}
+    with pytest.raises(ValueError, match="either all have a learning rate or none"):
+        score(iter([{"model": STATE}, ambiguous]))

@@ -80,3 +80,33 @@ def test_a_given_rate_is_enough(folder: Path) -> None:
     run(f"{SCORE} --checkpoint groups.pth --checkpoint last.pth --lr .5 --lr .25 -o o.npz")
     facts = ScoreTable.load("o.npz").provenance["checkpoints"]
     assert [fact["lr"] for fact in facts] == [0.5, 0.25]
+
+
+FILES = "score --features data.safetensors:x --labels data.safetensors:y -o o.npz"
+
+
+@pytest.mark.parametrize("name", ["h.pth", "h.pyth", "h.pkl", "h.th"])
+def test_a_head_in_any_file_of_torch_with_a_rate_that_is_given(folder: Path, name: str) -> None:
+    head = {"weight": STATE["3.weight"], "bias": STATE["3.bias"]}
+    torch.save({"model": head, "lr": "cosine"}, name)
+    run(f"{FILES} --head {name} --lr 0.5")
+    assert ScoreTable.load("o.npz").provenance["checkpoints"][0]["lr"] == 0.5
+    run(f"{FILES} --head {name}", code=2)
+
+
+def test_rates_of_heads_speak_of_the_option(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    head = {"weight": STATE["3.weight"], "bias": STATE["3.bias"]}
+    torch.save({"model": head, "lr": 0.0}, "zero.pth")
+    torch.save({"model": head, "lr": 0.5}, "half.pth")
+    for heads, message in (
+        ("zero.pth", "the last step that was taken with --lr, or any positive one"),
+        ("half.pth --head h.safetensors", "h.safetensors does not: either all have one or none"),
+        ("half.pth --head h.safetensors --head h.safetensors", "give one --lr for each"),
+    ):
+        run(f"{FILES} --head {heads}", code=2)
+        error = " ".join(capsys.readouterr().err.split())
+        assert message in error and "Checkpoint(source" not in error
+    with pytest.warns(UserWarning, match="has learning rate 0 .*--lr gives another"):
+        run(f"{FILES} --head zero.pth --head half.pth")
+    with pytest.warns(UserWarning, match="combine='zscore' needs none"):
+        run(f"{FILES} --head half.pth --head h.safetensors --combine zscore")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from full_cases import CLASSES, ConvNet, build, data, gradients, scores
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 
 import moso_fast
 from moso_fast._compat_script import ImageFolder, contiguous_parts, draw_epochs, main
@@ -78,6 +79,33 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 samples, got 1"):
         MoSo_scoring_exact(net, [(inputs[:1], labels[:1])], nn.CrossEntropyLoss())
     assert MoSo_scoring(net, [(inputs[:1], labels[:1])], nn.CrossEntropyLoss()).shape == (1,)
+
+
+class Numbered(IterableDataset):
+    """A stream that brings its index, and gives each worker a share."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        inputs, labels = data("cnn", N)
+        worker = get_worker_info()
+        step, first = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        return ((inputs[k], labels[k], k) for k in range(first, N, step))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("function", FUNCTIONS.values())
+def test_an_index_is_refused(function, workers: int) -> None:
+    """Workers would bring the samples interleaved, and nothing in the result says so."""
+    net, (inputs, labels) = build("cnn"), data("cnn", N)
+    message = r"^dataloader: batches must be \(inputs, labels\); MoSoScorer takes an index$"
+    numbers = torch.arange(N)
+    for loader in (
+        DataLoader(Numbered(), batch_size=2, num_workers=workers),
+        DataLoader(TensorDataset(inputs, labels, numbers), batch_size=2),
+        [(inputs, labels, numbers.numpy())],
+        [(numbers, (inputs, labels))],
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(net, loader, nn.CrossEntropyLoss())
 
 
 MODULE = """

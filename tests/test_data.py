@@ -232,3 +232,60 @@ def test_data_that_are_refused(data: Any, options: dict, message: str, gradient:
 def test_dtype_brings_inputs_and_weights_together(expected: Tensor) -> None:
     table = score((X.double().numpy(), Y.numpy()), "last_layer", dtype=torch.float32)
     torch.testing.assert_close(table.scores, expected)
+
+
+def collated(form: str) -> Callable[[list[tuple[Tensor, Tensor, int]]], Any]:
+    """Make a collate_fn that stacks inputs and labels and leaves the index as it is."""
+
+    def collate(samples: list[tuple[Tensor, Tensor, int]]) -> Any:
+        x, y = (torch.stack([sample[at] for sample in samples]) for at in (0, 1))
+        numbers = [sample[2] for sample in samples]
+        index = {
+            "int32": lambda: np.array(numbers, np.int32),
+            "uint16": lambda: np.array(numbers, np.uint16),
+            "numpy's numbers": lambda: list(np.array(numbers)),
+            "tensors": lambda: list(torch.tensor(numbers)),
+            "a tuple": lambda: tuple(numbers),
+        }[form]()
+        return x, y, index
+
+    return collate
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("form", ["int32", "uint16", "numpy's numbers", "tensors", "a tuple"])
+def test_an_index_that_is_no_tensor(form: str, gradient: str, expected: Tensor) -> None:
+    triple = collated(form)
+
+    def in_dict(samples: list[Any]) -> Any:
+        x, y, index = triple(samples)
+        return {"x": x, "label": y, "idx": index}
+
+    def before(samples: list[Any]) -> Any:
+        x, y, index = triple(samples)
+        return index, (x, y)
+
+    for collate in (triple, in_dict, before):
+        loader = DataLoader(TensorDataset(X, Y, NUMBERS), 4, collate_fn=collate)
+        table, notices = told(lambda loader=loader: score(loader, gradient))  # type: ignore[misc]
+        torch.testing.assert_close(table.scores, expected, rtol=1e-5, atol=1e-6)
+        assert table.index.tolist() == NUMBERS.tolist()
+        assert notices == []
+
+
+def test_an_array_that_is_no_index() -> None:
+    for wrong in (np.ones(4), np.ones((4, 1), np.int64), np.ones(4, np.bool_)):
+        data = [(X[:4], Y[:4], wrong)]
+        with pytest.raises(ValueError, match=f"{wrong.dtype} .* is no index"):
+            score(DataLoader(data, batch_size=None), "last_layer")  # type: ignore[arg-type]
+
+
+def test_the_table_has_an_index_of_its_own() -> None:
+    for given in (np.arange(N) + 7, torch.arange(N) + 7):
+        table = score((X, Y), "last_layer", index=given)
+        table.index += 1
+        assert given.tolist() == [k + 7 for k in range(N)]
+    locked = np.arange(N)
+    locked.flags.writeable = False
+    score((X, Y), "last_layer", index=locked).index.zero_()
+    assert locked.tolist() == IN_ORDER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,27 @@ class Unknown(Words):
     def forward(self, x: Tensor) -> Tensor:
         looked_up = torch.embedding(self.embed.weight, x, -1, False, self.embed.sparse)
         return self.fc(looked_up.tanh().mean(1))
+
+
+def test_bags_of_more_words_than_16_bits_count() -> None:
+    torch.manual_seed(0)
+    model, labels = Bag("one", mode="mean"), torch.randint(CLASSES, (6,))
+    inputs = torch.randint(WORDS, (6, 1000))
+    model = model.bfloat16().double()
+    found = [
+        MoSoScorer(
+            copy.deepcopy(model).to(dtype),
+            gradient="full",
+            scope="*embed*",
+            batch_size=6,
+            progress=False,
+        ).score(TensorDataset(inputs, labels))
+        for dtype in (torch.bfloat16, torch.float64)
+    ]
+    for name in ("grad_sqnorm", "alignment"):
+        rough, exact = (table.metrics[name].double() for table in found)
+        assert (rough - exact).abs().max() <= 0.03 * exact.abs().max()
+    assert found[0].provenance["norms_explicit"] == []
 
 
 def test_sparse_gradients() -> None:

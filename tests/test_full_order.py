@@ -56,15 +56,39 @@ class Sorts(nn.Module):
         return self.fc(h)[order.argsort()]
 
 
+SEEN = (by_index, by_gather, by_product, by_list)
+
+
+def by_rows(x: Tensor, order: Tensor) -> Tensor:
+    return torch.stack([x[k] for k in sorted(range(len(x)), key=lambda k: order[k])])
+
+
+def by_ranks(x: Tensor, order: Tensor) -> Tensor:
+    ranks = (order[:, None] > order).sum(1)
+    return (ranks == torch.arange(len(x))[:, None]).to(x) @ x
+
+
+class Compares(Sorts):
+    """Sorts by comparisons alone, which no name of a function gives away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        sorted_rows = torch.cat([x, torch.arange(len(x))[:, None].to(x)], 1)
+        sorted_rows = self.move(sorted_rows, -x[:, 0])
+        h = self.norm(self.first(sorted_rows[:, :-1]).tanh())
+        return self.move(self.fc(h), sorted_rows[:, -1])
+
+
 @pytest.mark.parametrize("in_order", [3, 6])
 @pytest.mark.parametrize(
     ("move", "in_python"),
-    [(by_index, False), (by_gather, False), (by_product, True), (by_list, True)],
+    [*((move, move in (by_product, by_list)) for move in SEEN), (by_rows, True), (by_ranks, False)],
 )
 def test_models_that_sort(move: Callable, in_python: bool, in_order: int) -> None:
     """The samples that the model is tried on, or its first batch, happen to be in order."""
     torch.manual_seed(0)
-    model, (inputs, labels) = Sorts(move, in_python).double(), data("cnn", N)
+    kind = Sorts if move in SEEN else Compares
+    model, (inputs, labels) = kind(move, in_python).double(), data("cnn", N)
     inputs[:in_order, 0, 0, 0] = torch.arange(9.0, 9.0 - in_order, -1)
     inputs[in_order::6, 0, 0, 0] = 5.0
     g = gradients(model, inputs, labels)
@@ -73,6 +97,55 @@ def test_models_that_sort(move: Callable, in_python: bool, in_order: int) -> Non
     torch.testing.assert_close(table.metrics["grad_sqnorm"], g.square().sum(1))
     reasons = {one.partition(" (")[2] for one in table.provenance["norms_explicit"]}
     assert reasons == {"used where the samples change their order)"}
+
+
+def test_models_that_sort_only_later() -> None:
+    """Where a comparison in Python says so: the first samples do not show it."""
+
+    class Later(Compares):
+        def forward(self, x: Tensor) -> Tensor:
+            if x[:, 0, 0, 0].max() > 8:
+                return super().forward(x)
+            return self.fc(self.norm(self.first(x.flatten(1)).tanh()))
+
+    torch.manual_seed(0)
+    model, (inputs, labels) = Later(by_ranks, False).double(), data("cnn", N)
+    inputs[10, 0, 0, 0] = 9.0
+    g = gradients(model, inputs, labels)
+    table = score(model, inputs, labels)
+    torch.testing.assert_close(table.metrics["grad_sqnorm"], g.square().sum(1))
+    torch.testing.assert_close(table.scores, scores(g, "moso"), rtol=1e-10, atol=1e-12)
+
+
+class Packs(nn.Module):
+    """Takes sequences by descending length alone; says so itself, or lets torch do it."""
+
+    def __init__(self, checked: bool) -> None:
+        super().__init__()
+        self.embed, self.rnn = nn.Embedding(11, 6), nn.GRU(6, 4, batch_first=True)
+        self.fc, self.checked = nn.Linear(4, CLASSES), checked
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = (x > 0).sum(1)
+        if self.checked and (lengths.diff() > 0).any():
+            raise RuntimeError("the longest ones come first")
+        packed = nn.utils.rnn.pack_padded_sequence(self.embed(x), lengths, batch_first=True)
+        return self.fc(self.rnn(packed)[1][0])
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_samples_that_cannot_be_turned_round(checked: bool) -> None:
+    """A model that fails for another order is not refused; what cannot be checked is explicit."""
+    torch.manual_seed(0)
+    model, labels = Packs(checked).double(), torch.randint(CLASSES, (N,))
+    inputs = torch.randint(1, 11, (N, 6))
+    for row in range(N):
+        inputs[row, 6 - row % 6 :] = 0
+    g = gradients(model, inputs, labels)
+    table = score(model, inputs, labels)
+    torch.testing.assert_close(table.scores, scores(g, "moso"), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(table.metrics["grad_sqnorm"], g.square().sum(1))
+    assert table.provenance["norms_explicit"]
 
 
 class Experts(nn.Module):

@@ -65,6 +65,45 @@ def test_model_has_its_own_numbers_back() -> None:
     assert network.dtype is None
 
 
+def test_gradients_that_the_caller_has_left() -> None:
+    """They have the parameters' dtype: none can stay while that is float64."""
+    repeated = 0
+    for seed in SEEDS:
+        model, inputs, labels = narrow(seed)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        before = [p.grad for p in model.parameters()]
+        scorer = MoSoScorer(model, gradient="full", scope="0.weight", batch_size=5, progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            table = scorer.score(TensorDataset(inputs, labels))
+        repeated += "repeated_in_float64" in table.provenance
+        for p, gradient in zip(model.parameters(), before, strict=True):
+            assert p.grad is gradient and bool((gradient == 1).all())
+    assert repeated, "no seed had a check failed by rounding"
+
+
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, MemoryError])
+def test_device_that_has_no_float64(error: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or no memory for it: what failed before is still said."""
+
+    widen = Tensor.double
+
+    def refuse(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() == model.fc.weight.data_ptr():
+            raise error("no float64 here")
+        return widen(tensor)
+
+    inputs, labels = data("cnn", 13, torch.float32)
+    model = build("cnn", torch.float32)
+    scorer = MoSoScorer(model, gradient="full", progress=False, batch_size=5)
+    monkeypatch.setattr(_full_plan, "alignment_forward", wrong_by(1.1))
+    monkeypatch.setattr(Tensor, "double", refuse)
+    with pytest.raises(RuntimeError, match=r"self-check failed: .* in it \(\w+: no float64 here"):
+        scorer.score(TensorDataset(inputs, labels))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
 def wrong_by(factor: float) -> Any:
     def run(*args: Any) -> Any:
         losses = alignment_forward(*args)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moso_fast._logit_map import KINDS, LogitMap, scale_map
+from moso_fast._logit_map import KINDS, LogitMap
 from moso_fast._map_search import find_map
 from moso_fast._mapped import head_stats
 from moso_fast.backends import choose
@@ -161,4 +161,4 @@ def test_backends_without_maps_say_so() -> None:
     assert choose(asked)[0].name == "torch"
     with pytest.raises(ValueError, match=r"the logits are 2 \* tanh\(0.5 \* z\), a soft cap"):
         choose(asked, "cpu")
-    assert scale_map(0.5).describe() == "a factor of 0.5"
+    assert LogitMap("scale", (torch.tensor(0.5),)).describe() == "a factor of 0.5"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from moso_fast import MoSoScorer
 from moso_fast._packed import alone, find_documents, mixes_documents
@@ -334,3 +334,22 @@ def test_one_document_alone() -> None:
     assert kwargs.keys() == {"input_ids", "position_ids", "scale"}
     assert kwargs["input_ids"].tolist() == labels.tolist() == [[6, 7]]
     assert kwargs["position_ids"].tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_flattening_by_a_batch_sampler(gradient: str) -> None:
+    """Its batches are of several samples, whatever ``batch_size`` of the loader says."""
+    numbers = list(range(len(LENGTHS)))
+    for batches in (BatchSampler(SequentialSampler(numbers), 4, False), [numbers[:3], numbers[3:]]):
+        loader = DataLoader(
+            one_by_one(),  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=flattened("position_ids"),
+        )
+        call = {"partition": torch.arange(len(LENGTHS)) % 2, "index": [n + 7 for n in numbers]}
+        table = score(KeepsApart(), loader, gradient, **call)
+        expected = score(KeepsApart(), flat_loader("position_ids"), gradient, **call)
+        torch.testing.assert_close(
+            table.scores, expected.scores, rtol=1e-4, atol=1e-6, equal_nan=True
+        )
+        assert table.index.tolist() == call["index"]

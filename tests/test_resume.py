@@ -262,3 +262,30 @@ def test_in_memory_states_are_told_apart_by_their_values(tmp_path: Path) -> None
 
     with pytest.raises(ValueError, match=r"checkpoint 2 \(a state dict in memory\) has other w"):
         score(tmp_path, checkpoints=stream())
+
+
+def test_numbers_of_the_samples_of_a_run_without_results_are_not_taken_over(tmp_path: Path) -> None:
+    class Numbered(StopsAt):
+        def __getitem__(self, index: int) -> Any:
+            return (*super().__getitem__(index), 100 + index)
+
+    assert score(tmp_path, Numbered(9)).index[0] == 100
+    assert (tmp_path / "index.npy").exists()
+    for group in tmp_path.glob("group_*.npz"):
+        group.unlink()
+    table = score(tmp_path, label_smoothing=0.1)
+    assert same(table, score(None, label_smoothing=0.1))
+    assert table.index.tolist() == list(range(N))
+
+
+def test_a_data_set_that_draws_at_random_is_named_as_the_cause(tmp_path: Path) -> None:
+    class Drawn(StopsAt):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            x, y = super().__getitem__(index)
+            return x + torch.rand(5), y
+
+    score(tmp_path, Drawn(9))
+    torch.rand(1)
+    with pytest.raises(ValueError, match="if the data set draws at random") as caught:
+        score(tmp_path, Drawn(9))
+    assert "\n" not in str(caught.value)

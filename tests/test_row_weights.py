@@ -70,7 +70,9 @@ def test_weights_multiply_each_loss(model: SmallNet, states: list, given: str, p
     torch.testing.assert_close(
         table.scores.double(), expected(gradients, factors, ids), rtol=1e-4, atol=1e-7
     )
-    assert set(table.provenance) >= {*options, *call}
+    assert set(table.provenance) >= {*options, *call, "per"}
+    for name, weights in (options | call).items():
+        assert table.provenance[name] == torch.as_tensor(weights).tolist()
 
 
 def test_class_weights_are_those_of_cross_entropy(model: SmallNet, states: list):

@@ -121,6 +121,7 @@ ONE_EACH = TensorDataset(torch.randn(3, 1, 4, 4), torch.tensor([0, -100, -100]))
         ({"partition": 0.5}, TypeError, "partition ids must be integers, got "),
         ({"index": [0, 1]}, ValueError, "index must have one entry per sample, 23, got 2"),
         ({"index": torch.ones(N)}, TypeError, "index must hold integers, got torch.float32"),
+        ({"index": torch.ones(N) * 1j}, TypeError, "index must hold integers, got torch.complex64"),
         ({"index": torch.ones(1, 1).long()}, ValueError, "index must have shape (N,), got (1, 1)"),
         ({"index": [0, *range(N - 1)]}, ValueError, "index 0 stands in the table twice; it must"),
         ({"index": range(-1, N - 1)}, ValueError, "index must not be negative; got -1"),

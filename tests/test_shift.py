@@ -114,6 +114,36 @@ def test_a_loss_with_other_parts_needs_the_class_to_agree() -> None:
     assert decided(z).reason == "the label at its place"  # what no name contradicts
 
 
+def test_a_head_of_zeros_tells_nothing() -> None:
+    named, other = TinyForCausalLM(True), WithLoss(True)
+    for model in (named, other):
+        nn.init.zeros_(model.head.weight)
+        nn.init.zeros_(model.head.bias)
+    assert decided(named).reason == "by the model's class"
+    assert decided(other).reason == "the label at its place"
+
+
+def test_a_batch_without_labels_leaves_it_to_a_later_one() -> None:
+    torch.manual_seed(0)
+    ids, labels = tokens()
+    shift = LabelShift(Lightning(TinyForCausalLM(True)), "auto")
+    with torch.no_grad():
+        assert shift.decide((ids,), {}, torch.full_like(labels, -100)) is False
+        assert shift.value is None
+        assert shift.decide((ids,), {}, labels) is True
+
+
+def test_lack_of_memory_is_not_taken_for_an_answer() -> None:
+    class Large(WithLoss):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+            if labels is not None:
+                raise torch.OutOfMemoryError("no memory")
+            return super().forward(input_ids)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        decided(Large(True))
+
+
 def test_without_a_loss_the_class_decides() -> None:
     class QuietForCausalLM(Body):
         pass

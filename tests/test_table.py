@@ -236,6 +236,8 @@ def test_provenance_must_be_json(tmp_path):
         ({"index": torch.tensor([1, 1])}, ValueError, "index 1 stands in the table twice"),
         ({"index": torch.tensor([-1, 1])}, ValueError, "index must not be negative; got -1"),
         ({"index": torch.zeros(2)}, TypeError, "index must hold integers"),
+        ({"index": torch.tensor([1j, 2])}, TypeError, "index must hold integers, got torch.compl"),
+        ({"index": torch.ones(2).bool()}, TypeError, "index must hold integers, got torch.bool"),
         ({"metrics": {"loss": torch.zeros(3)}}, ValueError, r"metrics\['loss'\] must have 2"),
         ({"metrics": {"a@b": torch.zeros(2)}}, ValueError, "cannot have the name 'a@b'"),
         ({"metrics": {"score": torch.zeros(2)}}, ValueError, "cannot have the name 'score'"),

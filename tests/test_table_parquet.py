@@ -143,3 +143,19 @@ def test_rows_sorted_and_left_out_keep_their_indices(tmp_path):
     found = ScoreTable.load(path)
     assert torch.equal(found.index, table.index[kept])
     assert select(found, 2).tolist() == select(table, 2).tolist()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "npz"])
+def test_metrics_named_like_a_nameless_column_of_pandas(tmp_path, suffix):
+    """What we wrote under such a name comes back; what pandas wrote is still left aside."""
+    table = table_of(ROWS)
+    names = ["Unnamed: 1", "__index_level_0__"]
+    table.metrics |= {name: torch.rand(ROWS) for name in names}
+    path = table.save(tmp_path / f"t.{suffix}")
+    found = ScoreTable.load(path)
+    assert list(found.metrics) == ["loss", *names]
+    for name in names:
+        assert torch.equal(found.metrics[name], table.metrics[name])
+    if suffix == "parquet":
+        anew(path)
+        assert list(ScoreTable.load(path).metrics) == ["loss"]

@@ -77,7 +77,8 @@ def bags_of(
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     each = None if per_sample_weights is None else per_sample_weights.reshape(-1)
-    counts = torch.ones_like(index, dtype=weight.dtype)
+    # 16 bits count no further than 256.
+    counts = torch.ones_like(index, dtype=torch.promote_types(weight.dtype, torch.float32))
     if padding_idx is not None:
         counts = torch.where(index == padding_idx, 0.0, counts)
     share = counts
@@ -102,8 +103,11 @@ def written_out(weight: Tensor, bags: Bags) -> Tensor:
     share = bags.share
     if bags.each is not None:
         share = bags.each
-    total = looked_up.new_zeros(bags.count, weight.shape[1])
-    return total.index_add(0, bags.bag, looked_up * share[:, None].to(looked_up.dtype))
+    # Summed in 32 bits, as the kernel does: what many words add to a 16-bit sum rounds away.
+    wide = torch.promote_types(looked_up.dtype, torch.float32)
+    total = looked_up.new_zeros(bags.count, weight.shape[1], dtype=wide)
+    parts = looked_up.to(wide) * share[:, None].to(wide)
+    return total.index_add(0, bags.bag, parts).to(looked_up.dtype)
 
 
 def largest(weight: Tensor, bags: Bags) -> tuple[Tensor, Tensor]:

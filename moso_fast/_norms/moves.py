@@ -2,7 +2,8 @@
 
 Where the samples lie in a call's output is found on a few of them. That holds for all batches,
 except where the order depends on the data: sorting by length, sending tokens to experts, taking
-padding out. A model that does anything of the kind is checked batch by batch (`check_order`).
+padding out. So the first samples also go through every model in another order, and a model that
+calls anything of the kind is checked batch by batch (`order_changes`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ _NAMES = (
     *("scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_", "index_put"),
     *("index_put_", "index_copy", "index_copy_", "masked_scatter", "masked_scatter_", "one_hot"),
     *("repeat_interleave", "searchsorted", "tolist", "numpy", "item", "__array__", "__float__"),
-    *("__int__", "__index__", "multinomial", "randperm", "unique_consecutive", "fliplr", "flipud"),
+    *(
+        "__int__",
+        "__index__",
+        "__bool__",
+        "multinomial",
+        "randperm",
+        "unique_consecutive",
+        "fliplr",
+        "flipud",
+    ),
 )
 _MOVES = {
     getattr(owner, name)

@@ -60,8 +60,6 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self.tape, self.expanding = tape, expanding
         self.bytes = 0
-        #: Whether the samples may have got another order on the way.
-        self.moves = False
         # Of the last selection of rows: result and row numbers.
         self._selected: tuple[Any, Tensor | None] = (None, None)
         # By the id of its batch_sizes, which are kept alive: the samples of a packed sequence.
@@ -77,7 +75,7 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         """Replace one call, or leave it as it is."""
         kwargs = kwargs or {}
-        self.moves = self.moves or moves_rows(func, args)
+        self.tape.moves = self.tape.moves or moves_rows(func, args)
         result = self._marked(self._replaced, func, args, kwargs)
         if result is NotImplemented:
             result = func(*args, **kwargs)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from .._progress import progress_bar
 from .._rates import Stated
-from .._rates_together import check_rates, settle
+from .._rates_together import settle
 from ..arrays import open_array, read_labels
 from ..combine import combine_checkpoints, score_parts
-from ..heads import Head, read_head, stack_heads
+from ..heads import read_head, stack_heads
 from ..partition import resolve_partition
 from ..problem import build_problem, default_precision
 from ..table import ScoreTable
@@ -43,9 +43,12 @@ def table_from_files(
     build_problem(torch.zeros(0, 1), torch.zeros(1, 1), ids, **shape_options)
     features, labels = open_array(features_file), read_labels(labels_file)
     heads = [read_head(name) for name in head_files]
-    lrs = rates if rates is not None else _rates_in_files(heads, how["combine"])
-    if rates is not None:
-        check_rates(rates, [head.source for head in heads], how["combine"], "--lr")
+    given: list[float | None] = list(rates) if rates else [None] * len(heads)
+    stated = [
+        (head.stated or Stated(head.source)) if rate is None else Stated(head.source, rate)
+        for head, rate in zip(heads, given, strict=True)
+    ]
+    lrs = settle(stated, [head.scored for head in heads], how["combine"], option="--lr")
     for head in heads:  # every shape is checked before the first sweep, and named by its file
         try:
             build_problem(features, head.weight, labels, head.bias, **shape_options)
@@ -175,19 +178,6 @@ def import_object(path: str, option: str, finished: type | None = None) -> Any:
     if finished is not None and isinstance(value, finished):
         return value
     return value() if callable(value) else value
-
-
-def _rates_in_files(heads: list[Head], combine: str) -> list[float | None]:
-    """Learning rates that the files state: all of them, or none."""
-    stated = [head.stated or Stated(head.source) for head in heads]
-    known = [one for one in stated if one.any()]
-    if known and len(known) < len(heads):
-        without = next(head for head, one in zip(heads, stated, strict=True) if not one.any())
-        raise ValueError(
-            f"{known[0].where} states a learning rate and {without.source} does not: "
-            "give one --lr for each --head"
-        )
-    return settle(stated, [head.scored for head in heads], combine)
 
 
 def _versions() -> dict[str, str]:

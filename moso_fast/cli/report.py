@@ -89,9 +89,9 @@ def _plan(
     if share is not None:
         kept = select(table, share)
         rows = torch.isin(table.index, kept)
-        kept_scores = table.scores[rows] if table.higher_is_better else -table.scores[rows]
         if kept.numel():
-            cut = float(kept_scores.min()) * (1 if table.higher_is_better else -1)
+            kept_scores = table.scores[rows]
+            cut = float(kept_scores.min() if table.higher_is_better else kept_scores.max())
     means = "high = informative = keep" if table.higher_is_better else "low = keep"
     classes = None if labels is None else labels_of(labels, table.index)
     todo: dict[str, Any] = {

@@ -21,7 +21,7 @@ from moso_fast import backends, last_layer_stats
 from moso_fast.bench import measure
 from moso_fast.bench.measure import interleaved, medians
 from moso_fast.bench.providers.plain import CHUNK_ROWS, chunked, compiled, jvp, naive
-from moso_fast.reference import closed_form_stats
+from moso_fast.core.reference import closed_form_stats
 
 # C, D, N, the least ratio to the best plain PyTorch that the project asks for.
 CASES = [

@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scorer_overhead import ResNet18
 
-from moso_fast._full_batches import Batch
-from moso_fast._full_loss import OutputLoss
-from moso_fast._full_passes import Network, alignment_forward
 from moso_fast.bench.measure import interleaved, medians
-from moso_fast.full_gradient import FullGradient, choose_parameters
+from moso_fast.full.batches import Batch
+from moso_fast.full.engine import FullGradient, choose_parameters
+from moso_fast.full.loss import OutputLoss
+from moso_fast.full.passes import Network, alignment_forward
 
 CHUNKS = (1, 4, 16, 64, 256)
 

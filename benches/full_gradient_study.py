@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from moso_fast.checkpoints import Checkpoint
 from moso_fast.scorer import MoSoScorer
+from moso_fast.sources.checkpoints.checkpoint import Checkpoint
 
 MOMENTS = {"early": 0.05, "middle": 0.5, "late": 1.0}
 KEEPS = (0.2, 0.5, 0.8)

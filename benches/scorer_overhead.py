@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moso_fast.checkpoints import Checkpoint
 from moso_fast.scorer import MoSoScorer
+from moso_fast.sources.checkpoints.checkpoint import Checkpoint
 
 
 class Block(nn.Module):

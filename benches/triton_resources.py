@@ -44,7 +44,7 @@ Figures = dict[str, dict[str, list[Any]]]
 
 
 def cases(version: str) -> Iterator[Any]:
-    """Every case of the ahead-of-time tests for a Triton; the folder tests/ must be on the path.
+    """Every case of the ahead-of-time tests for a Triton; tests/support must be on the path.
 
     A tile that names the oldest Triton it is for is no case of older ones.
     """
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="compile nothing")
     parser.add_argument("--only", default="", help="text in the names of the cases to compile")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     versions = load()
     if not options.render:
         import triton

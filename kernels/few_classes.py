@@ -56,7 +56,7 @@ def few_classes_first(
 ) -> GradientSums:
     """Write the statistics of every row and return the sums of the gradients, in one read of H.
 
-    Equals, but for rounding, with ``moso_fast.losses.row_statistics``::
+    Equals, but for rounding, with ``moso_fast.core.losses.row_statistics``::
 
         logits = torch.einsum("nd,kcd->nkc", features, weight) + bias
         stats = row_statistics(logits, labels, loss=loss, ...)   # 0 for rows that do not count

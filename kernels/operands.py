@@ -17,8 +17,8 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PRODUCTS = {"highest": "tf32x3", "high": "tf32x3", "medium": "tf32"}
 # Rows of one float32 partial sum, at most: the errors of equal rows add up. The sums of tf32x3
-# products leave the tensor cores, which cut off, after every block of rows (tests/aot_products.py
-# looks), and are rounded: in 128 blocks of 16 rows they lose 4e-6 at most, in 512 2e-5. Other
+# products leave the tensor cores, which cut off, after every block of rows (aot_products.py in
+# tests looks), and are rounded: in 128 blocks of 16 rows they lose 4e-6 at most, in 512 2e-5. Other
 # products stay there for the whole slab and lose 6e-5 at most, less than their operands did.
 MOST_ROWS = {"highest": 2048, "high": 8192, "medium": 8192}
 
@@ -30,7 +30,7 @@ def as_operand(x, ROUND: tl.constexpr, UPCAST: tl.constexpr):
     What is loaded in a loop for a product must not be used there for anything else, such as a norm
     or a sum: the tensor cores of an H100 read it in shared memory while the loop goes on, and for
     a tile that goes to registers too Triton (3.6 and 3.9) keeps one buffer less than that takes:
-    the next copy overwrites what is still being read. tests/test_triton_aot_races.py looks for it.
+    the next copy overwrites what is still being read. test_triton_aot_races.py looks for it.
 
     UPCAST, for the interpreter, whose bfloat16 arithmetic is wrong: the rounded values in float32.
     """

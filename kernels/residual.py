@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moso_fast.problem import STATUS_SLOTS
+from moso_fast.core.problem import STATUS_SLOTS
 
 from .elementwise_residual import elementwise_residual_kernel
 from .softmax_residual import softmax_residual_kernel
@@ -55,7 +55,7 @@ class RowConfig:
     """One tile, and the resources that every variant compiled for it keeps to.
 
     ``registers`` (a thread) and ``shared_bytes`` (a block) bound all variants on sm_80, sm_90 and
-    sm_100 in Triton 3.6 and newer, and none spills: tests/test_triton_aot.py compiles and looks.
+    sm_100 in Triton 3.6 and newer, and none spills: test_triton_aot.py compiles and looks.
     """
 
     max_classes: int | None  # serves up to this many classes; None: any number
@@ -149,7 +149,7 @@ def residual_rows(
 ) -> None:
     """Overwrite logits by residuals dloss/dlogits and write the statistics of every row.
 
-    Equals, with ``moso_fast.losses.row_statistics``::
+    Equals, with ``moso_fast.core.losses.row_statistics``::
 
         stats = row_statistics(logits.view(n, -1, classes), labels, loss=loss, ...)
         logits.copy_(stats.residual.view(n, -1))

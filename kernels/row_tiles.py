@@ -129,7 +129,7 @@ def row_tiles(
 ) -> RowTiles:
     """Write the statistics of every row and return its residuals, in one read of H.
 
-    Equals, but for rounding, with ``moso_fast.losses.row_statistics``::
+    Equals, but for rounding, with ``moso_fast.core.losses.row_statistics``::
 
         stats = row_statistics(features @ weight.T + bias, labels, loss=loss, ...)
         RowTiles(stats.residual, ..., stats.residual.sum(0))    # 0 for rows that do not count

@@ -14,14 +14,14 @@ if not (_package / "kernels").is_dir() and (_package.parent / "setup.py").is_fil
     __path__.append(str(_package.parent))
 
 from .backends import Availability, backends
-from .checkpoints import Checkpoint
-from .formulas import FORMULAS
+from .core.formulas import FORMULAS
 from .functional import LastLayerStats, explain, last_layer_stats, moso_scores
-from .partition import partition_ids
 from .scorer import MoSoScorer
-from .select import select
-from .surrogate import Surrogate, score_surrogates, train_surrogates
-from .table import ScoreTable
+from .scoring.partition import partition_ids
+from .sources.checkpoints.checkpoint import Checkpoint
+from .surrogate.training import Surrogate, score_surrogates, train_surrogates
+from .tables.select import select
+from .tables.table import ScoreTable
 
 __all__ = [
     "FORMULAS",

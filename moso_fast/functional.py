@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engine, formulas
-from ._array_like import as_tensors
-from ._precision import own_precision
 from .backends import Backend, choose
-from .problem import Problem, build_problem, compute_dtype
-from .sequences import by_length
+from .core import engine, formulas
+from .core.precision import own_precision
+from .core.problem import Problem, build_problem, compute_dtype
+from .core.sequences import by_length
+from .util.array_like import as_tensors
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class LastLayerStats:
         return int(self._count)
 
     def scores(self, formula: str = "moso", scale: float = 1.0) -> Tensor:
-        """Scores by one of :data:`moso_fast.formulas.FORMULAS`; high = informative = keep.
+        """Scores by one of :data:`moso_fast.core.formulas.FORMULAS`; high = informative = keep.
 
         Raises
         ------

@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._arguments import Arguments
-from ._array_like import as_tensor
-from ._full_job import FullJob
-from ._full_loss import check_loss
-from ._job import ScoringJob, with_scores
-from ._row_weights import RowWeights, check_class_weight, check_sample_weight
 from .backends import backends
-from .combine import check_combine, combine_checkpoints
-from .features import find_head
-from .formulas import check_formula
-from .full_gradient import choose_parameters
-from .parts import PartStats
-from .problem import build_problem
-from .sequences import check_per
-from .table import ScoreTable
+from .core.formulas import check_formula
+from .core.problem import build_problem
+from .core.sequences import check_per
+from .full.engine import choose_parameters
+from .full.loss import check_loss
+from .scoring.combine import check_combine, combine_checkpoints
+from .scoring.features import find_head
+from .scoring.last_layer import ScoringJob, with_scores
+from .scoring.parts import PartStats
+from .scoring.row_weights import RowWeights, check_class_weight, check_sample_weight
+from .scoring.whole_network import FullJob
+from .sources.data.arguments import Arguments
+from .tables.table import ScoreTable
+from .util.array_like import as_tensor
 
 __all__ = ["MoSoScorer"]
 
@@ -50,10 +50,10 @@ class MoSoScorer:
         The network.
     head
         Name or module of the last `nn.Linear` or 1 x 1 convolution; None finds it (see
-        `features.find_head`). The loss is taken of the model's logits: its head's output, some or
+        `sources.find_head`). The loss is taken of the model's logits: its head's output, some or
         all rows of it in any order, their mean over positions, or a known map of it (a factor, a
-        soft cap, softmax, BatchNorm in eval mode, ...; see `_logit_map.LogitMap`). The first batch
-        of every checkpoint shows which; anything else is refused. Gradients are by the weight and
+        soft cap, softmax, BatchNorm in eval mode, ...; see `core.logit_map`). The first batch of
+        every checkpoint shows which; anything else is refused. Gradients are by the weight and
         bias in force: of a computed weight (weight_norm, pruning), by what was computed, and of a
         weight tied to an embedding, by the head's own use of it. The table says so.
     gradient
@@ -239,7 +239,7 @@ class MoSoScorer:
             None scores the model as it is, with learning rate 1. Where no checkpoint has a
             learning rate, 1 is used for all of them.
         formula
-            One of `moso_fast.formulas.FORMULAS`.
+            One of `moso_fast.core.formulas.FORMULAS`.
         combine, num_steps
             ``"mean"`` (weighted by learning rate, times T / N with T = ``num_steps``) or
             ``"zscore"``.

@@ -22,8 +22,11 @@ from typing import Any
 
 import torch
 
-from moso_fast.backends import _REGISTRY, Availability, _cuda_device, _cuda_jobs, cuda
-from moso_fast.problem import STATUS_SLOTS, Problem
+from moso_fast.backends import _REGISTRY, Availability
+from moso_fast.backends.cuda import backend as cuda
+from moso_fast.backends.cuda import device as cuda_device
+from moso_fast.backends.cuda import jobs as cuda_jobs
+from moso_fast.core.problem import STATUS_SLOTS, Problem
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 FEATURES = ("kFloat32", "kBfloat16", "kFloat16")
@@ -111,13 +114,13 @@ class EmulatedCuda(cuda.CudaBackend):
         self.bulk = True  # as from sm_90 on
         self.launches: list[tuple[str, dict[str, Any]]] = []
         self.wide_loads: dict[str, list[int]] = {}  # of the last launch by each name
-        patch.setattr(_cuda_device, "module", lambda: emulator)
-        patch.setattr(_cuda_device, "shared_limit", lambda device: shared)
-        patch.setattr(_cuda_device, "multiprocessors", lambda device: self.multiprocessors)
-        patch.setattr(_cuda_device, "bulk_copies", lambda device: self.bulk)
-        patch.setattr(_cuda_device, "launch", self._launch)
-        patch.setattr(_cuda_device, "empty", self._empty)
-        patch.setattr(_cuda_device, "facts", self._facts)
+        patch.setattr(cuda_device, "module", lambda: emulator)
+        patch.setattr(cuda_device, "shared_limit", lambda device: shared)
+        patch.setattr(cuda_device, "multiprocessors", lambda device: self.multiprocessors)
+        patch.setattr(cuda_device, "bulk_copies", lambda device: self.bulk)
+        patch.setattr(cuda_device, "launch", self._launch)
+        patch.setattr(cuda_device, "empty", self._empty)
+        patch.setattr(cuda_device, "facts", self._facts)
         self.shared = shared
         self._guarded: list[torch.Tensor] = []
 
@@ -212,7 +215,7 @@ def _sizes(name: str, job: dict[str, Any]) -> dict[str, tuple[int, bool]]:
         }
     rows, heads, dim = job["rows"], job["heads"], job["dim"]
     width = heads * job["classes"]
-    item = 4 if job["feature"] == _cuda_jobs.DTYPES[torch.float32] else 2
+    item = 4 if job["feature"] == cuda_jobs.DTYPES[torch.float32] else 2
     features = ((rows - 1) * job["row_stride"] + dim) * item
     if name == "few_classes_second":
         column = 4 * ((heads - 1) * job["alignment_stride"] + rows)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from interpreter import run_python
 
-from moso_fast import backends, engine, last_layer_stats, moso_scores
-from moso_fast._native import load_native
+from moso_fast import backends, last_layer_stats, moso_scores
 from moso_fast.backends.cpu import SIMD_VARIABLE, CpuBackend
-from moso_fast.reference import closed_form_stats
+from moso_fast.core import engine
+from moso_fast.core.reference import closed_form_stats
+from moso_fast.util.native import load_native
 
 CPU = sys.modules[CpuBackend.__module__]
 MODULE = load_native("_cpu").module

@@ -9,10 +9,12 @@ from core_support import Case, random_case
 
 import moso_fast
 from moso_fast import moso_scores
-from moso_fast._native import NativeModule, load_native
-from moso_fast.backends import _cuda_device, choose, cuda, get
-from moso_fast.backends.cuda import CudaBackend
-from moso_fast.problem import build_problem
+from moso_fast.backends import choose, get
+from moso_fast.backends.cuda import backend as cuda
+from moso_fast.backends.cuda import device as cuda_device
+from moso_fast.backends.cuda.backend import CudaBackend
+from moso_fast.core.problem import build_problem
+from moso_fast.util.native import NativeModule, load_native
 
 needs_module = pytest.mark.skipif(
     load_native("_cuda").module is None, reason="moso_fast._cuda is not built"
@@ -46,8 +48,8 @@ def machine(monkeypatch):
     ) -> None:
         monkeypatch.setattr(load_native("_cuda").module, "architectures", architectures)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(_cuda_device, "capability", lambda device: capability)
-        monkeypatch.setattr(_cuda_device, "limits", lambda device: (shared, 132))
+        monkeypatch.setattr(cuda_device, "capability", lambda device: capability)
+        monkeypatch.setattr(cuda_device, "limits", lambda device: (shared, 132))
 
     return pretend
 
@@ -146,7 +148,7 @@ def test_a_module_for_fewer_gpus_says_so(machine, architectures, capability, run
 @pytest.mark.parametrize("capability, bulk", [((8, 0), False), ((9, 0), True), ((10, 3), True)])
 def test_bulk_copies_only_where_the_code_has_them(machine, capability, bulk) -> None:
     machine(capability)
-    assert _cuda_device.bulk_copies(torch.device("cuda:0")) == bulk
+    assert cuda_device.bulk_copies(torch.device("cuda:0")) == bulk
 
 
 @needs_module
@@ -195,7 +197,7 @@ def test_plans_are_worked_out_once(machine, monkeypatch) -> None:
         return module.few_classes_plan(*size)
 
     monkeypatch.setattr(
-        _cuda_device,
+        cuda_device,
         "module",
         lambda: type(
             "Module",

@@ -21,10 +21,10 @@ from core_support import (
 from cuda_emulator import WHOLE, in_place_of_a_gpu
 
 from moso_fast import backends as list_backends
-from moso_fast.engine import _allocate
+from moso_fast.core.engine import _allocate
+from moso_fast.core.problem import build_problem
+from moso_fast.core.reference import closed_form_stats, explicit_stats
 from moso_fast.functional import last_layer_stats, moso_scores
-from moso_fast.problem import build_problem
-from moso_fast.reference import closed_form_stats, explicit_stats
 
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs a C++ compiler")
 

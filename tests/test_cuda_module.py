@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moso_fast._native import build_info, load_native
+from moso_fast.util.native import build_info, load_native
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from moso_fast._native import build_info, load_native
+from moso_fast.util.native import build_info, load_native
 
 NAME = re.compile(
     r"(first|second)_pass_(narrow_)?kernelILNS\w*?7FeatureE(\d)ELb([01])ELi(\d+)EE|reduce_kernel"

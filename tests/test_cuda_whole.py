@@ -10,8 +10,9 @@ import torch
 from core_support import FIELDS, Case, random_case
 from cuda_emulator import WHOLE, EmulatedCuda, in_place_of_a_gpu
 
-from moso_fast import formulas, last_layer_stats, moso_scores
-from moso_fast.reference import closed_form_stats
+from moso_fast import last_layer_stats, moso_scores
+from moso_fast.core import formulas
+from moso_fast.core.reference import closed_form_stats
 
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs a C++ compiler")
 
@@ -126,7 +127,7 @@ def test_wrong_alignments_are_found(gpu, monkeypatch) -> None:
             torch.frombuffer(memory, dtype=torch.float32).mul_(1.01)
         launch(device, function, job, *parts)
 
-    monkeypatch.setattr(cuda_emulator._cuda_device, "launch", spoilt)
+    monkeypatch.setattr(cuda_emulator.cuda_device, "launch", spoilt)
     monkeypatch.setattr(gpu, "_launch", spoilt)
     with pytest.raises(RuntimeError, match=r"^self-check failed for head 0"):
         run(random_case("ids", n=60, c=4, d=16))

@@ -50,7 +50,7 @@ target, dependencies, names = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 site.addsitedir(target)
 sys.path.append(dependencies)
 import moso_fast
-from moso_fast._native import build_info, load_native
+from moso_fast.util.native import build_info, load_native
 specs = {name: importlib.util.find_spec("moso_fast.kernels." + name) for name in names}
 if importlib.util.find_spec("triton") is not None:
     for name in names:

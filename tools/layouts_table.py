@@ -3,7 +3,7 @@
     python tools/layouts_table.py            # writes docs/layouts.md
     python tools/layouts_table.py --check    # exit code 1 where the page is not what this makes
 
-Made of the very lists that tests/test_layouts.py and tests/test_layouts_models.py run.
+Made of the very lists that test_layouts.py and test_layouts_models.py in tests/scoring run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from layouts import NOT_TRIED, Layout
 from layouts_models import LAYOUTS as MODELS
@@ -50,7 +50,7 @@ def page() -> str:
             "of one line, part of which is shown.",
             "",
             "`python tools/layouts_table.py` makes this page of the lists that `pytest "
-            "tests/test_layouts.py` and, with the extra `models`, `pytest -m models` run.",
+            "tests/scoring/test_layouts.py` and, with the extra `models`, `pytest -m models` run.",
             "",
             "| library | layout | `gradient='last_layer'` | `gradient='full'` |",
             "|---|---|---|---|",

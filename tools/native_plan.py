@@ -178,7 +178,7 @@ def output_of(command: Sequence[str]) -> str | None:
 
 
 def write_info(plan: Plan, folder: Path) -> None:
-    """Record what was built, and why the rest was not, for moso_fast/_native.py."""
+    """Record what was built, and why the rest was not, for moso_fast/util/native.py."""
     cxx = (output_of([*plan.cxx, "--version"]) or "") if plan.cxx else ""
     record = {
         "mode": plan.mode,

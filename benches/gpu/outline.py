@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moso_fast.problem import Problem, build_problem
+from moso_fast.core.problem import Problem, build_problem
 
 from .table import Shape
 

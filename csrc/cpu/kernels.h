@@ -14,7 +14,7 @@ namespace moso_fast {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class Loss : int { kCrossEntropy = 0, kBinaryCrossEntropy = 1, kMse = 2 };
 
-// Slots of the status word, as in moso_fast/problem.py.
+// Slots of the status word, as in moso_fast/core/problem.py.
 enum Status : int { kStatusLabel, kStatusFeature, kStatusLogits, kStatusTarget, kStatusSlots };
 
 // What both passes read. Features have unit column stride; row_stride counts elements.

@@ -1,6 +1,6 @@
 // Residual dl/dz in place of the logits, and the statistics of a row. Two layouts:
 // one row with lanes along its classes (any loss), and VL rows at once with lanes along the rows
-// (class ids, few classes). moso_fast/losses.py is the definition of both.
+// (class ids, few classes). moso_fast/core/losses.py is the definition of both.
 //
 // The label's residual is -(sum of the other exponentials) / S, never p - 1, and the loss of a
 // label that wins is log1p(sum of the others): exact for losses far below 1e-8.

@@ -6,7 +6,7 @@
 //   judge    a block for each head: |G|^2 = sum of (gradient sum / N)^2, these sums over all
 //   blocks,
 //            and sums over the head's weights, which are not finite where one of them is not
-//   score    one of the formulas of moso_fast/formulas.py, in double
+//   score    one of the formulas of moso_fast/core/formulas.py, in double
 //
 // Every sum has an order that depends on nothing but the sizes. PyTorch would need some twenty
 // launches for the same, which take a host longer than the GPU needs for a small job. Bytes: 34 a
@@ -136,7 +136,7 @@ MOSO_DEVICE void judge(const Judge& p) {
 }
 
 // Launch with ceil(heads * rows / kThreads) blocks of kThreads threads. The operations and their
-// order are those of moso_fast/formulas.py.
+// order are those of moso_fast/core/formulas.py.
 MOSO_DEVICE void score(const Score& p) {
   const int64_t at = device::block_index() * kThreads + device::thread_index();
   if (at >= p.heads * p.rows) return;

@@ -6,7 +6,7 @@
 
 namespace moso_fast::closing {
 
-// Numbers of the status word, as in moso_fast/problem.py.
+// Numbers of the status word, as in moso_fast/core/problem.py.
 constexpr int kStatusSlots = 4;
 
 // What every byte of it is before the first pass: the numbers are beyond any row's.
@@ -55,7 +55,7 @@ struct Judge {
   int64_t* count;
 };
 
-// Numbers of moso_fast/formulas.py, in the order of FORMULAS.
+// Numbers of moso_fast/core/formulas.py, in the order of FORMULAS.
 enum class Formula : int { kMoso, kOneStep, kOfficial, kOfficialExact, kAlignment, kCosine };
 
 struct Score {

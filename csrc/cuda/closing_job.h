@@ -1,5 +1,5 @@
 // Jobs of closing.h as Python dicts of addresses and sizes. Shapes, dtypes and lifetimes are
-// checked by moso_fast/backends/_cuda_whole.py, the only caller.
+// checked by moso_fast/backends/cuda/whole.py, the only caller.
 #pragma once
 
 #include "closing.h"

@@ -9,7 +9,7 @@ namespace moso_fast::few_classes {
 
 enum class Feature : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
-// Status slots, as in moso_fast/problem.py.
+// Status slots, as in moso_fast/core/problem.py.
 constexpr int kStatusLabel = 0, kStatusFeature = 1, kStatusLogits = 2;
 
 // Registers a thread that ptxas may use, by tiles of 16 classes; 255 is the most there is.

@@ -1,5 +1,5 @@
 // Jobs as Python dicts of addresses and sizes. Shapes, dtypes and lifetimes are checked by
-// moso_fast/backends/cuda.py, the only caller.
+// moso_fast/backends/cuda/backend.py, the only caller.
 #pragma once
 
 #include <pybind11/pybind11.h>

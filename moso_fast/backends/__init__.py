@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-from ..problem import Problem
+from ..core.problem import Problem
 from .base import Availability, Backend
 from .cpu import CpuBackend
-from .cuda import CudaBackend
+from .cuda.backend import CudaBackend
 from .torch import TorchBackend
-from .triton import TritonBackend
+from .triton.backend import TritonBackend
 
 __all__ = ["Availability", "Backend", "backends", "choose", "get"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..engine import FirstPass, Plan, RowBuffers, Whole
-    from ..problem import Problem
+    from ..core.engine import FirstPass, Plan, RowBuffers, Whole
+    from ..core.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..core.problem import Problem
 
 
 def safe_labels(problem: Problem, rows: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._native import load_native
-from ..engine import FirstPass, RowBuffers, residual_budget
-from ..losses import LOSSES, SOFT_LABEL_TOLERANCE
-from ..problem import Problem
+from ..core.engine import FirstPass, RowBuffers, residual_budget
+from ..core.losses import LOSSES, SOFT_LABEL_TOLERANCE
+from ..core.problem import Problem
+from ..util.native import load_native
 from .base import Availability, Backend
 
 SIMD_VARIABLE = "MOSO_FAST_SIMD"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..engine import FirstPass, RowBuffers
-from ..losses import SOFT_LABEL_TOLERANCE, mapped_statistics
-from ..problem import (
+from ..core.engine import FirstPass, RowBuffers
+from ..core.losses import SOFT_LABEL_TOLERANCE, mapped_statistics
+from ..core.problem import (
     STATUS_FEATURE,
     STATUS_LABEL,
     STATUS_LOGITS,

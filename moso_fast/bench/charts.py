@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .._plot import COLOURS, GREY, MARKERS, new_axes, new_figure, save_png
+from ..util.plot import COLOURS, GREY, MARKERS, new_axes, new_figure, save_png
 from .growth import AXES
 from .providers.ours import OURS
 from .runner import best_plain, find_row

@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import _native, engine, last_layer_stats
-from .._files import atomic_path
+from .. import last_layer_stats
 from ..backends import choose
-from ..problem import build_problem
+from ..core import engine
+from ..core.problem import build_problem
+from ..util import native as util_native
+from ..util.files import atomic_path
 from .cases import CASES, Case
 from .inputs import make_inputs
 from .measure import interleaved
@@ -68,7 +70,7 @@ def count_instructions(classes: int, dim: int, rows: int, **job: Any) -> tuple[f
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         return "valgrind is not installed"
-    native = _native.load_native("_cpu")
+    native = util_native.load_native("_cpu")
     if native.module is None or native.module.__file__ is None:
         return native.reason or "the C++ module is not a file"
     totals = []
@@ -151,7 +153,7 @@ def measure(tick: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
             instructions[f"{name}_instruction_set"] = found[1]
     tick("calls")
     return {
-        "compiler": str(_native.build_info().get("cxx", "unknown")),
+        "compiler": str(util_native.build_info().get("cxx", "unknown")),
         "torch": torch.__version__,
         "instructions": instructions,
         "calls": count_calls(),
@@ -192,7 +194,7 @@ def check(
             findings.append(_at_most("calls", name, found["calls"][name], kept))
     else:
         skipped.append(f"calls: counted with torch {held['torch']}, this is {found['torch']}")
-    if not _native.load_native("_cpu").module:
+    if not util_native.load_native("_cpu").module:
         skipped.append("ratios: the C++ backend is not built")
         ratios = False
     for name, bound in least.items() if ratios else ():

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..reference import closed_form_stats
+from ..core.reference import closed_form_stats
 from .cases import Case
 from .networks import exact_network, make_network
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .._files import atomic_path
+from ..util.files import atomic_path
 from .charts import subtitle
 
 __all__ = ["write_page"]

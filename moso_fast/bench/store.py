@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .._files import atomic_path
+from ..util.files import atomic_path
 from .cases import CASES
 
 __all__ = ["SCHEMA", "load", "merge", "save"]

@@ -16,7 +16,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..table import ScoreTable
+    from ..tables.table import ScoreTable
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")]
@@ -46,7 +46,7 @@ def load_table(argument: Path | None, option: Path | None, command: str) -> Scor
     ValueError
         Neither or both were given; no score table.
     """
-    from ..table import ScoreTable
+    from ..tables.table import ScoreTable
 
     path = argument if option is None else option
     if path is None:
@@ -139,7 +139,7 @@ def labels_of(path: str, index: Tensor) -> Tensor:
     ValueError
         The file covers fewer samples than the table refers to.
     """
-    from ..arrays import read_labels
+    from ..sources.arrays import read_labels
 
     return rows_of(read_labels(path), index, path, "labels")
 

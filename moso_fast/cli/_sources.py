@@ -8,15 +8,15 @@ import platform
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .._progress import progress_bar
-from .._rates import Stated
-from .._rates_together import settle
-from ..arrays import open_array, read_labels
-from ..combine import combine_checkpoints, score_parts
-from ..heads import read_head, stack_heads
-from ..partition import resolve_partition
-from ..problem import build_problem, default_precision
-from ..table import ScoreTable
+from ..core.problem import build_problem, default_precision
+from ..scoring.combine import combine_checkpoints, score_parts
+from ..scoring.partition import resolve_partition
+from ..sources.arrays import open_array, read_labels
+from ..sources.checkpoints.rates import Stated
+from ..sources.checkpoints.rates_together import settle
+from ..sources.heads import read_head, stack_heads
+from ..tables.table import ScoreTable
+from ..util.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,8 +122,8 @@ def table_from_model(
     """Score a data set with a network at several checkpoints, through MoSoScorer."""
     from torch import nn
 
-    from ..checkpoints import Checkpoint
     from ..scorer import MoSoScorer
+    from ..sources.checkpoints.checkpoint import Checkpoint
 
     model = import_object(model_path, "--model", finished=nn.Module)
     if not isinstance(model, nn.Module):

@@ -35,14 +35,14 @@ def demo(
     scores.parquet, pruning_curve.png, score_histogram.png, extremes.png, label_errors.png and
     results.json into --out, replacing only these. Takes one to two minutes on two cores.
     """
-    from moso_fast.demo.output import prepare_folder, require_packages
+    from ..demo.output import prepare_folder, require_packages
 
     require_packages()
     prepare_folder(out)
 
-    from moso_fast.demo.experiment import DemoConfig, run_demo
-    from moso_fast.demo.output import text_report, write_files
-    from moso_fast.demo.summary import summarise
+    from ..demo.experiment import DemoConfig, run_demo
+    from ..demo.output import text_report, write_files
+    from ..demo.summary import summarise
 
     config = DemoConfig.quick(seed) if quick else DemoConfig(seed=seed)
     if repeats is not None:

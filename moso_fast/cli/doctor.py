@@ -58,11 +58,11 @@ def examine() -> dict[str, Any]:
     """Collect all facts; JSON-able but for what the build recorded."""
     import moso_fast
 
-    from .. import _native
     from ..backends import backends
+    from ..util import native as util_native
 
     problems = _import_problems()
-    natives = {name: _native.load_native(name) for name in ("_cpu", "_cuda")}
+    natives = {name: util_native.load_native(name) for name in ("_cpu", "_cuda")}
     for native in natives.values():
         if native.module is None and "cannot be loaded" in native.reason:
             problems.append(f"{native.reason}; {native.how}")
@@ -86,7 +86,7 @@ def examine() -> dict[str, Any]:
         "cpu": _cpu(natives["_cpu"].module),
         "gpus": _gpus(),
         "cuda": _cuda(natives["_cuda"].module),
-        "build": _native.build_info(),
+        "build": util_native.build_info(),
         "problems": problems,
     }
 

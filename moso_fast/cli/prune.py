@@ -49,8 +49,8 @@ def prune(
         raise ValueError(f"--output must end in {', '.join(SUFFIXES)}; got {output.name!r}")
     if balance is not None and labels is None:
         raise ValueError(f"--balance {balance} needs --labels FILE")
-    from .._files import check_folder
-    from ..select import select
+    from ..tables.select import select
+    from ..util.files import check_folder
 
     check_folder(output)
     table = load_table(table_file, scores, "prune")
@@ -118,7 +118,7 @@ def write_indices(path: Path, index: Tensor, values: Tensor, name: str) -> None:
     """Write indices (and their values, to .csv) in the format of the suffix, whole or not."""
     import numpy as np
 
-    from .._files import atomic_path
+    from ..util.files import atomic_path
 
     with atomic_path(path) as temporary:
         if path.suffix == ".npy":

@@ -21,7 +21,7 @@ from ._common import (
 )
 
 if TYPE_CHECKING:
-    from ..table import ScoreTable
+    from ..tables.table import ScoreTable
 
 
 def report(
@@ -79,9 +79,9 @@ def _plan(
     """File name -> function of its path; reads and checks everything before the first is drawn."""
     import torch
 
-    from .. import report as plots
-    from ..arrays import open_array
-    from ..select import select
+    from ..sources.arrays import open_array
+    from ..tables import report as plots
+    from ..tables.select import select
 
     if not bool(table.scores.isfinite().any()):
         raise ValueError("the table has no finite score: nothing to draw")
@@ -128,7 +128,7 @@ def _extremes(table: ScoreTable, pictures: Any, captions: Any, path: Path) -> Pa
     """Draw from the few images at both ends alone: the others are not read."""
     import torch
 
-    from .. import report as plots
+    from ..tables import report as plots
 
     scored = (~table.scores.isnan()).nonzero().flatten()
     order = scored[table.scores[scored].argsort(stable=True)]

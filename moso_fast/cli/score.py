@@ -112,10 +112,10 @@ def score(
     Either --features, --labels and one or more --head (files), or --model, --data and any number
     of --checkpoint (Python import paths; the current folder is searched first).
     """
-    from .._files import check_folder
-    from .._table_files import SUFFIXES
-    from ..combine import check_combine
-    from ..formulas import check_formula
+    from ..core.formulas import check_formula
+    from ..scoring.combine import check_combine
+    from ..tables.files import SUFFIXES
+    from ..util.files import check_folder
     from ._sources import table_from_files, table_from_model
 
     if output.suffix not in SUFFIXES:
@@ -257,7 +257,7 @@ def _partition(text: str | None) -> Any:
         return int(text)
     except ValueError:
         pass
-    from ..arrays import read_labels
+    from ..sources.arrays import read_labels
 
     if not text.endswith(".npy"):
         raise ValueError(f"--partition must be a number of parts or an .npy file; got {text!r}")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from moso_fast.demo.data import Digits, flip_labels, load_digits
-from moso_fast.demo.model import SmallCNN, accuracy, train_network
-from moso_fast.demo.timing import Timing, measure_timing
-from moso_fast.select import select
-from moso_fast.surrogate import Surrogate, score_surrogates, train_surrogates
-from moso_fast.table import ScoreTable
+from ..surrogate.training import Surrogate, score_surrogates, train_surrogates
+from ..tables.select import select
+from ..tables.table import ScoreTable
+from .data import Digits, flip_labels, load_digits
+from .model import SmallCNN, accuracy, train_network
+from .timing import Timing, measure_timing
 
 MOSO, MOSO_ZSCORE = "MoSo", "MoSo (zscore)"
 RANDOM, EL2N, GRAND = "random", "EL2N", "GraNd"

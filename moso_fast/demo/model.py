@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moso_fast.demo.data import NUM_CLASSES
+from .data import NUM_CLASSES
 
 BATCH_SIZE = 64
 LEARNING_RATE = 0.05

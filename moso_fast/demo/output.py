@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moso_fast import report
-from moso_fast._files import atomic_path
-from moso_fast.demo.experiment import MOSO, SUSPICION_SCORES, SUSPICIOUS_WHEN_LOW, DemoResult
+from ..tables import report
+from ..util.files import atomic_path
+from .experiment import MOSO, SUSPICION_SCORES, SUSPICIOUS_WHEN_LOW, DemoResult
 
 FILES = (
     "scores.parquet",

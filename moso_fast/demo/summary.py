@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from moso_fast.demo.experiment import (
+from .experiment import (
     FLIPPED,
     MOSO,
     NOTHING,

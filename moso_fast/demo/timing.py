@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moso_fast.checkpoints import load_state_dict
-from moso_fast.demo.data import Digits
-from moso_fast.demo.model import SmallCNN
-from moso_fast.surrogate import Surrogate, sample_positions
-from moso_fast.table import ScoreTable
+from ..sources.checkpoints.checkpoint import load_state_dict
+from ..surrogate.training import Surrogate, sample_positions
+from ..tables.table import ScoreTable
+from .data import Digits
+from .model import SmallCNN
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from core_support import (
 
 from moso_fast import backends
 from moso_fast.backends import _PREFERENCE, choose, get
+from moso_fast.core.problem import build_problem
+from moso_fast.core.reference import closed_form_stats, explicit_stats
 from moso_fast.functional import LastLayerStats, explain, last_layer_stats, moso_scores
-from moso_fast.problem import build_problem
-from moso_fast.reference import closed_form_stats, explicit_stats
 
 pytestmark = pytest.mark.gpu
 

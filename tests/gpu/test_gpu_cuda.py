@@ -18,9 +18,9 @@ from core_support import (
 
 from moso_fast import backends
 from moso_fast.backends import get
+from moso_fast.core.problem import build_problem
+from moso_fast.core.reference import closed_form_stats
 from moso_fast.functional import last_layer_stats, moso_scores
-from moso_fast.problem import build_problem
-from moso_fast.reference import closed_form_stats
 
 pytestmark = pytest.mark.gpu
 
@@ -135,7 +135,7 @@ def test_nothing_waits_between_the_launches() -> None:
     case = on_gpu(random_case("ids", n=20_000, c=10, d=256))
     problem = build_problem(*case.args)
     backend = get("cuda")
-    from moso_fast.engine import _allocate
+    from moso_fast.core.engine import _allocate
 
     rows = slice(0, problem.rows)
     out = _allocate(problem)

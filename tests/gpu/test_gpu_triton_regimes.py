@@ -18,13 +18,14 @@ from test_gpu_backends import (
     score,
 )
 
-from moso_fast import engine
-from moso_fast.backends import _triton_autotune, backends
-from moso_fast.backends._triton_choice import REGIME_VARIABLE, REGIMES
+from moso_fast.backends import backends
+from moso_fast.backends.triton import autotune as triton_autotune
+from moso_fast.backends.triton.choice import REGIME_VARIABLE, REGIMES
+from moso_fast.core import engine
+from moso_fast.core.problem import build_problem
+from moso_fast.core.reference import closed_form_stats, explicit_stats
+from moso_fast.core.streaming import CudaLane, StreamedFeed
 from moso_fast.functional import explain, last_layer_stats
-from moso_fast.problem import build_problem
-from moso_fast.reference import closed_form_stats, explicit_stats
-from moso_fast.streaming import CudaLane, StreamedFeed
 
 pytestmark = pytest.mark.gpu
 
@@ -195,11 +196,11 @@ def test_search_keeps_a_winner_and_the_result(regime, monkeypatch, tmp_path) -> 
     expected = score("triton", case)
     monkeypatch.setenv("MOSO_FAST_AUTOTUNE", "1")
     monkeypatch.setenv("MOSO_FAST_CACHE", str(tmp_path))
-    _triton_autotune.cache_of.cache_clear()
+    triton_autotune.cache_of.cache_clear()
     try:
         found = score("triton", case)
     finally:
-        _triton_autotune.cache_of.cache_clear()
+        triton_autotune.cache_of.cache_clear()
     for name in FIELDS:
         assert_close(getattr(found, name), getattr(expected, name), 1e-2, what=name)
     for path in tmp_path.iterdir():

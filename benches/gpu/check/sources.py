@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 
 # Lists of all backends and of all regimes.
-REGISTRIES = ("moso_fast/backends/__init__.py", "moso_fast/backends/_triton_choice.py")
+REGISTRIES = ("moso_fast/backends/__init__.py", "moso_fast/backends/triton/choice.py")
 FRONTS = ("moso_fast/__init__.py", "moso_fast/bench/providers/__init__.py")
-_REGIMES = "moso_fast/backends/_triton_"
+_BACKENDS = "moso_fast/backends"
 # Everything of ours runs through these.
 SHARED = (
     "moso_fast/functional.py",
@@ -39,8 +39,10 @@ def of_contender(name: str) -> tuple[str, ...]:
         return PLAIN
     if name.endswith(".py"):
         return (name,)
-    regimes = (f"{_REGIMES}{regime}.py",) if regime else ()
-    return (*SHARED, f"moso_fast/backends/{backend}.py", *regimes, *NATIVE.get(backend, ()))
+    regimes = (f"{_BACKENDS}/triton/regimes/{regime}.py",) if regime else ()
+    # A backend is a file, or a folder with the class in one of its files.
+    own = (f"{_BACKENDS}/{backend}.py", f"{_BACKENDS}/{backend}/backend.py")
+    return (*SHARED, *own, *regimes, *NATIVE.get(backend, ()))
 
 
 def of_unit(names: Iterable[str]) -> str:
@@ -114,7 +116,7 @@ def _module(name: str, root: Path) -> str | None:
     path = name.replace(".", "/")
     if path.startswith("moso_fast/kernels"):
         path = path.removeprefix("moso_fast/")  # where setup.py maps it
-    for place in (path, f"benches/{path}", f"tests/{path}", f"tests/gpu/{path}"):
+    for place in (path, f"benches/{path}", f"tests/support/{path}", f"tests/gpu/{path}"):
         for file in (f"{place}.py", f"{place}/__init__.py"):
             if (root / file).is_file():
                 return file

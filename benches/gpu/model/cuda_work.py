@@ -1,7 +1,7 @@
 """What the CUDA C++ kernels for few classes issue, load and wait for, tile by tile.
 
 Counted by hand in the disassembly of the built module (sm_90a): instructions a warp of the loops'
-bodies, times their turns in csrc/cuda/few_classes_*.cuh; tests/test_gpu_counts.py counts the
+bodies, times their turns in csrc/cuda/few_classes_*.cuh; tests/tools/test_gpu_counts.py counts the
 loops that multiply again. One instruction a cycle and scheduler is the best case, so is shared
 memory without conflicts.
 """

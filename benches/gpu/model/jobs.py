@@ -1,7 +1,7 @@
 """Predicts the jobs of the Triton and CUDA C++ backends on a GPU, launch by launch.
 
 No second choice is made here: regimes, tiles, slabs, splits and shared memory are asked of the
-backends themselves (``_triton_choice``, the kernels' tables, ``moso_fast._cuda``'s plan).
+backends themselves (``backends.triton.choice``, the kernels' tables, ``moso_fast._cuda``'s plan).
 steps.py and library_steps.py have the work of the Triton regimes, cuda_work.py that of the CUDA
 C++ kernels, roofline.py the time that it takes.
 """
@@ -16,18 +16,21 @@ from unittest.mock import patch
 
 import torch
 
-from moso_fast._native import load_native
-from moso_fast.backends import _cuda_device, _cuda_jobs, _triton_few_classes, cuda
-from moso_fast.backends._triton_choice import choose_regime
-from moso_fast.backends._triton_regime import (
+from moso_fast.backends.cuda import backend as cuda
+from moso_fast.backends.cuda import device as cuda_device
+from moso_fast.backends.cuda import jobs as cuda_jobs
+from moso_fast.backends.triton.choice import choose_regime
+from moso_fast.backends.triton.regimes import few_classes as triton_few_classes
+from moso_fast.backends.triton.regimes.regime import (
     _CHUNK_SHARE,
     CHUNK_BYTES,
     SLAB_ROWS,
     Regime,
     triton_version,
 )
-from moso_fast.engine import _CUDA_RESIDUAL_SHARE, _LARGE_HEAD
-from moso_fast.problem import Problem
+from moso_fast.core.engine import _CUDA_RESIDUAL_SHARE, _LARGE_HEAD
+from moso_fast.core.problem import Problem
+from moso_fast.util.native import load_native
 
 from ..outline import outline
 from .cuda_work import Kernel, first_phases, second_phase
@@ -42,8 +45,8 @@ COUNTS = RESULTS / "gpu_launches.json"
 def as_if_compiled_by(version: tuple[int, ...]) -> Iterator[None]:
     """Have the regimes' conditions see this Triton, and no interpreter, whatever is installed."""
     with (
-        patch.object(_triton_few_classes, "triton_version", lambda: version),
-        patch.object(_triton_few_classes, "interpreted", lambda: False),
+        patch.object(triton_few_classes, "triton_version", lambda: version),
+        patch.object(triton_few_classes, "interpreted", lambda: False),
     ):
         yield
 
@@ -82,7 +85,7 @@ def predict_triton(
 
 
 def _chunk_bytes(gpu: Gpu) -> int:
-    """As ``_triton_regime.chunk_bytes`` has it on that GPU."""
+    """As ``regimes.regime.chunk_bytes`` has it on that GPU."""
     share = int(gpu.memory_bytes) // _CHUNK_SHARE
     return min(CHUNK_BYTES["cuda"], 1 << max(0, share.bit_length() - 1))
 
@@ -97,10 +100,10 @@ def predict_cuda(
     reason = cuda._unknown(problem) or cuda._too_large(problem, gpu.shared_bytes)
     if reason is not None:
         return reason
-    plan = _cuda_jobs.plan_of(problem, gpu.shared_bytes)
+    plan = cuda_jobs.plan_of(problem, gpu.shared_bytes)
     chunk = cuda._SLABS * int(plan["slab_limit"])
     chunks = -(-problem.rows // chunk)
-    exact = _cuda_jobs.exact(problem)
+    exact = cuda_jobs.exact(problem)
     kernel = Kernel(plan, problem.classes, problem.dim, dtype.itemsize, exact)
     steps = [
         *_cuda_first(problem, kernel, min(chunk, problem.rows), gpu),
@@ -114,7 +117,7 @@ def predict_cuda(
 
 def _cuda_first(problem: Problem, kernel: Kernel, chunk_rows: int, gpu: Gpu) -> tuple[Step, Step]:
     """First pass and the sum over its slabs."""
-    module, plan = _cuda_device.module(), kernel.plan
+    module, plan = cuda_device.module(), kernel.plan
     n, c, d, item = problem.rows, problem.classes, problem.dim, kernel.item
     chunks = n / chunk_rows  # the last one is shorter
     slab = module.few_classes_slab_rows(chunk_rows, plan["slab_limit"])

@@ -20,12 +20,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from moso_fast import engine
-from moso_fast._native import load_native
-from moso_fast.backends import Backend, _cuda_device, _triton_blas, _triton_regime, cuda
-from moso_fast.backends._triton_choice import REGIMES
-from moso_fast.backends.triton import TritonBackend
-from moso_fast.problem import build_problem
+from moso_fast.backends import Backend
+from moso_fast.backends.cuda import backend as cuda
+from moso_fast.backends.cuda import device as cuda_device
+from moso_fast.backends.triton.backend import TritonBackend
+from moso_fast.backends.triton.choice import REGIMES
+from moso_fast.backends.triton.regimes import blas as triton_blas
+from moso_fast.backends.triton.regimes import regime as triton_regime
+from moso_fast.core import engine
+from moso_fast.core.problem import build_problem
+from moso_fast.util.native import load_native
 
 ROWS, CLASSES, DIM = 96, 10, 64
 # Of few_classes_whole: the status word and five kernels.
@@ -74,8 +78,8 @@ def _captured() -> Iterator[None]:
     with ExitStack() as stack:
         for module, name in (
             (engine, "_capturing"),
-            (_triton_regime, "capturing"),
-            (_triton_blas, "capturing"),
+            (triton_regime, "capturing"),
+            (triton_blas, "capturing"),
         ):
             stack.enter_context(patch.object(module, name, lambda problem: True))
         # What it does where the values are on a GPU.
@@ -107,9 +111,9 @@ def _counted(run: Callable[[int], int], fewest: int = 1) -> list[int]:
 
 def _cuda() -> dict[str, list[int]]:
     """Count for the CUDA backend, whose module does jobs of one chunk in one call."""
-    limits = patch.object(_cuda_device, "limits", lambda device: (232_448, 132))
-    index = patch.object(_cuda_device, "index", lambda device: 0)
-    bulk = patch.object(_cuda_device, "bulk_copies", lambda device: True)
+    limits = patch.object(cuda_device, "limits", lambda device: (232_448, 132))
+    index = patch.object(cuda_device, "index", lambda device: 0)
+    bulk = patch.object(cuda_device, "bulk_copies", lambda device: True)
     kernels = 0
 
     def launch(device: Any, function: Any, *jobs: Any) -> None:
@@ -122,7 +126,7 @@ def _cuda() -> dict[str, list[int]]:
         found = launches(cuda.CudaBackend(), chunks)
         return found + (kernels - before) // 2  # run twice, counted once
 
-    with limits, index, bulk, patch.object(_cuda_device, "launch", launch):
+    with limits, index, bulk, patch.object(cuda_device, "launch", launch):
         return {"cuda": _counted(run, fewest=2), "cuda whole": [run(1), 0]}
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moso_fast.backends._triton_blas import _BATCH_BYTES, narrow_ones
-from moso_fast.backends._triton_regime import SLAB_ROWS, operand_name
-from moso_fast.problem import Problem
+from moso_fast.backends.triton.regimes.blas import _BATCH_BYTES, narrow_ones
+from moso_fast.backends.triton.regimes.regime import SLAB_ROWS, operand_name
+from moso_fast.core.problem import Problem
 
 from .occupancy import fit
 from .roofline import L2_SECONDS, MEMORY_SECONDS, Gpu, Step, Sweep, product

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moso_fast.problem import Problem
+from moso_fast.core.problem import Problem
 
 from .roofline import BARRIER_CYCLES, MEMORY_SECONDS, RESULTS, Gpu
 

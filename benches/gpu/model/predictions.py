@@ -144,7 +144,8 @@ def count_instructions() -> dict[str, Any]:
 
 def _child(module: str, interpreted: bool) -> Any:
     """Return what a module prints as JSON, run with the repository's folders on the path."""
-    path = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "benches", ROOT / "tests"))
+    folders = (ROOT, ROOT / "benches", ROOT / "tests" / "support")
+    path = os.pathsep.join(map(str, folders))
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)
     if interpreted:

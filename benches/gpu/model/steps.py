@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from moso_fast.backends import _triton_few_classes, _triton_products, _triton_row_tiles
+from moso_fast.backends.triton import products as triton_products
+from moso_fast.backends.triton.regimes import few_classes as triton_few_classes
+from moso_fast.backends.triton.regimes import row_tiles as triton_row_tiles
 
 from .library_steps import LibrarySteps
 from .occupancy import Fit, aligned, barriers, case_of, fit, loop_phases
@@ -35,7 +37,7 @@ class TritonSteps(LibrarySteps):
         from moso_fast.kernels.few_classes_tiles import slab_rows
 
         p = self.problem
-        first, second = (_triton_few_classes._default(p, which) for which in ("first", "second"))
+        first, second = (triton_few_classes._default(p, which) for which in ("first", "second"))
         slab = slab_rows(self.chunk_rows, first.tile.rows, p.precision)
         slabs = -(-self.chunk_rows // slab)
         partials = 4.0 * slabs * self.chunks * p.classes * (p.dim + 1)
@@ -104,9 +106,9 @@ class TritonSteps(LibrarySteps):
         from moso_fast.kernels.row_tiles import TILES, stored_columns
 
         p, (rate, times) = self.problem, self.rate
-        products = _triton_row_tiles._products(p)
-        straight = _triton_products.straight_rows(p)
-        tile = _triton_row_tiles._tile(p, straight)
+        products = triton_row_tiles._products(p)
+        straight = triton_products.straight_rows(p)
+        tile = triton_row_tiles._tile(p, straight)
         dtype = "bf16" if p.features.dtype == torch.bfloat16 else "fp32"
         odd = "" if straight else "-unaligned"
         # Of tiles for class ids alone the report has that variant.

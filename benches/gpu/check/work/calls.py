@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moso_fast import engine
 from moso_fast.bench.energy import gpu_energy_counter, joules_per_call
+from moso_fast.core import engine
 
 from ...table import OURS
 from ..worker import Skipped, Wrong

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moso_fast import engine
-from moso_fast._precision import own_precision
 from moso_fast.backends import get
-from moso_fast.problem import Problem, build_problem
+from moso_fast.core import engine
+from moso_fast.core.precision import own_precision
+from moso_fast.core.problem import Problem, build_problem
 
 from ..worker import described
 from .timing import (

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moso_fast.backends import backends
-from moso_fast.backends._triton_choice import REGIMES
+from moso_fast.backends.triton.choice import REGIMES
 
 from ...pack import COMMIT
 from ...table import DRY_TABLE, KINDS, OURS, TABLE, Shape

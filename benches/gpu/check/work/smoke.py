@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from moso_fast.backends import _PREFERENCE, backends, get
-from moso_fast.backends._triton_choice import REGIMES
+from moso_fast.backends.triton.choice import REGIMES
+from moso_fast.core.problem import Problem, build_problem
+from moso_fast.core.reference import closed_form_stats
 from moso_fast.functional import last_layer_stats
-from moso_fast.problem import Problem, build_problem
-from moso_fast.reference import closed_form_stats
 
 from ...table import OURS
 from ..worker import Wrong

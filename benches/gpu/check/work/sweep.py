@@ -15,7 +15,9 @@ from unittest.mock import patch
 
 import torch
 
-from moso_fast.backends import _cuda_device, _cuda_jobs, _triton_autotune
+from moso_fast.backends.cuda import device as cuda_device
+from moso_fast.backends.cuda import jobs as cuda_jobs
+from moso_fast.backends.triton import autotune as triton_autotune
 
 from ..worker import described
 from .kernels import Passes
@@ -35,7 +37,7 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
             plans.append(line)
             emit(plans=plans)
         return
-    timer = _triton_autotune.device_timer(device())
+    timer = triton_autotune.device_timer(device())
 
     def tell(key: str, lines: list[dict[str, Any]]) -> None:
         emit(**{key: lines})
@@ -77,8 +79,8 @@ def every_tile(
         module
         for name, module in sys.modules.items()
         if name.startswith("moso_fast.")
-        and module is not _triton_autotune
-        and getattr(module, "tile_for", None) is _triton_autotune.tile_for
+        and module is not triton_autotune
+        and getattr(module, "tile_for", None) is triton_autotune.tile_for
     ]
     with ExitStack() as stack:
         for module in searching:
@@ -96,7 +98,7 @@ def _is_refusal(error: Exception) -> bool:
 def cuda_plans(data: list[torch.Tensor], precision: str) -> Iterator[dict[str, Any]]:
     """Time both passes under each plan that some amount of shared memory leads to."""
     problem = Passes("cuda", precision, data).problem
-    most, planned = _cuda_device.shared_limit(problem.device), _cuda_jobs.plan_of
+    most, planned = cuda_device.shared_limit(problem.device), cuda_jobs.plan_of
     clock, seen = Clock(problem.device), set()
     for limit in range(most, 0, -_SHARED_STEP):
         plan = planned(problem, limit)
@@ -105,7 +107,7 @@ def cuda_plans(data: list[torch.Tensor], precision: str) -> Iterator[dict[str, A
             continue
         seen.add(shape)
         with patch.object(
-            _cuda_jobs, "plan_of", lambda given, _limit, limit=limit: planned(given, limit)
+            cuda_jobs, "plan_of", lambda given, _limit, limit=limit: planned(given, limit)
         ):
             job = Passes("cuda", precision, data)
             job.first()

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moso_fast.backends import _PREFERENCE, backends, get
-from moso_fast.backends._triton_choice import REGIME_VARIABLE, REGIMES
+from moso_fast.backends.triton.choice import REGIME_VARIABLE, REGIMES
 from moso_fast.bench.providers.plain import naive
+from moso_fast.core.problem import Problem
 from moso_fast.functional import last_layer_stats
-from moso_fast.problem import Problem
 
 from ...outline import outline
 from ...table import ITEM_BYTES, OURS, PLAIN, Shape

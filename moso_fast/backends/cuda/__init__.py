@@ -1,0 +1,5 @@
+"""CUDA C++ kernels for few classes (csrc/cuda)."""
+
+from .backend import CudaBackend
+
+__all__ = ["CudaBackend"]

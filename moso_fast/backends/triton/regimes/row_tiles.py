@@ -1,0 +1,185 @@
+"""Regime "row_tiles": a tile of rows holds all classes, so logits never leave the chip.
+
+First pass: one kernel reads the features and leaves residuals, in the dtype that the products
+read, and every statistic, norms of the rows too; a second one makes the gradient sum of residuals
+and features. Second pass: the product with the mean gradient, folded into one number a row. Three
+reads of the features, none of the logits; one head, every loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....core.engine import FirstPass, RowBuffers
+from ....core.problem import Problem
+from ..autotune import kind, tile_for
+from ..products import (
+    align_stored,
+    alignment_tile,
+    kernel_features,
+    lost_of,
+    row_outputs,
+    straight_rows,
+    sum_narrow_gradients,
+)
+from .regime import (
+    Regime,
+    kernel_targets,
+    kernel_weights,
+    limits_of,
+    operand_dtype,
+    tile_shape,
+)
+
+
+class RowTilesRegime(Regime):
+    """Rows kernel, gradient sum, alignment from stored residuals."""
+
+    name = "row_tiles"
+    feature_reads = 3
+
+    def fits(self, problem: Problem) -> str | None:
+        """Return why not: several heads, sequences, or a C that no tile holds."""
+        if problem.heads > 1:
+            return "it takes one head, and they share the features"
+        if problem.cu_seqlens is not None:
+            return "samples of several rows need every residual in float32"
+        if _tile(problem, straight_rows(problem)) is None:
+            return f"no tile holds C = {problem.classes} with these operands"
+        return None
+
+    def row_bytes(self, problem: Problem) -> int:
+        """Residuals as stored, labels, and the features where they must be copied."""
+        a_row = 16 + operand_dtype(problem).itemsize * (problem.classes + 8)
+        if problem.features.stride(1) != 1:
+            a_row += problem.dim * problem.features.dtype.itemsize
+        return a_row
+
+    def fixed_bytes(self, problem: Problem) -> int:
+        """Gradient sums in float64 and their float32 partials."""
+        from ....kernels.gradient_sum import PARTIAL_BYTES
+
+        numbers = problem.weight.numel()
+        return 16 * numbers + max(4 * numbers, PARTIAL_BYTES)
+
+    def state_bytes(self, problem: Problem) -> int:
+        """One number a row where residuals are rounded."""
+        return 4 * problem.rows if operand_dtype(problem).itemsize == 2 else 0
+
+    def describe(self, problem: Problem) -> str:
+        """Products and tiles."""
+        from ....kernels import gradient_sum
+
+        rounded, straight = operand_dtype(problem).itemsize == 2, straight_rows(problem)
+        tile = _tile(problem, straight)
+        sums = gradient_sum.choose_tile(problem.classes, problem.dim, rounded, straight, rounded)
+        return (
+            f"{_products(problem)} products, rows tile {tile_shape(tile)}, R^T H tile "
+            f"{tile_shape(sums)}, {alignment_tile(problem)}"
+        )
+
+    def first_pass(
+        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
+    ) -> FirstPass:
+        """See :class:`moso_fast.backends.base.Backend`."""
+        features = kernel_features(problem, rows)
+        residual, bias = _residuals(problem, rows, out, features)
+        grad = sum_narrow_gradients(problem, rows, out, residual, features)
+        return FirstPass(grad, bias.view(1, -1), residual[:, None] if keep_residual else None)
+
+    def second_pass(
+        self,
+        problem: Problem,
+        rows: slice,
+        out: RowBuffers,
+        mean_grad: Tensor,
+        mean_bias_grad: Tensor | None,
+        residual: Tensor | None,
+        alignment: Tensor,
+    ) -> None:
+        """See :class:`moso_fast.backends.base.Backend`."""
+        if residual is None:
+            flat = _residuals(problem, rows, out, kernel_features(problem, rows))[0]
+        else:
+            flat = residual[:, 0]
+        lost = lost_of(problem, out, rows) if flat.dtype == torch.bfloat16 else None
+        flat = flat[:, : problem.classes]
+        align_stored(problem, rows, out, mean_grad, mean_bias_grad, flat, alignment, lost)
+
+
+def _residuals(
+    problem: Problem, rows: slice, out: RowBuffers, features: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Residuals (n, columns) and their sum (C,); writes statistics, norms, status and ``lost``."""
+    from ....kernels import row_tiles as kernel
+    from ....kernels.operands import aligned
+
+    bias = None if problem.bias is None else problem.bias.contiguous()
+    outputs = row_outputs(out, rows)
+
+    def launch(tile: Any) -> Any:
+        return kernel.row_tiles(
+            features,
+            problem.weight.contiguous(),
+            bias,
+            kernel_targets(problem, rows),
+            out=outputs,
+            status=out.status,
+            first_row=rows.start,
+            loss=problem.loss,
+            label_smoothing=problem.label_smoothing,
+            ignore_index=problem.ignore_index,
+            sample_weight=kernel_weights(problem, rows),
+            exclude_nonfinite=problem.nonfinite == "exclude",
+            precision=problem.precision,
+            tile=tile,
+        )
+
+    products, straight, limits = _products(problem), aligned(features), limits_of(problem.device)
+    default = _tile(problem, straight)
+    candidates = [
+        choice.tile
+        for choice in kernel.TILES
+        if (choice.products, choice.aligned) == (products, straight)
+        and limits.major in choice.majors
+        and _kind(problem) in choice.losses
+        and problem.classes <= choice.tile.classes <= 2 * default.classes
+        and choice.tile.shared_bytes <= limits.shared_bytes
+    ]
+    labels = (problem.loss, features.dtype, products, straight)
+    key = kind("row_tiles", problem.classes, problem.dim, *labels)
+    made = launch(tile_for(problem.device, key, candidates, default, launch))
+    if made.lost is not None:
+        lost_of(problem, out, rows).copy_(made.lost)
+    return made.residual, made.bias
+
+
+def _products(problem: Problem) -> str:
+    from ....kernels.operands import products_of
+
+    return products_of(problem.features.dtype, problem.precision)
+
+
+def _tile(problem: Problem, straight: bool) -> Any:
+    """Return the tile of the rows kernel for these operands, or None."""
+    from ....kernels.row_tiles import choose_tile
+
+    limits = limits_of(problem.device)
+    return choose_tile(
+        problem.classes,
+        _products(problem),
+        straight,
+        limits.shared_bytes,
+        limits.major,
+        _kind(problem),
+    )
+
+
+def _kind(problem: Problem) -> str:
+    """Return what the kernels call the problem's loss and targets."""
+    from ....kernels.row_arguments import kind_of
+
+    return kind_of(problem.loss, problem.labels)

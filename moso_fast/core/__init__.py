@@ -1,0 +1,1 @@
+"""A scoring problem and what it takes to solve it, whatever the backend: no file, no model."""

@@ -1,0 +1,1 @@
+"""What is read: arrays on disk, heads, checkpoints, and the batches of a data set."""

@@ -1,0 +1,1 @@
+"""Checkpoints: weights and learning rates, in the files that training leaves."""

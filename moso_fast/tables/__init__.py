@@ -1,0 +1,1 @@
+"""Score tables: files, selection, reports and plots. Knows no kernel and no model."""

@@ -1,0 +1,281 @@
+"""Parts scored against their own mean, and the combination of checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moso_fast.core.formulas import FORMULAS
+from moso_fast.functional import last_layer_stats
+from moso_fast.scoring import parts as parts_module
+from moso_fast.scoring.combine import combine_checkpoints
+from moso_fast.scoring.parts import FIELDS, score_parts, split_parts
+
+N, D, C, K = 60, 7, 5, 3
+
+
+@pytest.fixture
+def job(generator):
+    features = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    weight = torch.randn(K, C, D, generator=generator, dtype=torch.float64)
+    bias = torch.randn(K, C, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, C, (N,), generator=generator)
+    labels[4] = -100
+    partition = torch.randint(0, 3, (N,), generator=generator) * 5 - 5
+    return features, weight, labels, bias, partition
+
+
+def assert_equal(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_each_part_is_scored_as_if_alone(job, formula):
+    features, weight, labels, bias, partition = job
+    result = score_parts(features, weight, labels, bias, partition=partition, formula=formula)
+    assert len(result) == K
+    for part in (-5, 0, 5):
+        rows = partition == part
+        alone = last_layer_stats(features[rows], weight, labels[rows], bias)
+        assert result.counts[part] == alone.count
+        for k in range(K):
+            assert_equal(result[k]["score"][rows], alone.scores(formula)[k])
+            for name in FIELDS:
+                assert_equal(result[k][name][rows], getattr(alone, name)[k])
+
+
+def test_one_part_needs_no_partition(job):
+    features, weight, labels, bias, _ = job
+    plain = score_parts(features, weight[0], labels, bias[0])
+    whole = last_layer_stats(features, weight[0], labels, bias[0])
+    assert len(plain) == 1 and plain.backend == whole.backend
+    assert_equal(plain[0]["score"], whole.scores())
+    same = score_parts(
+        features, weight[0], labels, bias[0], partition=torch.zeros(N, dtype=torch.int32)
+    )
+    assert_equal(same[0]["score"], plain[0]["score"])
+
+
+def test_a_part_above_the_budget_goes_through_a_file(job, monkeypatch):
+    features, weight, labels, bias, partition = job
+    weights = torch.rand(N)
+    expected = score_parts(
+        features, weight, labels, bias, partition=partition, sample_weight=weights
+    )
+    monkeypatch.setattr(parts_module, "GATHER_BYTES", 8)
+    monkeypatch.setattr(parts_module, "_GATHER_BLOCK_ROWS", 7)
+    mapped = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *a, **k: mapped.append(a) or from_file(*a, **k))
+    result = score_parts(features, weight, labels, bias, partition=partition, sample_weight=weights)
+    assert len(mapped) == 9  # features, labels and weights of three parts
+    for one, other in zip(result, expected, strict=True):
+        for name in one:
+            assert_equal(one[name], other[name])
+
+
+def test_parts_of_sequences(job):
+    features, weight, labels, bias, _ = job
+    offsets = torch.tensor([0, 3, 10, 20, 33, 50, 60], dtype=torch.int32)
+    partition = torch.tensor([0, 1, 0, 1, 0, 1])
+    weights = torch.rand(N, dtype=torch.float64)
+    result = score_parts(
+        features,
+        weight,
+        labels,
+        bias,
+        partition=partition,
+        cu_seqlens=offsets,
+        sample_weight=weights,
+    )
+    for part in (0, 1):
+        picked = [r for r in range(6) if partition[r] == part]
+        rows = torch.cat([torch.arange(offsets[r], offsets[r + 1]) for r in picked])
+        lengths = torch.tensor([int(offsets[r + 1] - offsets[r]) for r in picked])
+        alone = last_layer_stats(
+            features[rows],
+            weight,
+            labels[rows],
+            bias,
+            cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
+            sample_weight=weights[rows],
+        )
+        for k in range(K):
+            assert_equal(result[k]["score"][picked], alone.scores()[k])
+
+
+def test_progress_counts_parts(job):
+    features, weight, labels, bias, partition = job
+    seen = []
+    score_parts(
+        features,
+        weight,
+        labels,
+        bias,
+        partition=partition,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_rows_in_errors_are_those_of_the_whole_set(job):
+    features, weight, labels, bias, partition = job
+    wrong = labels.clone()
+    wrong[33] = 77
+    part = int(partition[33])
+    with pytest.raises(ValueError, match=rf"part {part} of partition: labels\[33\] is 77"):
+        score_parts(features, weight, wrong, bias, partition=partition)
+    broken = features.clone()
+    broken[41, 3] = torch.inf
+    with pytest.raises(ValueError, match=r"features\[41, 3\] is inf; row 41 is the first"):
+        score_parts(broken, weight, labels, bias, partition=partition)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"partition": torch.zeros(N - 1).long()},
+            ValueError,
+            r"partition must have shape \(60,\)",
+        ),
+        ({"partition": torch.zeros(N)}, TypeError, "integer ids; got torch.float32"),
+        ({"partition": torch.arange(N) // 59}, ValueError, "part 1 of partition has 1 counted"),
+        ({"partition": (torch.arange(N) == 4) | (torch.arange(N) == 5)}, TypeError, "torch.bool"),
+        (
+            {"partition": ((torch.arange(N) == 4) | (torch.arange(N) == 5)).long()},
+            ValueError,
+            "part 1 of partition has 1 counted sample;",  # row 4 is ignored
+        ),
+        ({"formula": "mosso"}, ValueError, "formula must be one of"),
+        ({"labels": torch.zeros(9).long()}, ValueError, r"features \(60, 7\), got \(9,\)"),
+    ],
+)
+def test_bad_input(job, change, error, message):
+    features, weight, labels, bias, partition = job
+    call = {"labels": labels, "partition": partition, **change}
+    with pytest.raises(error, match=message):
+        score_parts(features, weight, call.pop("labels"), bias, **call)
+
+
+def test_split_parts_orders_ids_and_rows():
+    parts = split_parts(torch.tensor([7, -1, 7, 3]), 4)
+    assert [(part, rows.tolist()) for part, rows in parts] == [(-1, [1]), (3, [3]), (7, [0, 2])]
+
+
+def make_stats(generator, rows=12, depth=K, dtype=torch.float64):
+    stats = []
+    for _ in range(depth):
+        one = {n: torch.rand(rows, generator=generator, dtype=dtype) for n in (*FIELDS, "score")}
+        for values in one.values():
+            values[3] = torch.nan
+        stats.append(one)
+    return stats
+
+
+def test_mean_by_hand(generator):
+    stats = make_stats(generator)
+    lr = [0.1, 0.2, 0.4]
+    partition = torch.tensor([0] * 5 + [1] * 7)
+    index = torch.arange(12) * 2
+    plain = combine_checkpoints(stats, lr=lr, index=index, provenance={"a": 1})
+    scaled = combine_checkpoints(stats, lr=lr, index=index, partition=partition, num_steps=50)
+    whole = combine_checkpoints(stats, lr=lr, index=index, num_steps=50)
+    for i in (0, 4, 5, 11):
+        expected = sum(rate * float(s["score"][i]) for rate, s in zip(lr, stats, strict=True)) / 3
+        assert float(plain.scores[i]) == pytest.approx(expected, rel=1e-14)
+        counted = 4 if i < 5 else 7  # row 3 does not count
+        assert float(scaled.scores[i]) == pytest.approx(expected * 50 / counted, rel=1e-14)
+        assert float(whole.scores[i]) == pytest.approx(expected * 50 / 11, rel=1e-14)
+        loss = sum(float(s["loss"][i]) for s in stats) / 3
+        assert float(plain.metrics["loss"][i]) == pytest.approx(loss, rel=1e-14)
+        grand = sum(float(s["grad_sqnorm"][i]) ** 0.5 for s in stats) / 3
+        assert float(plain.metrics["grand"][i]) == pytest.approx(grand, rel=1e-14)
+        influence = sum(r * float(s["grad_sqnorm"][i]) for r, s in zip(lr, stats, strict=True)) / 3
+        assert float(plain.metrics["self_influence"][i]) == pytest.approx(influence, rel=1e-14)
+    assert plain.scores[3].isnan() and all(v[3].isnan() for v in plain.metrics.values())
+    assert plain.index.tolist() == index.tolist() and plain.provenance == {"a": 1}
+    for k, one in enumerate(stats):
+        assert_equal(plain.per_checkpoint["score"][k], one["score"] * lr[k])
+        assert_equal(plain.per_checkpoint["el2n"][k], one["el2n"])
+
+
+def test_zscore_standardises_within_part_and_checkpoint(generator):
+    stats = make_stats(generator)
+    stats[0]["score"] *= 1e6  # an early checkpoint must not drown the rest
+    partition = torch.tensor([0] * 5 + [1] * 7)
+    table = combine_checkpoints(
+        stats,
+        lr=[0.1, 0.2, 0.4],
+        partition=partition,
+        combine="zscore",
+        num_steps=9,
+        index=torch.arange(12),
+    )
+    expected = torch.zeros(12, dtype=torch.float64)
+    for one in stats:
+        for rows in ([0, 1, 2, 4], [5, 6, 7, 8, 9, 10, 11]):
+            values = one["score"][rows]
+            expected[rows] += (values - values.mean()) / values.std(correction=0) / 3
+    expected[3] = torch.nan
+    torch.testing.assert_close(table.scores, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_zscore_of_equal_scores_is_zero():
+    stats = [{name: torch.full((7,), 0.1) for name in (*FIELDS, "score")}]
+    table = combine_checkpoints(stats, lr=[1.0], combine="zscore", index=torch.arange(7))
+    assert table.scores.tolist() == [0.0] * 7
+
+
+def test_rates_of_zero_are_refused_where_they_decide_the_scores(generator):
+    call = {"stats": make_stats(generator), "index": torch.arange(12)}
+    with pytest.raises(ValueError, match="lr is 0 for all checkpoints, which would make every"):
+        combine_checkpoints(**call, lr=[0.0] * K)
+    one = combine_checkpoints(**call, lr=[0.0, 0.5, 0.0])
+    assert_equal(one.scores, 0.5 * call["stats"][1]["score"] / K)
+    standardised = combine_checkpoints(**call, lr=[0.0] * K, combine="zscore")
+    assert_equal(
+        standardised.scores, combine_checkpoints(**call, lr=[1.0] * K, combine="zscore").scores
+    )
+
+
+def test_combining_keeps_the_dtype_and_takes_no_samples(generator):
+    stats = make_stats(generator, dtype=torch.float32)
+    table = combine_checkpoints(stats, lr=[1.0] * K, index=torch.arange(12))
+    assert table.scores.dtype == torch.float32
+    empty = [{name: torch.empty(0) for name in (*FIELDS, "score")}]
+    for how in ("mean", "zscore"):
+        table = combine_checkpoints(
+            empty, lr=[1.0], combine=how, num_steps=3, index=torch.arange(0)
+        )
+        assert len(table) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stats": []}, "at least one checkpoint"),
+        ({"lr": [1.0]}, "one learning rate a checkpoint; got 1 for 3"),
+        ({"combine": "sum"}, "combine must be one of mean, zscore; got 'sum'"),
+        ({"num_steps": 0}, "num_steps must be None or a whole number >= 1; got 0"),
+        ({"num_steps": True}, "num_steps must be"),
+        ({"index": torch.arange(11)}, r"must have shape \(11,\), as index; got \(12,\)"),
+        ({"partition": torch.zeros(3).long()}, r"partition must have shape \(12,\)"),
+    ],
+)
+def test_combine_refuses(generator, change, message):
+    call = {
+        "stats": make_stats(generator),
+        "lr": [1.0] * K,
+        "index": torch.arange(12),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        combine_checkpoints(call.pop("stats"), **call)
+
+
+def test_combine_names_the_missing_key(generator):
+    stats = make_stats(generator)
+    del stats[1]["el2n"]
+    with pytest.raises(ValueError, match="stats of checkpoint 1 lack 'el2n'"):
+        combine_checkpoints(stats, lr=[1.0] * K, index=torch.arange(12))

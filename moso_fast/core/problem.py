@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import DataError
 from .labels import fit_labels
 from .logit_map import LogitMap
 from .losses import LOSSES, SOFT_LABEL_TOLERANCE
@@ -380,12 +381,11 @@ def check_parameters(problem: Problem, sums: Sequence[float]) -> None:
         if not found.numel():  # the sum alone is beyond the largest number
             continue
         at = found[0].tolist()
-        if name != "sample_weight" and not problem.stacked:
-            at_shown = at[1:]
-            entry = value[0][tuple(at_shown)]
-        else:
-            at_shown, entry = at, value[tuple(at)]
-        raise ValueError(f"{name}{at_shown} is {float(entry)}; heads and weights must be finite")
+        entry = float(value[tuple(at)])
+        text = "; heads and weights must be finite"
+        if name == "sample_weight":
+            raise DataError(f"{name}[{{row}}] is {{value}}{text}", row=at[0], value=entry)
+        raise ValueError(f"{name}{at if problem.stacked else at[1:]} is {entry}{text}")
 
 
 def _parameters(problem: Problem) -> list[tuple[str, Tensor]]:
@@ -399,40 +399,54 @@ def _parameters(problem: Problem) -> list[tuple[str, Tensor]]:
 
 
 def raise_for_status(problem: Problem, status: Sequence[float]) -> None:
-    """Turn the status word of the first pass into one clear ValueError, or return."""
+    """Turn the status word of the first pass into one clear DataError, or return."""
     first = [int(row) for row in status]
     if first[STATUS_LABEL] < problem.rows:
         row = first[STATUS_LABEL]
-        raise ValueError(
-            f"labels[{row}] is {int(problem.labels[row])}, outside [0, {problem.classes}) "
-            f"and not ignore_index ({problem.ignore_index})"
+        raise DataError(
+            f"labels[{{row}}] is {{value}}, outside [0, {problem.classes}) "
+            f"and not ignore_index ({problem.ignore_index})",
+            row=row,
+            value=int(problem.labels[row]),
         )
     if first[STATUS_FEATURE] < problem.rows:
         row = first[STATUS_FEATURE]
         values = problem.features[row]
         column = int((~torch.isfinite(values)).nonzero()[0])
-        raise ValueError(
-            f"features[{row}, {column}] is {float(values[column])}; row {row} is the first with "
-            "a non-finite value (nonfinite='exclude' scores the others)"
+        raise DataError(
+            "features[{row}, {column}] is {value}; row {row} is the first with a non-finite value "
+            "(nonfinite='exclude' scores the others)",
+            row=row,
+            column=column,
+            value=float(values[column]),
         )
     if first[STATUS_TARGET] < problem.rows:
-        row = first[STATUS_TARGET]
-        raise ValueError(f"labels[{row}] {_describe_target(problem, row)}")
+        raise _target_error(problem, first[STATUS_TARGET])
     if first[STATUS_LOGITS] < problem.rows:
-        row = first[STATUS_LOGITS]
-        raise ValueError(
-            f"logits, loss or gradient of row {row} overflow {_name(problem.compute_dtype)} "
-            "although features and weights are finite; scale them down or pass float64 features"
+        raise DataError(
+            f"logits, loss or gradient of row {{row}} overflow {_name(problem.compute_dtype)} "
+            "although features and weights are finite; scale them down or pass float64 features",
+            row=first[STATUS_LOGITS],
         )
 
 
-def _describe_target(problem: Problem, row: int) -> str:
+def _target_error(problem: Problem, row: int) -> DataError:
     target = problem.labels[row].double()
     if problem.loss == "mse":
-        return "holds a non-finite target"
+        return DataError("labels[{row}] holds a non-finite target", row=row)
     outside = ((target >= 0) & (target <= 1)).logical_not().nonzero()
     if outside.numel():
         column = int(outside[0])
-        return f"holds {float(target[column])} at class {column}; targets must lie in [0, 1]"
+        return DataError(
+            "labels[{row}] holds {value} at class {column}; targets must lie in [0, 1]",
+            row=row,
+            column=column,
+            value=float(target[column]),
+        )
     total = math.fsum(target.tolist())
-    return f"sums to {total:g}; label probabilities must sum to 1 (+- {SOFT_LABEL_TOLERANCE:g})"
+    return DataError(
+        "labels[{row}] sums to {value:g}; label probabilities must sum to 1 "
+        f"(+- {SOFT_LABEL_TOLERANCE:g})",
+        row=row,
+        value=total,
+    )

@@ -12,6 +12,7 @@ import torch
 from core_support import CPU_BACKENDS, assert_stats_match, random_case
 
 from moso_fast.core import engine
+from moso_fast.core.errors import DataError
 from moso_fast.core.problem import build_problem
 from moso_fast.core.reference import explicit_stats
 from moso_fast.functional import explain, last_layer_stats, moso_scores
@@ -211,29 +212,29 @@ SHOWN_BY_SHAPES = table(
 )  # fmt: skip
 
 SHOWN_BY_DATA = table(
-    ("label too large", ValueError,
+    ("label too large", DataError,
      "labels[4] is 3, outside [0, 3) and not ignore_index (-100)", changed("labels", (4,), 3)),
-    ("label negative", ValueError,
+    ("label negative", DataError,
      "labels[0] is -1, outside [0, 3) and not ignore_index (-100)", changed("labels", (0,), -1)),
-    ("label of 2**62", ValueError,
+    ("label of 2**62", DataError,
      "labels[5] is 4611686018427387904, outside [0, 3) and not ignore_index (-100)",
      changed("labels", (5,), 2**62)),
-    ("label -100 under another ignore_index", ValueError,
+    ("label -100 under another ignore_index", DataError,
      "labels[2] is -100, outside [0, 3) and not ignore_index (-1)",
      {**changed("labels", (2,), -100), "ignore_index": -1}),
-    ("first of two bad labels", ValueError,
+    ("first of two bad labels", DataError,
      "labels[1] is 9, outside [0, 3) and not ignore_index (-100)",
      changed("labels", (1,), 9, **changed("labels", (5,), 7))),
-    ("nan feature", ValueError,
+    ("nan feature", DataError,
      "features[4, 2] is nan; row 4 is the first with a non-finite value (nonfinite='exclude' "
      "scores the others)", changed("features", (4, 2), NAN)),
-    ("infinite feature", ValueError,
+    ("infinite feature", DataError,
      "features[0, 3] is inf; row 0 is the first with a non-finite value (nonfinite='exclude' "
      "scores the others)", changed("features", (0, 3), INF)),
-    ("negative infinite feature", ValueError,
+    ("negative infinite feature", DataError,
      "features[5, 0] is -inf; row 5 is the first with a non-finite value (nonfinite='exclude' "
      "scores the others)", changed("features", (5, 0), -INF)),
-    ("first of two bad features", ValueError,
+    ("first of two bad features", DataError,
      "features[2, 1] is nan; row 2 is the first with a non-finite value (nonfinite='exclude' "
      "scores the others)",
      changed("features", (2, 1), NAN, **changed("features", (3, 0), INF))),
@@ -246,32 +247,32 @@ SHOWN_BY_DATA = table(
      {**changed("weight", (1, 2, 0), -INF, weight=zeros(2, C, D)), "bias": None}),
     ("nan bias", ValueError, "bias[2] is nan; heads and weights must be finite",
      changed("bias", (2,), NAN)),
-    ("nan sample_weight", ValueError,
+    ("nan sample_weight", DataError,
      "sample_weight[3] is nan; heads and weights must be finite",
      changed("sample_weight", (3,), NAN, sample_weight=WEIGHTS)),
-    ("infinite sample_weight", ValueError,
+    ("infinite sample_weight", DataError,
      "sample_weight[0] is inf; heads and weights must be finite",
      changed("sample_weight", (0,), INF, sample_weight=WEIGHTS)),
-    ("probability negative", ValueError,
+    ("probability negative", DataError,
      "labels[3] holds -0.25 at class 1; targets must lie in [0, 1]",
      changed("labels", (3, 1), -0.25, labels=PROBABILITIES)),
-    ("probability nan", ValueError,
+    ("probability nan", DataError,
      "labels[2] holds nan at class 0; targets must lie in [0, 1]",
      changed("labels", (2, 0), NAN, labels=PROBABILITIES)),
-    ("probabilities do not sum to one", ValueError,
+    ("probabilities do not sum to one", DataError,
      "labels[1] sums to 0.75; label probabilities must sum to 1 (+- 0.01)",
      {"labels": torch.tensor([0.25, 0.5, 0.25]).repeat(N, 1).index_put(
          (torch.tensor(1), torch.tensor(0)), torch.tensor(0.0))}),
-    ("binary target of two", ValueError,
+    ("binary target of two", DataError,
      "labels[5] holds 2.0 at class 2; targets must lie in [0, 1]",
      changed("labels", (5, 2), 2, labels=zeros(N, C), loss="binary_cross_entropy")),
-    ("mse target infinite", ValueError, "labels[4] holds a non-finite target",
+    ("mse target infinite", DataError, "labels[4] holds a non-finite target",
      changed("labels", (4, 0), INF, labels=zeros(N, C), loss="mse")),
-    ("overflowing logits", ValueError,
+    ("overflowing logits", DataError,
      "logits, loss or gradient of row 2 overflow float32 although features and weights are "
      "finite; scale them down or pass float64 features",
      changed("features", (2, 0), 1e30, weight=torch.full((C, D), 1e30))),
-    ("squared norm overflows", ValueError,
+    ("squared norm overflows", DataError,
      "logits, loss or gradient of row 0 overflow float32 although features and weights are "
      "finite; scale them down or pass float64 features",
      {**changed("features", (0, 0), 1e25), "weight": torch.zeros(C, D)}),

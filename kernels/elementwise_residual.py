@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moso_fast.core.problem import STATUS_LOGITS, STATUS_TARGET
+from moso_fast.core.status import STATUS_LOGITS, STATUS_TARGET
 
 from .common import INF, is_finite, log1p, note_first_row
 

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moso_fast.core.problem import STATUS_SLOTS
+from moso_fast.core.status import STATUS_SLOTS
 
 from .elementwise_residual import elementwise_residual_kernel
 from .softmax_residual import softmax_residual_kernel

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moso_fast.core.problem import STATUS_SLOTS
+from moso_fast.core.status import STATUS_SLOTS
 
 from .operands import FLOAT_DTYPES, check_matrix, check_vector, describe
 

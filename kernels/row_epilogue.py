@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from moso_fast.core.losses import SOFT_LABEL_TOLERANCE
-from moso_fast.core.problem import STATUS_FEATURE, STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
+from moso_fast.core.status import STATUS_FEATURE, STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
 
 from .common import is_finite, note_first_row
 from .row_losses import row_loss

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moso_fast.core.problem import STATUS_FEATURE
+from moso_fast.core.status import STATUS_FEATURE
 
 from .common import is_finite, note_first_row
 from .operands import FLOAT_DTYPES, check_matrix, check_vector, describe

@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 
 from moso_fast.core.losses import SOFT_LABEL_TOLERANCE
-from moso_fast.core.problem import STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
+from moso_fast.core.status import STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
 
 from .common import INF, is_finite, log1p, note_first_row
 

@@ -8,7 +8,8 @@ its own checks of the same input.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from .backends import Backend, choose
 from .core import engine, formulas
+from .core.memory import check_chunk_size, make_plan, residual_budget, rows_at_a_time
+from .core.options import OPTION_NAMES, Options
 from .core.precision import own_precision
 from .core.problem import Problem, build_problem, compute_dtype
-from .core.sequences import by_length
 from .util.array_like import as_tensors
 
 
@@ -177,23 +179,10 @@ def moso_scores(
     -----
     Tan et al., "Data Pruning via Moving-one-Sample-out", NeurIPS 2023.
     """
+    given = locals()
     formulas.check_formula(formula)
     formulas.check_scale(scale)
-    problem, weight, bias = _checked(
-        features,
-        weight,
-        labels,
-        bias,
-        loss=loss,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        sample_weight=sample_weight,
-        cu_seqlens=cu_seqlens,
-        precision=precision,
-        nonfinite=nonfinite,
-        per=per,
-    )
-    stats = _stats(problem, weight, bias, backend, chunk_size, formula, scale)
+    stats = _stats(_checked(given), backend, chunk_size, formula, scale)
     return stats._scores(formula, scale) if stats._score is None else stats._score
 
 
@@ -218,21 +207,7 @@ def last_layer_stats(
 
     Parameters and errors as in :func:`moso_scores`, which is ``.scores(formula, scale)`` of this.
     """
-    problem, weight, bias = _checked(
-        features,
-        weight,
-        labels,
-        bias,
-        loss=loss,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        sample_weight=sample_weight,
-        cu_seqlens=cu_seqlens,
-        precision=precision,
-        nonfinite=nonfinite,
-        per=per,
-    )
-    return _stats(problem, weight, bias, backend, chunk_size, None, 1.0)
+    return _stats(_checked(locals()), backend, chunk_size, None, 1.0)
 
 
 def explain(
@@ -258,10 +233,13 @@ def explain(
     """
     formulas.check_formula(formula)
     formulas.check_scale(scale)
-    problem, _, _ = _checked(features, weight, labels, bias, **options)
+    given = {"features": features, "weight": weight, "labels": labels, "bias": bias, **options}
+    problem = _checked(given)
     chosen, reasons = choose(problem, backend)
-    plan = engine.make_plan(problem, chosen, chunk_size)
-    chunks = -(-problem.rows // plan.chunk_rows) if problem.rows else 0
+    plan = make_plan(problem, chunk_size)
+    passes = chosen.prepare(problem, plan)
+    chunk_rows = rows_at_a_time(problem, plan, passes)
+    chunks = -(-problem.rows // chunk_rows) if problem.rows else 0
     residuals = (
         f"kept between the passes ({plan.residual_bytes / 2**20:.1f} MiB)"
         if plan.keep_residual
@@ -275,17 +253,17 @@ def explain(
         *(f"          {reason}" for reason in reasons),
         *(
             f"{'' if line else 'plan':<10}{text}"
-            for line, text in enumerate(chosen.explain(problem, plan))
+            for line, text in enumerate(passes.explain(chunk_rows))
         ),
-        f"passes    2 over the features, {chunks} chunk(s) of up to {plan.chunk_rows} rows",
+        f"passes    2 over the features, {chunks} chunk(s) of up to {chunk_rows} rows",
         # The plan may have been made without asking what is free.
-        f"residuals {residuals}; budget {engine.residual_budget(problem.device) / 2**20:.0f} MiB",
+        f"residuals {residuals}; budget {residual_budget(problem.device) / 2**20:.0f} MiB",
     ]
     if problem.streamed:
         row = problem.dim * problem.features.dtype.itemsize
         stay = min(problem.rows, plan.resident_bytes // row)
         if stay < problem.rows:
-            stay -= stay % plan.chunk_rows  # whole chunks stay
+            stay -= stay % chunk_rows  # whole chunks stay
         lines.append(
             f"features  in main memory, sent in chunks; {stay} of {problem.rows} rows stay on "
             f"{problem.device} between the passes"
@@ -293,74 +271,45 @@ def explain(
     return "\n".join(lines)
 
 
-def _checked(
-    features: Any,
-    weight: Any,
-    labels: Any,
-    bias: Any,
-    *,
-    sample_weight: Any = None,
-    cu_seqlens: Any = None,
-    per: str = "sample",
-    **options: Any,
-) -> tuple[Problem, Tensor, Tensor | None]:
-    """Return the checked problem of a call, and weight and bias as tensors."""
-    features, weight, labels, bias, sample_weight, cu_seqlens = as_tensors(
-        features=features,
-        weight=weight,
-        labels=labels,
-        bias=bias,
-        sample_weight=sample_weight,
-        cu_seqlens=cu_seqlens,
-    )
-    problem = build_problem(
-        features,
-        weight,
-        labels,
-        bias,
-        sample_weight=sample_weight,
-        cu_seqlens=cu_seqlens,
-        **options,
-    )
-    return by_length(problem, per), weight, bias
+# Arguments of a call that are tensors, in the order of the operator.
+_TENSORS = ("features", "weight", "labels", "bias", "sample_weight", "cu_seqlens")
+# Arguments that are neither tensors nor options: how it is run, and what is made of the results.
+_OTHERS = ("backend", "chunk_size", "formula", "scale")
+
+
+def _checked(given: Mapping[str, Any]) -> Problem:
+    """Return the checked problem of a call's arguments, by their names."""
+    for name in given:
+        if name not in _TENSORS and name not in _OTHERS and name not in OPTION_NAMES:
+            raise TypeError(f"unknown argument {name!r}")
+    options = Options.among(given)
+    tensors = as_tensors(**{name: given.get(name) for name in _TENSORS})
+    return build_problem(**dict(zip(_TENSORS, tensors, strict=True)), options=options)
 
 
 def _stats(
-    problem: Problem,
-    weight: Tensor,
-    bias: Tensor | None,
-    backend: str,
-    chunk_size: int | None,
-    formula: str | None,
-    scale: float,
+    problem: Problem, backend: str, chunk_size: int | None, formula: str | None, scale: float
 ) -> LastLayerStats:
     """Score a checked problem; with a formula also its scores, where the backend has them."""
-    engine.check_chunk_size(chunk_size)
+    check_chunk_size(chunk_size)
     compiling = torch.compiler.is_compiling()
     if not compiling:  # else the operator chooses when it runs
         chosen = choose(problem, backend)[0]
         backend = chosen.name
     score = None
     if compiling or _watched(problem):
+        tensors = (getattr(problem, name) for name in _TENSORS)
+        options = (getattr(problem, name) for name in OPTION_NAMES)
         results = torch.ops.moso_fast.last_layer_stats(
-            problem.features,
-            weight.detach(),
-            problem.labels,
-            None if bias is None else bias.detach(),
-            problem.sample_weight,
-            problem.cu_seqlens,
-            problem.loss,
-            problem.label_smoothing,
-            problem.ignore_index,
-            problem.precision,
-            problem.nonfinite,
-            backend,
-            chunk_size,
-            formula,
+            *tensors, *options, backend, chunk_size, formula
         )
     else:
         results, score = _run(problem, chosen, chunk_size, formula, scale)
-    alignment, grad_sqnorm, loss, el2n, margin, entropy, mean_grad_sqnorm, count = results
+    *by_sample, mean_grad_sqnorm, count = results
+    if not problem.stacked:
+        by_sample = [values[0] for values in by_sample]
+        score = None if score is None else score[0]
+    alignment, grad_sqnorm, loss, el2n, margin, entropy = by_sample
     return LastLayerStats(
         alignment,
         grad_sqnorm,
@@ -412,57 +361,35 @@ def _plain(tensor: Tensor) -> bool:
 _EightTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _last_layer_stats_op(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    sample_weight: Tensor | None,
-    cu_seqlens: Tensor | None,
-    loss: str,
-    label_smoothing: float,
-    ignore_index: int,
-    precision: str,
-    nonfinite: str,
-    backend: str,
-    chunk_size: int | None,
-    formula: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # the schema's
-    """Do what ``_stats`` does for whoever calls the operator."""
-    problem = build_problem(
-        features,
-        weight,
-        labels,
-        bias,
-        loss=loss,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        sample_weight=sample_weight,
-        cu_seqlens=cu_seqlens,
-        precision=precision,
-        nonfinite=nonfinite,
-    )
-    return _run(problem, choose(problem, backend)[0], chunk_size, formula, 1.0)[0]
-
-
 def _run(
     problem: Problem, backend: Backend, chunk_size: int | None, formula: str | None, scale: float
 ) -> tuple[_EightTensors, Tensor | None]:
-    """Score a problem; results in the order of :class:`LastLayerStats`, (N,) for one head."""
+    """Score a problem; results (K, N) in the order of :class:`LastLayerStats`."""
     with own_precision(problem):
         found = engine.run(problem, backend, chunk_size, formula, scale)
-    shape = found.alignment.shape if problem.stacked else found.alignment.shape[1:]
     results = (
-        found.alignment.reshape(shape),
-        found.grad_sqnorm.reshape(shape),
-        found.loss.reshape(shape),
-        found.el2n.reshape(shape),
-        found.margin.reshape(shape),
-        found.entropy.reshape(shape),
+        found.alignment,
+        found.grad_sqnorm,
+        found.loss,
+        found.el2n,
+        found.margin,
+        found.entropy,
         found.mean_grad_sqnorm,
         found.count,
     )
-    return results, None if found.score is None else found.score.reshape(shape)
+    return results, found.score
+
+
+def _last_layer_stats_op(*arguments: Any) -> _EightTensors:
+    """Do what ``_stats`` does for whoever calls the operator, on what it has checked."""
+    options, (backend, chunk_size, formula) = arguments[len(_TENSORS) : -3], arguments[-3:]
+    tensors = dict(zip(_TENSORS, arguments, strict=False))
+    # Nothing is copied: the tensors have their dtypes already. Code that was compiled for others
+    # may bring any, hence the checks.
+    problem = build_problem(
+        **tensors, options=Options(**dict(zip(OPTION_NAMES, options, strict=True)))
+    )
+    return _run(problem, choose(problem, backend)[0], chunk_size, formula, 1.0)[0]
 
 
 def _last_layer_stats_fake(
@@ -472,28 +399,32 @@ def _last_layer_stats_fake(
     bias: Tensor | None,
     sample_weight: Tensor | None,
     cu_seqlens: Tensor | None,
-    *options: Any,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
-    fields = [_fake_result(features, weight, cu_seqlens) for _ in range(6)]
-    heads = weight.shape[0] if weight.dim() == 3 else 1
+    samples = features.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    heads, dtype = weight.shape[0], compute_dtype(features)
     return (
-        *fields,
+        *(weight.new_empty((heads, samples), dtype=dtype) for _ in range(6)),
         weight.new_empty(heads, dtype=torch.float64),
         weight.new_empty((), dtype=torch.int64),
     )
 
 
-def _fake_result(features: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    samples = features.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (weight.shape[0], samples) if weight.dim() == 3 else (samples,)
-    return weight.new_empty(shape, dtype=compute_dtype(features))
+def _schema() -> str:
+    """Arguments and results of the operator: tensors as `build_problem` has made them, options."""
+    optional = ("bias", "sample_weight", "cu_seqlens")
+    tensors = (f"Tensor{'?' if name in optional else ''} {name}" for name in _TENSORS)
+    types = {"str | None": "str?"}
+    options = (
+        f"{types.get(str(field.type), field.type)} {field.name}" for field in fields(Options)
+    )
+    others = ("str backend", "int? chunk_size", "str? formula")
+    results = ", ".join(["Tensor"] * 8)
+    return f"({', '.join([*tensors, *options, *others])}) -> ({results})"
 
 
 # The low-level registration: custom_op would import the compiler (a second) at the first call.
 _LIBRARY = torch.library.Library("moso_fast", "DEF")
-_LIBRARY.define(
-    "last_layer_stats" + torch.library.infer_schema(_last_layer_stats_op, mutates_args=()),
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_LIBRARY.define("last_layer_stats" + _schema(), tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.impl("last_layer_stats", _last_layer_stats_op, "CompositeExplicitAutograd")
 torch.library.register_fake("moso_fast::last_layer_stats", _last_layer_stats_fake, lib=_LIBRARY)

@@ -26,7 +26,8 @@ from moso_fast.backends import _REGISTRY, Availability
 from moso_fast.backends.cuda import backend as cuda
 from moso_fast.backends.cuda import device as cuda_device
 from moso_fast.backends.cuda import jobs as cuda_jobs
-from moso_fast.core.problem import STATUS_SLOTS, Problem
+from moso_fast.core.problem import Problem
+from moso_fast.core.status import STATUS_SLOTS
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 FEATURES = ("kFloat32", "kBfloat16", "kFloat16")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cuda_emulator
 import pytest
 import torch
-from core_support import Case, random_case
+from core_support import Case, prepared, random_case
 
 import moso_fast
 from moso_fast import moso_scores
@@ -208,8 +208,7 @@ def test_plans_are_worked_out_once(machine, monkeypatch) -> None:
     for seed in range(3):
         problem = OnGpu(problem_of(random_case("ids", c=7, seed=seed)))
         assert CudaBackend().supports(problem) is None
-        CudaBackend().chunk_rows(problem)
-        CudaBackend().describe(problem)
+        prepared("cuda", problem).describe()
     assert len(calls) == 1
 
 
@@ -232,17 +231,17 @@ def test_auto_says_why_it_does_not_take_it(machine, monkeypatch) -> None:
 def test_describe_and_chunks(machine) -> None:
     machine()
     case = random_case("ids", n=4, c=10, d=512, dtype=torch.bfloat16)
-    backend, problem = CudaBackend(), OnGpu(problem_of(case))
-    words = backend.describe(problem)
+    problem = OnGpu(problem_of(case))
+    words = prepared("cuda", problem).describe()
     assert "10 of 16" in words and "tiles of 32 rows, 2 staged" in words
     assert "two blocks a multiprocessor" in words
-    assert backend.chunk_rows(problem) == 528 * 8192
+    assert prepared("cuda", problem).chunk_rows == 528 * 8192
     exact = OnGpu(problem_of(case, precision="highest"))
-    assert backend.chunk_rows(exact) == 528 * 2048
+    assert prepared("cuda", exact).chunk_rows == 528 * 2048
     turned = problem_of(Case(case.features.T.contiguous().T, *case.args[1:]))
-    assert backend.chunk_rows(OnGpu(turned)) == 65536
+    assert prepared("cuda", OnGpu(turned)).chunk_rows == 65536
     two = OnGpu(problem_of(random_case("ids", n=4, c=100, d=64, dtype=torch.bfloat16)))
-    assert "two blocks a tile" in backend.describe(two)
+    assert "two blocks a tile" in prepared("cuda", two).describe()
 
 
 @needs_module

@@ -15,6 +15,7 @@ from core_support import (
     assert_stats_match,
     confident_case,
     generator,
+    prepared,
     random_case,
     rank_correlation,
 )
@@ -156,7 +157,7 @@ def test_more_rows_than_the_walk_counts_are_refused(gpu, emulator) -> None:
 def first_pass_of(gpu, case: Case, **options):
     problem = build_problem(*case.args, **case.options, **options)
     out = _allocate(problem)
-    gpu.first_pass(problem, slice(0, problem.rows), out, False)
+    prepared(gpu, problem, problem.rows).first(slice(0, problem.rows), out)
     return out
 
 
@@ -310,14 +311,13 @@ def test_rows_that_do_not_count_have_no_residual_and_no_alignment(gpu, heads) ->
     case.features[7, 3] = float("nan")
     problem = build_problem(*case.args)
     out = _allocate(problem)
-    first = gpu.first_pass(problem, slice(0, 20), out, True)
+    passes = prepared(gpu, problem)
+    first = passes.first(slice(0, 20), out)
     assert out.counted.tolist() == [i not in (0, 7) for i in range(20)]
     assert bool((first.residual[[0, 7]] == 0).all())
     alignment = torch.full_like(out.loss, float("nan"))
-    grad = torch.ones_like(problem.weight)
-    gpu.second_pass(
-        problem, slice(0, 20), out, grad, torch.ones_like(problem.bias), first.residual, alignment
-    )
+    passes.begin_second(torch.ones_like(problem.weight), torch.ones_like(problem.bias))
+    passes.second(slice(0, 20), out, first.residual, alignment)
     assert bool((alignment[:, [0, 7]] == 0).all()) and bool(torch.isfinite(alignment).all())
 
 

@@ -192,7 +192,7 @@ def test_debug_builds_end_a_wait_without_end(monkeypatch, tmp_path: Path) -> Non
     root = Path(__file__).resolve().parent.parent
     if not (root / "csrc" / "cuda").is_dir() or tools() is None:
         pytest.skip("needs the source tree, cuobjdump and nvdisasm")
-    monkeypatch.syspath_prepend(root / "tools")
+    monkeypatch.syspath_prepend(root / "tools" / "build")
     from native_ninja import NVCC_DEBUG_FLAGS, NVCC_FLAGS
     from native_plan import find_nvcc
 

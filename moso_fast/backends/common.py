@@ -52,12 +52,14 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return multiply(left, right, out_dtype=torch.float32)
 
 
-def logits_of(problem: Problem, features: Tensor) -> Tensor:
-    """Return the logits (n, K * C) of features in any operand dtype."""
-    weight = problem.weight.reshape(-1, problem.dim).to(features.dtype)
-    if problem.bias is None:
+def logits_of(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the logits (n, K * C) of features by heads (K * C, D) in the same operand dtype.
+
+    ``bias`` (K, C) or (K * C,) in the compute dtype, or None.
+    """
+    if bias is None:
         return product(features, weight.T)
-    bias = problem.bias.reshape(-1)
+    bias = bias.reshape(-1)
     if features.dtype == bias.dtype:
         return torch.addmm(bias, features, weight.T)
     return product(features, weight.T).add_(bias)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.engine import FirstPass, RowBuffers, residual_budget
 from ..core.losses import LOSSES, SOFT_LABEL_TOLERANCE
+from ..core.passes import FirstPass, Passes, Plan, RowBuffers
 from ..core.problem import Problem
 from ..util.native import load_native
 from .base import Availability, Backend
@@ -69,35 +70,57 @@ class CpuBackend(Backend):
             return "float64 features need float64 accumulators, which only torch has"
         return None
 
-    def chunk_rows(self, problem: Problem) -> int:
+    def prepare(self, problem: Problem, plan: Plan) -> CpuPasses:
+        """See :class:`moso_fast.backends.base.Backend`."""
+        return CpuPasses(problem, plan)
+
+
+class CpuPasses(Passes):
+    """Both passes of one problem by the kernels of one instruction set."""
+
+    def __init__(self, problem: Problem, plan: Plan) -> None:
+        super().__init__(problem, plan)
+        self._variant = _variant()
+        module, dtype = _module(), _DTYPES[problem.features.dtype]
+        rounding = _may_round(problem)
+        most_classes = module.few_classes(self._variant, dtype, rounding)
+        self._few_classes = (
+            problem.loss == "cross_entropy"
+            and not problem.soft_labels
+            and problem.heads * problem.classes <= most_classes
+        )
+        self._bf16_products = rounding and not self._few_classes
+        most = _SPLIT_GRAD_NUMBERS["bfloat16" if self._bf16_products else "float32"]
+        self._split_grad = problem.weight.numel() >= most and not self._few_classes
+        self.chunk_rows = self._chunk_rows()
+
+    def _chunk_rows(self) -> int:
         """Every row at once, unless temporaries would grow with the rows."""
+        problem = self.problem
         if problem.cu_seqlens is not None or not _unit_columns(problem.features):
             return _CHUNK_ROWS
-        a_row = 4 * problem.heads * problem.classes
-        if problem.rows * a_row > residual_budget(problem.device):
-            return max(256, _CHUNK_BYTES // a_row)
+        if not self.plan.keep_residual:
+            return max(256, _CHUNK_BYTES // (4 * problem.heads * problem.classes))
         return max(1, problem.rows)
 
-    def describe(self, problem: Problem) -> str:
-        """Which kernels would run, on how many threads."""
-        few = _few_classes(problem)
-        kernels = "classes in registers" if few else "packed row tiles"
-        if _bf16_products(problem):
+    def describe(self) -> str:
+        """Which kernels run, on how many threads."""
+        kernels = "classes in registers" if self._few_classes else "packed row tiles"
+        if self._bf16_products:
             kernels += ", bfloat16 products"
-        if not few and _split_grad(problem):
+        if self._split_grad:
             kernels += ", mean gradient in blocks from stored residuals"
-        return f"cpu: {_variant()}, {kernels}, {_threads(problem, problem.rows)} thread(s)"
+        threads = _threads(self.problem, self.problem.rows)
+        return f"cpu: {self._variant}, {kernels}, {threads} thread(s)"
 
-    def first_pass(
-        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
-    ) -> FirstPass:
-        """See :class:`moso_fast.backends.base.Backend`."""
-        residual = None
-        if keep_residual or _split_grad(problem):
-            residual = _empty_residual(problem, rows.stop - rows.start)
+    def first(self, rows: slice, out: RowBuffers) -> FirstPass:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        problem, residual = self.problem, None
+        if self.returns_residual or self._split_grad:
+            residual = self._empty_residual(rows.stop - rows.start)
         grad_sum = torch.zeros(problem.weight.shape, dtype=torch.float64)
         bias_grad_sum = torch.zeros(problem.weight.shape[:2], dtype=torch.float64)
-        inputs, job = _job(problem, rows)
+        inputs, job = self._job(rows)
         job.update(
             loss_out=out.loss[:, rows].data_ptr(),
             residual_sqnorm=out.residual_sqnorm[:, rows].data_ptr(),
@@ -111,35 +134,96 @@ class CpuBackend(Backend):
             grad_sum=grad_sum.data_ptr(),
             bias_grad_sum=bias_grad_sum.data_ptr(),
         )
-        _module().first_pass(_variant(), job)
+        _module().first_pass(self._variant, job)
         del inputs  # the kernels are done with them
-        return FirstPass(grad_sum, bias_grad_sum, residual if keep_residual else None)
+        return FirstPass(grad_sum, bias_grad_sum, residual if self.returns_residual else None)
 
-    def second_pass(
-        self,
-        problem: Problem,
-        rows: slice,
-        out: RowBuffers,
-        mean_grad: Tensor,
-        mean_bias_grad: Tensor | None,
-        residual: Tensor | None,
-        alignment: Tensor,
+    def begin_second(self, mean_grad: Tensor, mean_bias_grad: Tensor | None) -> None:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        bias = None if mean_bias_grad is None else mean_bias_grad.contiguous()
+        super().begin_second(mean_grad.contiguous(), bias)
+
+    def second(
+        self, rows: slice, out: RowBuffers, residual: Tensor | None, alignment: Tensor
     ) -> None:
-        """See :class:`moso_fast.backends.base.Backend`."""
-        inputs, job = _job(problem, rows)
-        mean_grad = mean_grad.contiguous()
-        mean_bias_grad = None if mean_bias_grad is None else mean_bias_grad.contiguous()
+        """See :class:`moso_fast.core.passes.Passes`."""
+        inputs, job = self._job(rows)
         job.update(
             counted=out.counted[rows].data_ptr(),
             residual=_address(residual),
-            mean_grad=mean_grad.data_ptr(),
-            mean_bias_grad=_address(mean_bias_grad),
-            self_term_scale=_self_term_scale(problem, out),
+            mean_grad=self.mean_grad.data_ptr(),
+            mean_bias_grad=_address(self.mean_bias_grad),
+            self_term_scale=self._self_term_scale(out),
             alignment=alignment.data_ptr(),
             alignment_stride=alignment.stride(0),
         )
-        _module().second_pass(_variant(), job)
+        _module().second_pass(self._variant, job)
         del inputs  # the kernels are done with them
+
+    def _self_term_scale(self, out: RowBuffers) -> float:
+        """1 / N where the score's self term must be put right for rounded operands, else 0.
+
+        A sequence's own term mixes its tokens; its norm is not made of theirs.
+        """
+        if not self._bf16_products or self.problem.cu_seqlens is not None:
+            return 0.0
+        return 1.0 / max(1, int(out.counted.sum()))
+
+    def _empty_residual(self, rows: int) -> Tensor:
+        """(rows, K, C), laid out as the kernels go through it: few classes lane by lane of rows."""
+        heads, classes = self.problem.heads, self.problem.classes
+        if self._few_classes:
+            return torch.empty(heads, classes, rows, dtype=torch.float32).permute(2, 0, 1)
+        return torch.empty(rows, heads, classes, dtype=torch.float32)
+
+    @cached_property
+    def _heads(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as the kernels read them."""
+        bias = self.problem.bias
+        return self.problem.weight.contiguous(), None if bias is None else bias.contiguous()
+
+    def _job(self, rows: slice) -> tuple[list[Tensor | None], dict[str, Any]]:
+        """Tensors that must outlive the call, and the fields that both passes read."""
+        problem = self.problem
+        features = problem.features[rows]
+        if not _unit_columns(features):
+            features = features.contiguous()
+        labels = targets = None
+        if problem.soft_labels:
+            targets = problem.labels[rows].to(torch.float32).contiguous()
+        else:
+            labels = problem.labels[rows].to(torch.int64).contiguous()
+        weight, bias = self._heads
+        sample_weight = problem.sample_weight
+        if sample_weight is not None:
+            sample_weight = sample_weight[rows].contiguous()
+        job = {
+            "features": features.data_ptr(),
+            "dtype": _DTYPES[features.dtype],
+            "row_stride": features.stride(0),
+            "first_row": rows.start,
+            "rows": features.shape[0],
+            "dim": problem.dim,
+            "heads": problem.heads,
+            "classes": problem.classes,
+            "weight": weight.data_ptr(),
+            "bias": _address(bias),
+            "labels": _address(labels),
+            "targets": _address(targets),
+            "sample_weight": _address(sample_weight),
+            "loss": LOSSES.index(problem.loss),
+            "label_smoothing": problem.label_smoothing,
+            "target_tolerance": SOFT_LABEL_TOLERANCE,
+            "ignore_index": problem.ignore_index,
+            "exclude_nonfinite": problem.nonfinite == "exclude",
+            "threads": _threads(problem, features.shape[0]),
+            # A pool that a forked parent left behind would hang.
+            "own_threads": multiprocessing.parent_process() is not None,
+            "few_classes": self._few_classes,
+            "bf16_products": self._bf16_products,
+            "split_grad": self._split_grad,
+        }
+        return [features, labels, targets, sample_weight], job
 
 
 def _module() -> ModuleType:
@@ -152,50 +236,13 @@ def _variant() -> str:
     return os.environ.get(SIMD_VARIABLE) or str(_module().variants()[0])
 
 
-def _unit_columns(features: Tensor) -> bool:
-    return features.stride(1) == 1 or features.shape[1] == 1
-
-
-def _few_classes(problem: Problem) -> bool:
-    width = problem.heads * problem.classes
-    dtype = _DTYPES[problem.features.dtype]
-    return (
-        problem.loss == "cross_entropy"
-        and not problem.soft_labels
-        and width <= _module().few_classes(_variant(), dtype, _may_round(problem))
-    )
-
-
 def _may_round(problem: Problem) -> bool:
     """Operands rounded to bfloat16: precision "medium", where that is faster than float32."""
     return problem.precision == "medium" and _module().prefers_bf16_products(_variant())
 
 
-def _bf16_products(problem: Problem) -> bool:
-    return _may_round(problem) and not _few_classes(problem)
-
-
-def _self_term_scale(problem: Problem, out: RowBuffers) -> float:
-    """1 / N where the score's self term must be put right for rounded operands, else 0.
-
-    A sequence's own term mixes its tokens; its norm is not made of theirs.
-    """
-    if not _bf16_products(problem) or problem.cu_seqlens is not None:
-        return 0.0
-    return 1.0 / max(1, int(out.counted.sum()))
-
-
-def _split_grad(problem: Problem) -> bool:
-    products = "bfloat16" if _bf16_products(problem) else "float32"
-    return problem.weight.numel() >= _SPLIT_GRAD_NUMBERS[products] and not _few_classes(problem)
-
-
-def _empty_residual(problem: Problem, rows: int) -> Tensor:
-    """(rows, K, C), in memory as the kernels go through it: few classes lane by lane of rows."""
-    heads, classes = problem.heads, problem.classes
-    if _few_classes(problem):
-        return torch.empty(heads, classes, rows, dtype=torch.float32).permute(2, 0, 1)
-    return torch.empty(rows, heads, classes, dtype=torch.float32)
+def _unit_columns(features: Tensor) -> bool:
+    return features.stride(1) == 1 or features.shape[1] == 1
 
 
 def _threads(problem: Problem, rows: int) -> int:
@@ -206,47 +253,3 @@ def _threads(problem: Problem, rows: int) -> int:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _job(problem: Problem, rows: slice) -> tuple[list[Tensor | None], dict[str, Any]]:
-    """Tensors that must outlive the call, and the fields that both passes read."""
-    features = problem.features[rows]
-    if not _unit_columns(features):
-        features = features.contiguous()
-    labels = targets = None
-    if problem.soft_labels:
-        targets = problem.labels[rows].to(torch.float32).contiguous()
-    else:
-        labels = problem.labels[rows].to(torch.int64).contiguous()
-    weight = problem.weight.contiguous()
-    bias = None if problem.bias is None else problem.bias.contiguous()
-    sample_weight = problem.sample_weight
-    if sample_weight is not None:
-        sample_weight = sample_weight[rows].contiguous()
-    job = {
-        "features": features.data_ptr(),
-        "dtype": _DTYPES[features.dtype],
-        "row_stride": features.stride(0),
-        "first_row": rows.start,
-        "rows": features.shape[0],
-        "dim": problem.dim,
-        "heads": problem.heads,
-        "classes": problem.classes,
-        "weight": weight.data_ptr(),
-        "bias": _address(bias),
-        "labels": _address(labels),
-        "targets": _address(targets),
-        "sample_weight": _address(sample_weight),
-        "loss": LOSSES.index(problem.loss),
-        "label_smoothing": problem.label_smoothing,
-        "target_tolerance": SOFT_LABEL_TOLERANCE,
-        "ignore_index": problem.ignore_index,
-        "exclude_nonfinite": problem.nonfinite == "exclude",
-        "threads": _threads(problem, features.shape[0]),
-        # A pool that a forked parent left behind would hang.
-        "own_threads": multiprocessing.parent_process() is not None,
-        "few_classes": _few_classes(problem),
-        "bf16_products": _bf16_products(problem),
-        "split_grad": _split_grad(problem),
-    }
-    return [features, labels, targets, weight, bias, sample_weight], job

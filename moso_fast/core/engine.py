@@ -8,113 +8,29 @@ checked on the way, and when the host waits for it, is in ``verdict.py``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .problem import STATUS_SLOTS, Problem, sequence_offsets
+from .memory import make_plan, rows_at_a_time
+from .passes import Passes, Plan, Results, RowBuffers
+from .problem import Problem
 from .sequences import segment_sum, sequence_grad_sqnorm
-from .streaming import CHUNK_BYTES, CudaLane, Feed, StreamedFeed
+from .status import STATUS_SLOTS, sequence_offsets
+from .streaming import CudaLane, Feed, StreamedFeed
 from .sums import sqnorm, thread_blocks
 from .verdict import Reading, Verdict
 
 if TYPE_CHECKING:
     from ..backends import Backend
 
-_CPU_RESIDUAL_SHARE = 0.25
-_CUDA_RESIDUAL_SHARE = 0.5
-
-# Residuals that a GPU keeps whatever is free, so that short jobs need not wait for the driver to
-# say what is. No more than most backends take to work on one chunk (512 MiB to 2 GiB), and an
-# eighth of the smallest GPUs that the kernels are proven for (4 GiB).
-_CUDA_ALWAYS_KEPT = 2**29
-
 # Numbers of a head whose gradient sum a GPU widens to float64 only to add chunks up.
 _LARGE_HEAD = 2**24
-
-# What residual_budget found last, by device.
-_last_budget: dict[torch.device, int] = {}
-
-# Of the free memory of a GPU, what residuals and features from main memory may take together; and
-# what else a chunk needs.
-_CUDA_KEPT_SHARE = 0.8
-_CUDA_WORKING_BYTES = 3 * 2**30
-
-
-@dataclass
-class RowBuffers:
-    """What the first pass writes for every row; (K, rows) unless said otherwise."""
-
-    loss: Tensor
-    residual_sqnorm: Tensor
-    margin: Tensor
-    entropy: Tensor
-    feature_sqnorm: Tensor  # (rows,)
-    counted: Tensor  # (rows,) bool
-    status: Tensor  # (STATUS_SLOTS,) int64, see problem.py
-    count: Tensor | None = None  # () int64, samples that count: known from the second pass on
-    scratch: dict[str, Any] = field(default_factory=dict)  # for the backend's second pass alone
-
-    def number_counted(self) -> Tensor:
-        """Rows that count, () int64 on the device; of single rows, not of sequences."""
-        return self.counted.sum() if self.count is None else self.count
-
-
-@dataclass
-class FirstPass:
-    """Sums over the rows of one chunk, and their residuals (n, K, C) if asked for."""
-
-    grad_sum: Tensor  # (K, C, D), the engine's own from here on
-    bias_grad_sum: Tensor  # (K, C)
-    residual: Tensor | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a problem is cut: rows a chunk, and whether residuals are kept between the passes.
-
-    ``budget_bytes`` of residuals may stay, none where the caller fixed the chunk; less than
-    :func:`residual_budget` where that is enough. ``resident_bytes`` of features that come from
-    main memory may stay on the device.
-    """
-
-    chunk_rows: int
-    keep_residual: bool
-    residual_bytes: int
-    budget_bytes: int
-    resident_bytes: int = 0
-
-
-@dataclass
-class Results:
-    """Per-sample results, (K, samples); NaN where a sample does not count."""
-
-    alignment: Tensor
-    grad_sqnorm: Tensor
-    loss: Tensor
-    el2n: Tensor
-    margin: Tensor
-    entropy: Tensor
-    mean_grad_sqnorm: Tensor  # (K,) float64
-    count: Tensor  # () int64
-    score: Tensor | None = None  # (K, samples), from backends that do that as well
-
-
-@dataclass(frozen=True)
-class Whole:
-    """All that a backend which does a job in one go leaves behind."""
-
-    results: Results  # NaN where a sample does not count
-    counted: Tensor  # (samples,) bool
-    facts: Tensor  # float64: what :meth:`moso_fast.core.verdict.Verdict.whole` reads
-
 
 # The fields of Results that have a value for every sample.
 _SAMPLE_FIELDS = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")
@@ -129,104 +45,6 @@ class _Swept:
     bias_grad_sum: Tensor | None = None
     kept: list[Tensor | None] = field(default_factory=list)  # residuals of every chunk
     sequence_norms: list[Tensor] = field(default_factory=list)
-
-
-def make_plan(problem: Problem, backend: Backend, chunk_size: int | None) -> Plan:
-    """Choose the rows of a chunk and whether residuals are kept.
-
-    ``chunk_size`` (rows) fixes the chunk and has the second pass recompute residuals, so that
-    memory does not grow with the number of rows.
-    """
-    residual_bytes = _residual_bytes(problem)
-    check_chunk_size(chunk_size)
-    if chunk_size is not None:
-        return Plan(chunk_size, False, residual_bytes, 0)
-    budget = _enough(problem.device, residual_bytes)
-    rows, keep = backend.chunk_rows(problem), residual_bytes <= budget
-    if not problem.streamed:
-        return Plan(rows, keep, residual_bytes, budget)
-    rows = max(1, min(rows, CHUNK_BYTES // (problem.dim * problem.features.dtype.itemsize)))
-    resident = _resident_budget(problem.device, residual_bytes if keep else 0)
-    return Plan(rows, keep, residual_bytes, budget, resident)
-
-
-def residuals_fit(problem: Problem) -> bool:
-    """Whether the residuals of all rows may stay between the passes."""
-    needed = _residual_bytes(problem)
-    return needed <= _enough(problem.device, needed)
-
-
-def _residual_bytes(problem: Problem) -> int:
-    return problem.rows * problem.heads * problem.classes * problem.compute_dtype.itemsize
-
-
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Raise ValueError unless ``chunk_size`` is None or a positive int."""
-    if chunk_size is None:
-        return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size!r}")
-
-
-def _enough(device: torch.device, needed: int) -> int:
-    """:func:`residual_budget`, or what is always kept where ``needed`` bytes are no more."""
-    if device.type == "cuda" and needed <= _CUDA_ALWAYS_KEPT:
-        return _CUDA_ALWAYS_KEPT
-    return residual_budget(device)
-
-
-def residual_budget(device: torch.device) -> int:
-    """Bytes of residuals that may stay between the passes on this device."""
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return _captured_budget(device)
-        budget = max(_CUDA_ALWAYS_KEPT, int(_CUDA_RESIDUAL_SHARE * _free_bytes(device)))
-        _last_budget[device] = budget
-        return budget
-    return _cpu_budget()
-
-
-@cache
-def _cpu_budget() -> int:
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return int(_CPU_RESIDUAL_SHARE * physical)
-    return 2**30
-
-
-def _captured_budget(device: torch.device) -> int:
-    """Return the budget under CUDA graph capture, where the driver may not be asked what is free.
-
-    A captured call must not be the first to launch a kernel: it would be compiled and loaded
-    within the capture. So it is planned like the call that came before it to warm up, by what that
-    one was told, unless PyTorch has since taken memory that this one would need: a graph has
-    memory of its own and cannot use what others have given back. Without such a call all that
-    PyTorch has not taken is as good as free.
-    """
-    left = torch.cuda.get_device_properties(device).total_memory
-    left -= torch.cuda.memory_reserved(device)  # PyTorch's own books: the driver is not asked
-    budget = int(_CUDA_RESIDUAL_SHARE * left)
-    return max(_CUDA_ALWAYS_KEPT, min(budget, _last_budget.get(device, budget)))
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Bytes of a GPU that are free, or that PyTorch holds from earlier work and can give back.
-
-    Without the latter a second call would find what the first one used gone, and plan otherwise.
-    """
-    held = torch.cuda.memory_stats(device)  # empty before the first allocation
-
-    def current(kind: str) -> int:
-        return held.get(f"{kind}_bytes.all.current", 0)
-
-    idle = current("reserved") - current("active") - current("inactive_split")
-    return torch.cuda.mem_get_info(device)[0] + max(0, idle)
-
-
-def _resident_budget(device: torch.device, residual_bytes: int) -> int:
-    """Bytes of streamed features that may stay on a GPU beside residuals and a chunk's work."""
-    free = _free_bytes(device)
-    return max(0, int(_CUDA_KEPT_SHARE * free) - residual_bytes - _CUDA_WORKING_BYTES)
 
 
 def make_feed(problem: Problem, chunks: list[slice], plan: Plan) -> Feed:
@@ -262,19 +80,20 @@ def run(
             f"features must be on {problem.device} under CUDA graph capture, got "
             f"{problem.features.device}"
         )
-    plan = make_plan(problem, backend, chunk_size)
+    plan = make_plan(problem, chunk_size)
+    passes = backend.prepare(problem, plan)
     # The host cuts the rows by these: a read of their own, before anything is launched.
     offsets = None if problem.cu_seqlens is None else sequence_offsets(problem)
-    chunks = list(_chunks(problem.rows, plan.chunk_rows, offsets))
+    chunks = list(_chunks(problem.rows, rows_at_a_time(problem, plan, passes), offsets))
     verdict = Verdict(problem, formula, reading)
     if len(chunks) == 1 and plan.keep_residual and offsets is None and not problem.streamed:
-        whole = backend.whole(problem, formula, scale, read=reading is not Reading.NEVER)
+        whole = passes.whole(formula, scale, read=reading is not Reading.NEVER)
         if whole is not None:
             verdict.whole(whole)
             return whole.results
     verdict.parameters()
     with closing(make_feed(problem, chunks, plan)) as feed:
-        results, counted = _two_passes(feed, backend, plan, offsets, verdict)
+        results, counted = _two_passes(feed, passes, offsets, verdict)
     verdict.results(results, counted)
     # Unknown under capture: the graph may be replayed on rows of which some do not count.
     if verdict.count != counted.shape[0]:
@@ -292,12 +111,12 @@ def _reading(problem: Problem) -> Reading:
 
 
 def _two_passes(
-    feed: Feed, backend: Backend, plan: Plan, offsets: Tensor | None, verdict: Verdict
+    feed: Feed, passes: Passes, offsets: Tensor | None, verdict: Verdict
 ) -> tuple[Results, Tensor]:
     """Results of all samples, and the mask of those that count; the others hold anything."""
     problem = feed.problem
     rows = _allocate(problem)
-    swept = _first_passes(feed, backend, plan, rows, offsets)
+    swept = _first_passes(feed, passes, rows, offsets)
     counted = _samples_counted(problem, rows.counted)
     count = rows.count = counted.sum()
     verdict.rows(rows.status, count)
@@ -306,27 +125,27 @@ def _two_passes(
     if problem.bias is not None:
         mean_grad_sqnorm = mean_grad_sqnorm + sqnorm(bias_grad)
     alignment = torch.empty_like(rows.loss)
-    mean_grad = grad.to(problem.compute_dtype)
-    mean_bias_grad = None if problem.bias is None else bias_grad.to(problem.compute_dtype)
+    passes.begin_second(
+        grad.to(problem.compute_dtype),
+        None if problem.bias is None else bias_grad.to(problem.compute_dtype),
+    )
+    # Of a large head these are as much memory as the second pass takes for itself.
+    swept.grad_sum = swept.bias_grad_sum = None
+    del grad, bias_grad
     for number in feed.second_pass():
-        chunk, residual = feed.chunks[number], swept.kept[number]
-        backend.second_pass(
-            problem, chunk, rows, mean_grad, mean_bias_grad, residual, alignment[:, chunk]
-        )
+        chunk = feed.chunks[number]
+        passes.second(chunk, rows, swept.kept[number], alignment[:, chunk])
     fields = _fields(problem, rows, alignment, swept.sequence_norms)
     results = Results(mean_grad_sqnorm=mean_grad_sqnorm, count=count, **fields)
     return results, counted
 
 
-def _first_passes(
-    feed: Feed, backend: Backend, plan: Plan, rows: RowBuffers, offsets: Tensor | None
-) -> _Swept:
+def _first_passes(feed: Feed, passes: Passes, rows: RowBuffers, offsets: Tensor | None) -> _Swept:
     problem = feed.problem
     swept = _Swept()
     for number in feed.first_pass():
         chunk = feed.chunks[number]
-        keep = plan.keep_residual or offsets is not None
-        part = backend.first_pass(problem, chunk, rows, keep)
+        part = passes.first(chunk, rows)
         if len(feed.chunks) == 1 and _too_large_to_widen(part.grad_sum):
             swept.grad_sum = part.grad_sum
         else:
@@ -337,7 +156,7 @@ def _first_passes(
             swept.sequence_norms.append(
                 sequence_grad_sqnorm(problem, chunk, rows.counted[chunk], part.residual, offsets)
             )
-        swept.kept.append(part.residual if plan.keep_residual else None)
+        swept.kept.append(part.residual if passes.plan.keep_residual else None)
         del part  # its sums are as large as the heads, and the next chunk has its own
     return swept
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .losses import row_statistics
-from .problem import Problem, build_problem, sequence_offsets
+from .problem import Problem, build_problem
+from .status import sequence_offsets
 
 
 @dataclass(frozen=True)

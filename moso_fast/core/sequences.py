@@ -7,11 +7,10 @@ for short sequences and as |R^T [H 1]|^2 (one C x D product) where that is cheap
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
+from .options import Options
 from .problem import Problem
 
 # Numbers in the padded (batch, T, D + K C) blocks that one round of short sequences may hold.
@@ -20,44 +19,9 @@ _BLOCK_NUMBERS = 2**24
 _DIRECT_ROWS = 8192
 
 
-PER = ("sample", "token")  # sums over the tokens of a sequence, or means
-
-
 def check_per(per: str) -> str:
     """Return ``per``, or raise ValueError naming the known ones."""
-    if per not in PER:
-        raise ValueError(f"per must be one of {', '.join(PER)}; got {per!r}")
-    return per
-
-
-def by_length(problem: Problem, per: str) -> Problem:
-    """Return the problem with the loss of a sequence as ``per`` says: a sum, or a mean.
-
-    A mean is a sum whose rows weigh 1 / (number of counted tokens of their sequence); nothing
-    changes where every row is a sample.
-
-    Raises
-    ------
-    ValueError
-        Unknown ``per``.
-    """
-    if check_per(per) == "sample" or problem.cu_seqlens is None:
-        return problem
-    # Offsets that do not fit are refused later by name: here they must only not lead outside.
-    offsets, sequences = problem.cu_seqlens, max(1, problem.cu_seqlens.shape[0] - 1)
-    places = torch.arange(problem.rows, device=offsets.device)
-    owner = (torch.searchsorted(offsets, places, right=True) - 1).clamp(0, sequences - 1)
-    used = problem.counted(slice(0, problem.rows))
-    if problem.nonfinite == "exclude":
-        # Which rows are left out is wanted before the first pass: a sweep of its own.
-        finite = [block.isfinite().all(1) for block in problem.features.split(_DIRECT_ROWS)]
-        used = used & torch.cat(finite).to(used.device)
-    counted = used.to(problem.compute_dtype)
-    counts = counted.new_zeros(sequences).index_add_(0, owner, counted)
-    weights = 1.0 / counts.clamp_min(1)[owner]
-    if problem.sample_weight is not None:
-        weights *= problem.sample_weight
-    return replace(problem, sample_weight=weights)
+    return Options(per=per).per
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .engine import Results
+    from .passes import Results
     from .problem import Problem
 
 __all__ = ["result_sums", "self_check", "sqnorm", "thread_blocks"]

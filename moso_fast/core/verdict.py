@@ -31,17 +31,12 @@ import torch
 from torch import Tensor
 
 from .formulas import check_count
-from .problem import (
-    STATUS_SLOTS,
-    Problem,
-    check_parameters,
-    parameter_sums,
-    raise_for_status,
-)
+from .problem import Problem
+from .status import STATUS_SLOTS, check_parameters, parameter_sums, raise_for_status
 from .sums import result_sums, self_check
 
 if TYPE_CHECKING:
-    from .engine import Results, Whole
+    from .passes import Results, Whole
 
 __all__ = ["Reading", "Verdict"]
 

@@ -19,7 +19,7 @@ from ..core.logit_map import LogitMap
 from ..core.losses import row_statistics
 from ..core.precision import own_precision
 from ..core.problem import Problem, build_problem
-from ..core.sequences import by_length, segment_sum
+from ..core.sequences import segment_sum
 from ..functional import LastLayerStats, last_layer_stats
 
 _BLOCK_NUMBERS = 2**22
@@ -86,11 +86,9 @@ def _mapped_stats(
     *,
     backend: str = "auto",
     chunk_size: int | None = None,
-    per: str = "sample",
     **options: Any,
 ) -> LastLayerStats:
     problem = build_problem(features, weight, labels, bias, logit_map=logit_map, **options)
-    problem = by_length(problem, per)
     chosen = choose(problem, backend)[0]
     with own_precision(problem):
         found = engine.run(problem, chosen, chunk_size)

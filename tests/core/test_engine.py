@@ -16,14 +16,16 @@ from core_support import (
     Case,
     assert_close,
     assert_stats_match,
+    chunk_rows,
     generator,
+    prepared,
     random_case,
     score_with,
 )
 
 from moso_fast.backends import _REGISTRY, get
-from moso_fast.backends.torch import TorchBackend
-from moso_fast.core import engine
+from moso_fast.backends.torch import TorchBackend, TorchPasses
+from moso_fast.core import engine, memory
 from moso_fast.core import sums as core_sums
 from moso_fast.core.precision import own_precision
 from moso_fast.core.problem import Problem, build_problem
@@ -39,20 +41,19 @@ def problem_of(case: Case, **options: Any):
 
 def test_plan_keeps_residuals_only_within_the_budget(monkeypatch):
     problem = problem_of(random_case("ids", heads=3))
-    backend = get("torch")
     bytes_needed = 17 * 3 * 5 * 4
-    monkeypatch.setattr(engine, "residual_budget", lambda device: bytes_needed)
-    plan = engine.make_plan(problem, backend, None)
-    assert plan.keep_residual and plan.residual_bytes == bytes_needed
-    assert plan.chunk_rows == backend.chunk_rows(problem)
-    monkeypatch.setattr(engine, "residual_budget", lambda device: bytes_needed - 1)
-    assert not engine.make_plan(problem, backend, None).keep_residual
-    fixed = engine.make_plan(problem, backend, 5)
-    assert fixed.chunk_rows == 5 and not fixed.keep_residual
+    monkeypatch.setattr(memory, "residual_budget", lambda device: bytes_needed)
+    passes = prepared("torch", problem)
+    assert passes.plan.keep_residual and passes.plan.residual_bytes == bytes_needed
+    assert chunk_rows("torch", problem) == passes.chunk_rows
+    monkeypatch.setattr(memory, "residual_budget", lambda device: bytes_needed - 1)
+    assert not memory.make_plan(problem, None).keep_residual
+    assert not memory.make_plan(problem, 5).keep_residual
+    assert chunk_rows("torch", problem, 5) == 5
 
 
 def test_budget_is_a_share_of_the_memory():
-    budget = engine.residual_budget(torch.device("cpu"))
+    budget = memory.residual_budget(torch.device("cpu"))
     assert 2**26 < budget < 2**50
 
 
@@ -63,15 +64,15 @@ def test_memory_that_earlier_work_left_with_pytorch_counts_as_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 80 * gib))
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device=None: held)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    before = engine.residual_budget(device), engine._resident_budget(device, gib)
+    before = memory.residual_budget(device), memory.resident_budget(device, gib)
     # A call has taken 60 GiB from the driver and given them back to PyTorch's pool.
     free = 20 * gib
     held.update({"reserved_bytes.all.current": 60 * gib, "active_bytes.all.current": 0})
-    assert (engine.residual_budget(device), engine._resident_budget(device, gib)) == before
+    assert (memory.residual_budget(device), memory.resident_budget(device, gib)) == before
     # What is in use, or shares a block with what is, cannot be had.
     held["active_bytes.all.current"] = 50 * gib
     held["inactive_split_bytes.all.current"] = 4 * gib
-    assert engine.residual_budget(device) == 13 * gib
+    assert memory.residual_budget(device) == 13 * gib
 
 
 @each_backend
@@ -80,11 +81,11 @@ def test_default_chunks_are_bounded(backend):
     if get(backend).supports(problem_of(random_case("ids"))) is not None:
         pytest.skip("does not run such problems")
     small = problem_of(random_case("ids"))
-    assert 1 <= get(backend).chunk_rows(small) <= 8192
+    assert 1 <= chunk_rows(backend, small) <= 8192
     vocabulary = Case(
         torch.zeros(4, 8), torch.zeros(1, 8).expand(100_000, 8), torch.zeros(4).long(), None
     )
-    rows = get(backend).chunk_rows(problem_of(vocabulary))
+    rows = chunk_rows(backend, problem_of(vocabulary))
     assert rows >= 1 and rows * 100_000 * 4 <= 2**28
 
 
@@ -105,7 +106,7 @@ def test_kept_and_recomputed_residuals_agree(backend, kind, monkeypatch):
     monkeypatch.setenv("MOSO_FAST_TRITON_REGIME", "blas")
     case = random_case(kind, n=70, heads=2)
     kept = score_with(backend, case)
-    monkeypatch.setattr(engine, "residual_budget", lambda device: 0)
+    monkeypatch.setattr(memory, "residual_budget", lambda device: 0)
     again = score_with(backend, case)
     for name in FIELDS:
         assert_close(getattr(again, name), getattr(kept, name), 1e-6, what=name)
@@ -115,7 +116,7 @@ def test_kept_and_recomputed_residuals_agree(backend, kind, monkeypatch):
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 @each_backend
 def test_around_the_backends_own_chunk(backend, offset, monkeypatch):
-    rows = get(backend).chunk_rows(problem_of(random_case("ids"))) + offset
+    rows = chunk_rows(backend, problem_of(random_case("ids"))) + offset
     case = random_case("ids", n=rows)
     stats = score_with(backend, case)
     assert_stats_match(stats, closed_form_stats(*case.args), 1e-5)
@@ -138,8 +139,17 @@ class _Wrong(TorchBackend):
     def __init__(self, mistake: str) -> None:
         self.mistake = mistake
 
-    def first_pass(self, problem, rows, out, keep_residual):
-        part = super().first_pass(problem, rows, out, keep_residual)
+    def prepare(self, problem, plan):
+        passes = _WrongPasses(problem, plan)
+        passes.mistake = self.mistake
+        return passes
+
+
+class _WrongPasses(TorchPasses):
+    mistake = ""
+
+    def first(self, rows, out):
+        part = super().first(rows, out)
         if self.mistake == "partial lost" and rows.start > 0:
             part.grad_sum = torch.zeros_like(part.grad_sum)
         if self.mistake == "partial added twice" and rows.start == 0:
@@ -148,14 +158,17 @@ class _Wrong(TorchBackend):
             part.bias_grad_sum = part.bias_grad_sum / 2
         return part
 
-    def second_pass(self, problem, rows, out, mean_grad, mean_bias_grad, residual, alignment):
+    def begin_second(self, mean_grad, mean_bias_grad):
         if self.mistake == "mean gradient of another head":
             mean_grad = mean_grad.flip(0)
         if self.mistake == "columns swapped":
             mean_grad = mean_grad.roll(1, -1)
         if self.mistake == "no bias in the second pass":
             mean_bias_grad = None
-        super().second_pass(problem, rows, out, mean_grad, mean_bias_grad, residual, alignment)
+        super().begin_second(mean_grad, mean_bias_grad)
+
+    def second(self, rows, out, residual, alignment):
+        super().second(rows, out, residual, alignment)
         if self.mistake == "row not written" and rows.start == 0:
             alignment[:, 3] = float("nan")
         if self.mistake == "row zero" and rows.start == 0:

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from core_support import random_case
+from core_support import chunk_rows, random_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moso_fast.backends import get
 from moso_fast.backends.triton.backend import TritonBackend
-from moso_fast.core import engine
+from moso_fast.core import engine, memory
+from moso_fast.core.passes import Plan
 from moso_fast.core.problem import Problem, build_problem
 from moso_fast.core.verdict import Reading
 from moso_fast.functional import explain
@@ -48,7 +49,7 @@ class Gpu:
             ("is_current_stream_capturing", lambda: self.capturing),
         ):
             monkeypatch.setattr(torch.cuda, name, answer)
-        monkeypatch.setattr(engine, "_last_budget", {})
+        monkeypatch.setattr(memory, "_last_budget", {})
 
     def _ask(self, answer: Any) -> Any:
         assert not self.capturing, "a query that may fail the capture"
@@ -61,10 +62,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return Gpu(monkeypatch)
 
 
-def plan_of(problem: Problem, chunk_size: int | None = None) -> engine.Plan:
-    plan = engine.make_plan(problem, get("torch"), chunk_size)
-    assert plan.keep_residual == (chunk_size is None and engine.residuals_fit(problem))
-    TritonBackend("blas").chunk_rows(problem)  # chooses with the same question in mind
+def plan_of(problem: Problem, chunk_size: int | None = None) -> Plan:
+    plan = memory.make_plan(problem, chunk_size)
+    TritonBackend("blas").prepare(problem, plan)  # asks nobody anything else
     return plan
 
 
@@ -77,12 +77,12 @@ def test_nobody_asks_what_is_free_for_few_residuals(gpu) -> None:
     with on_gpu(classes=129) as problem:
         plan = plan_of(problem)
         assert not plan.keep_residual and gpu.asked > 0
-        assert plan.budget_bytes == engine.residual_budget(problem.device) == GIB // 2
+        assert plan.budget_bytes == memory.residual_budget(problem.device) == GIB // 2
 
 
 def test_nobody_asks_what_is_free_for_chunks_that_the_caller_fixed(gpu) -> None:
     with on_gpu(classes=4096) as problem:
-        assert engine.make_plan(problem, get("torch"), 1000).chunk_rows == 1000
+        assert chunk_rows("torch", problem, 1000) == 1000
     assert gpu.asked == 0
 
 

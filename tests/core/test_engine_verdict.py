@@ -10,8 +10,10 @@ import torch
 from core_support import CPU_BACKENDS, random_case
 
 from moso_fast.backends import _REGISTRY
-from moso_fast.backends.torch import TorchBackend
-from moso_fast.core.problem import STATUS_LABEL, STATUS_SLOTS, Problem, build_problem
+from moso_fast.backends.torch import TorchBackend, TorchPasses
+from moso_fast.core.passes import Plan
+from moso_fast.core.problem import Problem, build_problem
+from moso_fast.core.status import STATUS_LABEL, STATUS_SLOTS
 from moso_fast.core.verdict import Reading, Verdict
 from moso_fast.functional import moso_scores
 
@@ -115,13 +117,17 @@ def test_data_that_are_wrong_cost_no_pass_where_reading_is_free(late, name, monk
     class Watched(TorchBackend):
         name = "watched"
 
-        def first_pass(self, *args: Any) -> Any:
-            passes.append("first")
-            return super().first_pass(*args)
+        def prepare(self, problem: Problem, plan: Plan) -> WatchedPasses:
+            return WatchedPasses(problem, plan)
 
-        def second_pass(self, *args: Any) -> None:
+    class WatchedPasses(TorchPasses):
+        def first(self, *args: Any) -> Any:
+            passes.append("first")
+            return super().first(*args)
+
+        def second(self, *args: Any) -> None:
             passes.append("second")
-            super().second_pass(*args)
+            super().second(*args)
 
     monkeypatch.setitem(_REGISTRY, "watched", Watched())
     monkeypatch.setattr(Problem, "asynchronous", late)

@@ -284,9 +284,13 @@ def test_operator_passes_opcheck(backend, dtype, heads, sequences):
     case = random_case("ids", heads=heads, dtype=dtype)
     offsets = torch.tensor([0, 4, 17]) if sequences else None
     weight = torch.rand(17, generator=generator(0)).to(dtype)
-    args = (*case.args, weight, offsets, "cross_entropy", 0.0, -100, "highest", "raise")
+    features, head, labels, bias = case.args
+    if heads is None:  # the operator gets heads as a checked problem has them
+        head, bias = head[None], None if bias is None else bias[None]
+    args = (features, head, labels, bias, weight, offsets)
+    options = ("cross_entropy", 0.0, -100, "highest", "raise", "sample")
     operator = torch.ops.moso_fast.last_layer_stats.default
-    torch.library.opcheck(operator, (*args, backend, 5, None))
+    torch.library.opcheck(operator, (*args, *options, backend, 5, None))
 
 
 @pytest.mark.parametrize("bad", [{"labels": torch.tensor([0, 9])}, {"features": torch.tensor(

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from core_support import KINDS, generator, oracle_loss, random_case, rank_correlation
+from core_support import (
+    CPU_BACKENDS,
+    KINDS,
+    generator,
+    oracle_loss,
+    random_case,
+    rank_correlation,
+    score_with,
+)
 from torch import Tensor
 
 from moso_fast.core.losses import row_statistics
@@ -214,3 +223,14 @@ def test_residuals_of_a_softmax_sum_to_zero(kind):
     stats = statistics(logits_of(case), case)
     assert stats.residual.sum(-1).abs().max() < 1e-14
     assert (stats.residual_sqnorm <= 2).all() and (stats.entropy >= 0).all()
+
+
+@pytest.mark.parametrize("classes", [2, 40, 300])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_every_backend_counts_one_half_as_on(backend, classes):
+    case = random_case("binary", c=classes)
+    half = replace(case, labels=torch.full_like(case.labels, 0.5))
+    margin = score_with(backend, half).margin
+    lowest = logits_of(half)[:, 0].min(1).values
+    # Counted as off, it would be the highest logit, negated.
+    torch.testing.assert_close(margin.double(), lowest, rtol=1e-5, atol=1e-5)

@@ -452,3 +452,45 @@ def test_inputs_are_not_copied_or_changed():
     moso_scores(*case.args)
     for tensor, copy in zip(case.args, before, strict=True):
         assert torch.equal(tensor, copy)
+
+
+@pytest.mark.parametrize("ignore_index", [2**63, -(2**63) - 1])
+def test_the_first_ignore_index_that_no_label_can_have(ignore_index):
+    message = f"^ignore_index must fit 64 bits, got {ignore_index}$"
+    for call in (last_layer_stats, moso_scores, build_problem):
+        with pytest.raises(ValueError, match=message):
+            call(**good(ignore_index=ignore_index))
+
+
+@pytest.mark.parametrize("ignore_index", [2**63 - 1, -(2**63)])
+def test_the_last_ignore_index_that_a_label_can_have(ignore_index):
+    arguments = good(ignore_index=ignore_index)
+    arguments["labels"][2] = ignore_index
+    stats = last_layer_stats(**arguments)
+    assert stats.count == N - 1 and stats.loss.isnan().tolist() == [k == 2 for k in range(N)]
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ([1.0, 0.5, 0.0], "sums to 1.5; label probabilities must sum to 1 (+- 0.01)"),
+        ([0.0, 0.0, 0.5], "sums to 0.5; label probabilities must sum to 1 (+- 0.01)"),
+        ([1.0, 1.0, 1.0], "sums to 3; label probabilities must sum to 1 (+- 0.01)"),
+        ([0.0, 0.0, 0.0], "sums to 0; label probabilities must sum to 1 (+- 0.01)"),
+        ([1.0, -0.5, 0.5], "holds -0.5 at class 1; targets must lie in [0, 1]"),
+        ([0.5, 1.5, -1.0], "holds 1.5 at class 1; targets must lie in [0, 1]"),
+    ],
+)
+def test_a_bad_row_of_probabilities_is_described_by_what_is_wrong(row, said):
+    """0 and 1 are probabilities: of a row that has them, the sum is wrong."""
+    labels = PROBABILITIES.clone()
+    labels[4] = torch.tensor(row)
+    with pytest.raises(DataError, match=f"^{re.escape(f'labels[4] {said}')}$"):
+        last_layer_stats(**good(labels=labels))
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5])
+def test_binary_targets_of_zero_and_one_are_none_of_the_bad(value):
+    labels = torch.tensor([[0.0, 1.0, value]]).repeat(N, 1)
+    with pytest.raises(DataError, match=rf"^labels\[0\] holds {value} at class 2; targets must"):
+        last_layer_stats(**good(labels=labels, loss="binary_cross_entropy"))

@@ -263,3 +263,25 @@ def test_many_sequences_under_every_cut(backend):
     reference = explicit_stats(*case.args, **case.options)
     for chunk_size in (1, 16, 39, 40, 41, 10_000):
         assert_stats_match(score_with(backend, case, chunk_size=chunk_size), reference, 1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_norm_of_a_long_sequence_is_summed_in_float64(monkeypatch, bias):
+    """20,000 tokens and a result of float32 precision, the same bits for any number of threads."""
+    tokens = 20_000
+    case = random_case("ids", n=tokens, c=3, d=5, bias=bias, cu_seqlens=torch.tensor([0, tokens]))
+    # All gradients point one way, so that float32 sums would only drift.
+    case.features.abs_().add_(1)
+    case.labels.zero_()
+    exact = explicit_stats(*case.args, **case.options).grad_sqnorm
+    monkeypatch.setattr(sequences, "_DIRECT_ROWS", 512)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(score_with("torch", case).grad_sqnorm)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, found[0]) for one in found[1:])
+    assert_close(found[0], exact.reshape(found[0].shape), 3e-7)

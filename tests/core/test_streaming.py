@@ -9,12 +9,12 @@ from contextlib import closing
 
 import pytest
 import torch
-from core_support import FIELDS, Case, generator, random_case, score_with
+from core_support import FIELDS, Case, chunk_rows, generator, random_case, score_with
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moso_fast.backends import choose, get
-from moso_fast.core import engine
+from moso_fast.backends import choose
+from moso_fast.core import engine, memory
 from moso_fast.core.problem import Problem, build_problem
 from moso_fast.core.streaming import CHUNK_BYTES, Feed, Lane, StreamedFeed, resident_chunks
 from moso_fast.functional import explain, last_layer_stats
@@ -235,7 +235,7 @@ def test_an_error_on_the_way_reaches_the_caller_and_leaves_no_thread() -> None:
 def streaming(monkeypatch):
     """Make the engine stream every problem in chunks of some rows; returns the lanes used."""
 
-    def set_up(resident_rows: int, chunk_rows: int, lane_type=EagerLane) -> list[EagerLane]:
+    def set_up(resident_rows: int, step: int, lane_type=EagerLane) -> list[EagerLane]:
         lanes: list[EagerLane] = []
 
         def make_feed(problem, chunks, plan) -> Feed:
@@ -244,7 +244,9 @@ def streaming(monkeypatch):
             return StreamedFeed(problem, chunks, lanes[-1], resident_rows * row)
 
         monkeypatch.setattr(engine, "make_feed", make_feed)
-        monkeypatch.setattr(type(get("torch")), "chunk_rows", lambda self, problem: chunk_rows)
+        monkeypatch.setattr(
+            engine, "rows_at_a_time", lambda problem, plan, _: plan.chunk_size or step
+        )
         return lanes
 
     return set_up
@@ -297,7 +299,7 @@ def test_features_with_a_bad_row_are_not_sent_a_second_time(streaming, monkeypat
     """Although on a GPU everything else is judged at the end: the bus takes longer than a wait."""
     monkeypatch.setattr(Problem, "asynchronous", True)
     monkeypatch.setattr(Problem, "streamed", True)
-    monkeypatch.setattr(engine, "_resident_budget", lambda *given: 0)
+    monkeypatch.setattr(memory, "resident_budget", lambda *given: 0)
     lanes = streaming(0, 8)
     case = random_case("ids", n=30)
     last_layer_stats(*case.args, backend="torch")
@@ -363,7 +365,7 @@ def test_the_operator_says_that_results_are_on_the_device_of_the_head() -> None:
         case = host_case()
         results = torch.ops.moso_fast.last_layer_stats(
             case["features"], case["weight"], case["labels"], case["bias"], None, None,
-            "cross_entropy", 0.0, -100, "highest", "raise", "torch", None, None,
+            "cross_entropy", 0.0, -100, "highest", "raise", "sample", "torch", None, None,
         )  # fmt: skip
         assert all(result.device.type == "cuda" for result in results)
 
@@ -382,19 +384,17 @@ def test_who_gets_it_and_how_it_is_explained(monkeypatch) -> None:
         assert backend.name == "torch", reasons
         with pytest.raises(ValueError, match="streams none to cuda:0"):
             choose(problem, "cpu")
-        plan = engine.make_plan(problem, backend, None)
-        assert plan.chunk_rows * dim * 4 <= CHUNK_BYTES
+        plan, step = memory.make_plan(problem, None), chunk_rows("torch", problem)
+        assert step * dim * 4 <= CHUNK_BYTES
         # 0.8 of 5 GiB free, without the residuals and the room for a chunk's work.
         assert plan.resident_bytes == int(0.8 * 5 * 2**30) - rows * 4 * 4 - 3 * 2**30
-        chunks = [
-            slice(at, min(at + plan.chunk_rows, rows)) for at in range(0, rows, plan.chunk_rows)
-        ]
-        stay = resident_chunks(problem, chunks, plan.resident_bytes) * plan.chunk_rows
+        chunks = [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
+        stay = resident_chunks(problem, chunks, plan.resident_bytes) * step
         assert 0 < stay < rows
         text = explain(**case)
         assert f"features  in main memory, sent in chunks; {stay} of {rows} rows stay" in text
         # A fixed chunk asks for memory that does not grow with the rows.
-        assert engine.make_plan(problem, backend, 1000).resident_bytes == 0
+        assert memory.make_plan(problem, 1000).resident_bytes == 0
 
 
 def test_a_chunk_of_features_is_no_more_than_the_backend_takes() -> None:
@@ -402,4 +402,4 @@ def test_a_chunk_of_features_is_no_more_than_the_backend_takes() -> None:
         torch.randn(5, 3, generator=generator(0)), torch.zeros(2, 3), torch.zeros(5).long()
     )
     assert not problem.streamed
-    assert engine.make_plan(problem, get("torch"), None).resident_bytes == 0
+    assert memory.make_plan(problem, None).resident_bytes == 0

@@ -12,6 +12,7 @@ from core_support import (
     FIELDS,
     Case,
     assert_close,
+    prepared,
     random_case,
     relative_error,
 )
@@ -134,7 +135,7 @@ def test_nothing_waits_between_the_launches() -> None:
     """A pass returns while the GPU still sleeps: no launch may synchronise."""
     case = on_gpu(random_case("ids", n=20_000, c=10, d=256))
     problem = build_problem(*case.args)
-    backend = get("cuda")
+    passes = prepared("cuda", problem)
     from moso_fast.core.engine import _allocate
 
     rows = slice(0, problem.rows)
@@ -142,15 +143,17 @@ def test_nothing_waits_between_the_launches() -> None:
     grad = torch.randn_like(problem.weight)
     alignment = torch.empty_like(out.loss)
     # Once before: kernels are loaded when they are first launched, and that may wait.
-    first = backend.first_pass(problem, rows, out, True)
-    backend.second_pass(problem, rows, out, grad, None, first.residual, alignment)
+    first = passes.first(rows, out)
+    passes.begin_second(grad, None)
+    passes.second(rows, out, first.residual, alignment)
     del first  # its memory serves again: no allocation that may wait
     torch.cuda.synchronize()
     start, end = torch.cuda.Event(), torch.cuda.Event()
     torch.cuda._sleep(2_000_000_000)
     start.record()
-    first = backend.first_pass(problem, rows, out, True)
-    backend.second_pass(problem, rows, out, grad, None, first.residual, alignment)
+    first = passes.first(rows, out)
+    passes.begin_second(grad, None)
+    passes.second(rows, out, first.residual, alignment)
     end.record()
     assert not start.query() and not end.query()
     torch.cuda.synchronize()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from core_support import Case, random_case
+from core_support import Case, chunk_rows, prepared, random_case
 from interpreter import run_interpreted, run_python
 
 import moso_fast
@@ -28,7 +28,9 @@ from moso_fast.backends.triton.regimes import recompute as triton_recompute
 from moso_fast.backends.triton.regimes import regime as triton_regime
 from moso_fast.backends.triton.regimes import row_tiles as triton_row_tiles
 from moso_fast.backends.triton.regimes.regime import CHUNK_BYTES, PROVEN_MAJORS, SLAB_ROWS, Limits
-from moso_fast.core import engine
+from moso_fast.core import memory
+from moso_fast.core.memory import make_plan
+from moso_fast.core.passes import Plan
 from moso_fast.core.problem import build_problem
 from moso_fast.functional import explain, moso_scores
 
@@ -190,26 +192,26 @@ def test_operands(dtype, precision, operand) -> None:
 
 
 def test_chunks_stay_within_their_budget(monkeypatch) -> None:
-    monkeypatch.setattr(engine, "residual_budget", lambda device: 2**36)
+    monkeypatch.setattr(memory, "residual_budget", lambda device: 2**36)
     backend, budget = TritonBackend("blas"), CHUNK_BYTES["cuda"]
     for classes, dim in ((10, 512), (1000, 2048), (128_256, 4096)):
         features = torch.zeros(1, dim).expand(4, dim)
         weight = torch.zeros(1, dim).expand(classes, dim)
         problem = build_problem(features, weight, torch.zeros(4).long())
-        rows = backend.chunk_rows(_On(problem, "cuda"))
+        rows = chunk_rows(backend, _On(problem, "cuda"))
         assert rows > 2000 and rows * classes * 8 <= budget
-        assert backend.chunk_rows(problem) * classes * 8 <= 2**18 or classes > 2**16
+        assert chunk_rows(backend, problem) * classes * 8 <= 2**18 or classes > 2**16
     tall = build_problem(torch.zeros(4, 1), torch.zeros(1, 1), torch.zeros(4).long())
-    assert backend.chunk_rows(_On(tall, "cuda")) * 8 <= budget
+    assert chunk_rows(backend, _On(tall, "cuda")) * 8 <= budget
 
 
 def test_a_chunk_takes_no_more_than_an_eighth_of_a_small_gpu(monkeypatch) -> None:
     """And a power of two: GPUs of one kind differ by what their driver keeps."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for memory, expected in ((139, 8), (79.2, 8), (47.5, 4), (39.6, 4), (23.7, 2), (15.9, 1)):
-        described = SimpleNamespace(total_memory=int(memory * 2**30))
+    for gib, expected in ((139, 8), (79.2, 8), (47.5, 4), (39.6, 4), (23.7, 2), (15.9, 1)):
+        described = SimpleNamespace(total_memory=int(gib * 2**30))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, d=described: d)
-        assert triton_regime.chunk_bytes(torch.device("cuda")) == expected * 2**30, memory
+        assert triton_regime.chunk_bytes(torch.device("cuda")) == expected * 2**30, gib
         assert triton_regime.chunk_bytes(torch.device("cpu")) == CHUNK_BYTES["cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert triton_regime.chunk_bytes(torch.device("cuda")) == CHUNK_BYTES["cuda"]
@@ -257,8 +259,8 @@ def test_every_problem_finds_a_regime_that_fits(classes, dim, kept) -> None:
     chosen = [rule for rule in RULES if rule.regime == choice.regime.name]
     assert choice.reasons[-1] in [f"{rule.regime}: chosen, {rule.why}" for rule in chosen]
     assert all("not used, " in reason for reason in choice.reasons[:-1])
-    assert choice.regime.row_bytes(problem) > 0 and choice.regime.fixed_bytes(problem) >= 0
-    assert choice.regime.describe(problem)
+    job = choice.regime(problem, make_plan(problem, None))
+    assert job.row_bytes() > 0 and job.fixed_bytes() >= 0 and job.describe()
 
 
 @needs_triton
@@ -343,9 +345,9 @@ def test_a_regime_can_be_forced(machine, monkeypatch) -> None:
     for name in REGIMES:
         monkeypatch.setenv("MOSO_FAST_TRITON_REGIME", name)
         assert choose_regime(problem, True, triton_choice.forced_regime()).regime.name == name
-        assert f"regime {name}, " in TritonBackend().describe(problem)
+        assert f"regime {name}, " in prepared("triton", problem).describe()
         monkeypatch.delenv("MOSO_FAST_TRITON_REGIME")
-        assert f"regime {name}, " in TritonBackend(name).describe(problem)
+        assert f"regime {name}, " in prepared(TritonBackend(name), problem).describe()
     monkeypatch.setenv("MOSO_FAST_TRITON_REGIME", "")
     assert triton_choice.forced_regime() is None
     monkeypatch.setenv("MOSO_FAST_TRITON_REGIME", "fast")
@@ -395,31 +397,32 @@ def test_row_tiles_takes_one_head_whose_classes_a_tile_holds(machine) -> None:
 @needs_triton
 def test_row_tiles_says_which_tiles_and_how_much_memory(machine) -> None:
     machine(interpret=True)
-    regime = REGIMES["row_tiles"]
-    wide = problem_of(random_case("ids", n=300, c=10, d=64))
-    narrow = problem_of(random_case("ids", n=300, c=10, d=64, dtype=torch.bfloat16))
-    assert regime.describe(wide).startswith("tf32x3 products, rows tile ")
-    assert regime.describe(narrow).startswith("bf16 products, rows tile ")
-    assert "R^T H tile " in regime.describe(narrow)
-    assert regime.state_bytes(wide) == 0 and regime.state_bytes(narrow) == 4 * 300
-    assert regime.row_bytes(narrow) < regime.row_bytes(wide)
+    regime = TritonBackend("row_tiles")
+    wide = prepared(regime, problem_of(random_case("ids", n=300, c=10, d=64)))
+    narrow = random_case("ids", n=300, c=10, d=64, dtype=torch.bfloat16)
+    narrow = prepared(regime, problem_of(narrow))
+    assert wide.kernels().startswith("tf32x3 products, rows tile ")
+    assert narrow.kernels().startswith("bf16 products, rows tile ")
+    assert "R^T H tile " in narrow.kernels()
+    assert wide.state_bytes() == 0 and narrow.state_bytes() == 4 * 300
+    assert narrow.row_bytes() < wide.row_bytes()
     turned = problem_of(random_case("ids", n=64, c=10, d=64))
     turned = build_problem(turned.features.T, turned.weight, turned.labels)
-    assert regime.row_bytes(turned) == regime.row_bytes(wide) + 64 * 4  # copied
+    assert prepared(regime, turned).row_bytes() == wide.row_bytes() + 64 * 4  # copied
 
 
 @needs_triton
 def test_peak_memory_is_what_a_chunk_and_the_residuals_take(monkeypatch) -> None:
-    backend, problem = TritonBackend("blas"), shape(10, 512, rows=1000)
-    plan = engine.Plan(100, True, 40_000, 0)
-    regime, numbers = REGIMES["blas"], problem.weight.numel()
-    assert regime.fixed_bytes(problem) == 20 * numbers  # two float64 sums, one float32
-    expected = 40_000 + 100 * regime.row_bytes(problem) + (20 + 12) * numbers
-    assert f"at most about {expected / 2**20:.1f} MiB" in backend.explain(problem, plan)[-1]
-    two_slabs = shape(10, 512, rows=2 * SLAB_ROWS["highest"] + 1)
-    assert regime.fixed_bytes(two_slabs) == (16 + 2 * 4) * numbers
+    problem = shape(10, 512, rows=1000)
+    job = TritonBackend("blas").prepare(problem, Plan(None, True, 40_000, 0))
+    numbers = problem.weight.numel()
+    assert job.fixed_bytes() == 20 * numbers  # two float64 sums, one float32
+    expected = 40_000 + 100 * job.row_bytes() + (20 + 12) * numbers
+    assert f"at most about {expected / 2**20:.1f} MiB" in job.explain(100)[-1]
+    two_slabs = prepared(TritonBackend("blas"), shape(10, 512, rows=2 * SLAB_ROWS["highest"] + 1))
+    assert two_slabs.fixed_bytes() == (16 + 2 * 4) * numbers
     monkeypatch.setattr(triton_blas, "_BATCH_BYTES", 8 * numbers - 1)  # one slab after the other
-    assert regime.fixed_bytes(two_slabs) == (16 + 4) * numbers
+    assert two_slabs.fixed_bytes() == (16 + 4) * numbers
 
 
 @pytest.mark.parametrize(
@@ -459,9 +462,9 @@ def test_a_gpu_of_another_generation_gets_the_tiles_of_the_oldest(
     """Asked for by name, the backend runs there too."""
     machine(capability=capability)
     problem = problem_of(random_case("ids"))
-    found = TritonBackend(regime).describe(problem)
+    found = prepared(TritonBackend(regime), problem).describe()
     machine(capability=(8, 0))
-    assert found == TritonBackend(regime).describe(problem)
+    assert found == prepared(TritonBackend(regime), problem).describe()
     tile = SimpleNamespace(name="newer", shared_bytes=1024)
     choices = [SimpleNamespace(rounded=True, aligned=True, tile=tile, majors=(9, 10))]
     monkeypatch.setattr(triton_products, "limits_of", lambda device: Limits(99 * 1024, capability))

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moso_fast import backends
-from moso_fast.backends import get
-from moso_fast.core.problem import build_problem
+from moso_fast.backends import Backend, get
+from moso_fast.core.memory import make_plan, rows_at_a_time
+from moso_fast.core.passes import Passes
+from moso_fast.core.problem import Problem, build_problem
 from moso_fast.functional import last_layer_stats
 
 FIELDS = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")
@@ -60,6 +62,18 @@ def runs_here(name: str, dtype: torch.dtype = torch.float32) -> bool:
         torch.zeros(2, 3, dtype=dtype), torch.zeros(4, 3), torch.zeros(2, dtype=torch.long)
     )
     return backend.supports(problem) is None
+
+
+def prepared(backend: str | Backend, problem: Problem, chunk_size: int | None = None) -> Passes:
+    """The passes of a backend over a problem, as the engine asks for them."""
+    chosen = get(backend) if isinstance(backend, str) else backend
+    return chosen.prepare(problem, make_plan(problem, chunk_size))
+
+
+def chunk_rows(backend: str | Backend, problem: Problem, chunk_size: int | None = None) -> int:
+    """Rows of a chunk of that job."""
+    passes = prepared(backend, problem, chunk_size)
+    return rows_at_a_time(problem, passes.plan, passes)
 
 
 CPU_BACKENDS = tuple(name for name in backends() if runs_here(name))

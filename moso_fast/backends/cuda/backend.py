@@ -11,12 +11,10 @@ term of weights and residuals; float32 features are two terms at "high" and "med
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ...core.engine import FirstPass, RowBuffers, Whole
+from ...core.passes import FirstPass, Passes, Plan, RowBuffers, Whole
 from ...core.problem import Problem
 from ...util.native import load_native
 from ..base import Availability, Backend
@@ -75,37 +73,45 @@ class CudaBackend(Backend):
             return "measured on an H200 only, compute capability 9.0"
         return None
 
-    def chunk_rows(self, problem: Problem) -> int:
-        """Rows whose slabs are as long as the rounding of their sums allows."""
-        plan = _plan(problem)
-        rows = _SLABS * int(plan["slab_limit"])
-        return rows if jobs.unit_columns(problem.features) else min(rows, _COPIED_ROWS)
+    def prepare(self, problem: Problem, plan: Plan) -> CudaPasses:
+        """See :class:`moso_fast.backends.base.Backend`."""
+        return CudaPasses(problem, plan)
 
-    def describe(self, problem: Problem) -> str:
+
+class CudaPasses(Passes):
+    """Launches of one problem, all cut by the same plan of the kernels."""
+
+    def __init__(self, problem: Problem, plan: Plan) -> None:
+        super().__init__(problem, plan)
+        self._cut = jobs.plan_of(problem, gpu.shared_limit(problem.device))
+        # Rows whose slabs are as long as the rounding of their sums allows.
+        rows = _SLABS * int(self._cut["slab_limit"])
+        self.chunk_rows = rows if jobs.unit_columns(problem.features) else min(rows, _COPIED_ROWS)
+
+    def describe(self) -> str:
         """Tile of the first pass, operand terms and passes over the features."""
-        plan = _plan(problem)
-        blocks = ", two blocks a tile" if plan["parts"] == 2 else ""
-        if plan["together"] == 2:
+        problem, cut = self.problem, self._cut
+        blocks = ", two blocks a tile" if cut["parts"] == 2 else ""
+        if cut["together"] == 2:
             blocks = ", two blocks a multiprocessor"
         digits = "all" if jobs.exact(problem) else "leading"
         return (
-            f"cuda: few classes, {problem.heads * problem.classes} of {16 * plan['tiles']}, tiles "
-            f"of {plan['tile_rows']} rows, {plan['stages']} staged{blocks}, features read once a "
+            f"cuda: few classes, {problem.heads * problem.classes} of {16 * cut['tiles']}, tiles "
+            f"of {cut['tile_rows']} rows, {cut['stages']} staged{blocks}, features read once a "
             f"pass, {digits} digits of float32 operands"
         )
 
-    def first_pass(
-        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
-    ) -> FirstPass:
-        """See :class:`moso_fast.backends.base.Backend`."""
+    def first(self, rows: slice, out: RowBuffers) -> FirstPass:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        problem = self.problem
         heads, classes, dim = problem.weight.shape
         count = rows.stop - rows.start
-        residual = gpu.empty(problem, count, heads, classes) if keep_residual else None
+        residual = gpu.empty(problem, count, heads, classes) if self.returns_residual else None
         grad_sum = gpu.empty(problem, heads, classes, dim, dtype=torch.float64)
         bias_grad_sum = gpu.empty(problem, heads, classes, dtype=torch.float64)
         if count == 0:
             return FirstPass(grad_sum.zero_(), bias_grad_sum.zero_(), residual)
-        chunk = jobs.Chunk(problem, rows, _plan(problem))
+        chunk = jobs.Chunk(problem, rows, self._cut)
         partial, bias_partial = jobs.partial_sums(problem, -(-count // chunk.slab_rows()))
         results = jobs.row_results(out, rows, residual, partial, bias_partial)
         gpu.launch(problem.device, gpu.module().few_classes_first, chunk.first(results))
@@ -113,38 +119,29 @@ class CudaBackend(Backend):
         gpu.launch(problem.device, gpu.module().few_classes_reduce, reduce)
         return FirstPass(grad_sum, bias_grad_sum, residual)
 
-    def second_pass(
-        self,
-        problem: Problem,
-        rows: slice,
-        out: RowBuffers,
-        mean_grad: Tensor,
-        mean_bias_grad: Tensor | None,
-        residual: Tensor | None,
-        alignment: Tensor,
+    def second(
+        self, rows: slice, out: RowBuffers, residual: Tensor | None, alignment: Tensor
     ) -> None:
-        """See :class:`moso_fast.backends.base.Backend`."""
-        count = rows.stop - rows.start
+        """See :class:`moso_fast.core.passes.Passes`."""
+        problem, count = self.problem, rows.stop - rows.start
         if count == 0:
             return
-        chunk = jobs.Chunk(problem, rows, _plan(problem))
+        chunk = jobs.Chunk(problem, rows, self._cut)
         if residual is None:
             residual = gpu.empty(problem, count, problem.heads, problem.classes)
             job = chunk.first(jobs.no_results(residual))
             gpu.launch(problem.device, gpu.module().few_classes_first, job)
         job = chunk.second(jobs.row_inputs(out, rows, residual, alignment))
-        job["mean_grad"] = chunk.address(mean_grad)
-        job["mean_bias_grad"] = chunk.address(mean_bias_grad)
+        job["mean_grad"] = chunk.address(self.mean_grad)
+        job["mean_bias_grad"] = chunk.address(self.mean_bias_grad)
         if problem.cu_seqlens is None:  # the gradient of a sequence is not a row's
             counted = out.number_counted()
             job["count"] = counted.data_ptr()
         gpu.launch(problem.device, gpu.module().few_classes_second, job)
 
-    def whole(
-        self, problem: Problem, formula: str | None, scale: float, *, read: bool
-    ) -> Whole | None:
-        """See :class:`moso_fast.backends.base.Backend`."""
-        return run_whole(problem, _plan(problem), formula, scale, read=read)
+    def whole(self, formula: str | None, scale: float, *, read: bool) -> Whole | None:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        return run_whole(self.problem, self._cut, formula, scale, read=read)
 
 
 def _unknown(problem: Problem) -> str | None:
@@ -159,7 +156,3 @@ def _unknown(problem: Problem) -> str | None:
 def _too_large(problem: Problem, shared_limit: int) -> str | None:
     plan = jobs.plan_of(problem, shared_limit)
     return None if plan["ok"] else str(plan["reason"])
-
-
-def _plan(problem: Problem) -> dict[str, Any]:
-    return jobs.plan_of(problem, gpu.shared_limit(problem.device))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.engine import RowBuffers
+from ...core.passes import RowBuffers
 from ...core.problem import Problem
 from . import device as gpu
 from .device import Job

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from ...core.engine import Results, Whole
 from ...core.formulas import FORMULAS
-from ...core.problem import STATUS_SLOTS, Problem
+from ...core.passes import Results, Whole
+from ...core.problem import Problem
+from ...core.status import STATUS_SLOTS
 from . import device as gpu
 from . import jobs
 

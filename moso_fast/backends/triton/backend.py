@@ -15,22 +15,17 @@ from functools import cache
 from importlib import metadata
 
 import torch
-from torch import Tensor
 
-from ...core import engine
+from ...core.passes import Plan
 from ...core.problem import Problem
 from ..base import Availability, Backend
-from .choice import Choice, choose_regime, forced_regime
+from .choice import choose_regime, forced_refusal, forced_regime
 from .regimes.regime import PROVEN_MAJORS, Regime, interpreted, operand_dtype
 
 __all__ = ["TritonBackend", "operand_dtype"]
 
 _MINIMUM = (3, 6)
 _INSTALL = 'pip install "triton>=3.6"'
-# A number of the mean gradient, as the engine keeps it: float64, and float32 for the second pass.
-_GRADIENT_BYTES = 12
-# Where a job leaves the regime of its first pass for its second, in RowBuffers.scratch.
-_REGIME = "regime"
 
 
 class TritonBackend(Backend):
@@ -80,10 +75,10 @@ class TritonBackend(Backend):
         if problem.compute_dtype == torch.float64:
             return "float64 features need float64 accumulators, which only torch has"
         try:
-            self._choose(problem, residuals_kept=True)  # raises where a forced regime cannot run
+            forced = forced_regime(self._named)
         except ValueError as error:
             return str(error)
-        return None
+        return None if forced is None else forced_refusal(forced, problem)
 
     def not_by_default(self, problem: Problem) -> str | None:
         """On a GPU of a generation that no test compiles for."""
@@ -96,68 +91,10 @@ class TritonBackend(Backend):
             f"no test compiles its kernels for compute capability {capability[0]}.{capability[1]}"
         )
 
-    def chunk_rows(self, problem: Problem) -> int:
-        """Rows whose working memory fits the budget of the regime."""
-        return self._regime(problem).chunk_rows(problem)
-
-    def describe(self, problem: Problem) -> str:
-        """Regime, operands and tiles."""
-        return _headline(self._regime(problem), problem)
-
-    def explain(self, problem: Problem, plan: engine.Plan) -> list[str]:
-        """Regime, tiles, sweeps over the features, peak memory, and the reasons."""
-        choice = self._choose(problem, plan.keep_residual)
-        regime = choice.regime
-        rows = min(plan.chunk_rows, problem.rows)
-        stored = regime.stores_residuals and plan.keep_residual
-        kept = regime.state_bytes(problem) + (plan.residual_bytes if stored else 0)
-        peak = kept + regime.fixed_bytes(problem) + rows * regime.row_bytes(problem)
-        peak += _GRADIENT_BYTES * problem.weight.numel()
-        if problem.streamed:
-            row = problem.dim * problem.features.dtype.itemsize
-            peak += min(plan.resident_bytes, row * problem.rows) + 2 * rows * row
-        return [
-            _headline(regime, problem),
-            *choice.reasons,
-            f"features read {regime.feature_reads} times in all; at most about "
-            f"{peak / 2**20:.1f} MiB beyond inputs and results",
-        ]
-
-    def first_pass(
-        self, problem: Problem, rows: slice, out: engine.RowBuffers, keep_residual: bool
-    ) -> engine.FirstPass:
+    def prepare(self, problem: Problem, plan: Plan) -> Regime:
         """See :class:`moso_fast.backends.base.Backend`."""
-        if _REGIME not in out.scratch:
-            # With sequences the engine wants the residuals of a chunk whether or not it keeps them.
-            kept = keep_residual if problem.cu_seqlens is None else engine.residuals_fit(problem)
-            out.scratch[_REGIME] = self._choose(problem, kept).regime
-        regime: Regime = out.scratch[_REGIME]
-        return regime.first_pass(problem, rows, out, keep_residual)
-
-    def second_pass(
-        self,
-        problem: Problem,
-        rows: slice,
-        out: engine.RowBuffers,
-        mean_grad: Tensor,
-        mean_bias_grad: Tensor | None,
-        residual: Tensor | None,
-        alignment: Tensor,
-    ) -> None:
-        """See :class:`moso_fast.backends.base.Backend`."""
-        regime: Regime = out.scratch[_REGIME]
-        regime.second_pass(problem, rows, out, mean_grad, mean_bias_grad, residual, alignment)
-
-    def _regime(self, problem: Problem) -> Regime:
-        """Return the regime of a job whose chunks nobody has fixed."""
-        return self._choose(problem, engine.residuals_fit(problem)).regime
-
-    def _choose(self, problem: Problem, residuals_kept: bool) -> Choice:
-        return choose_regime(problem, residuals_kept, forced_regime(self._named))
-
-
-def _headline(regime: Regime, problem: Problem) -> str:
-    return f"triton: regime {regime.name}, {regime.describe(problem)}"
+        choice = choose_regime(problem, plan.keep_residual, forced_regime(self._named))
+        return choice.regime(problem, plan, choice.reasons)
 
 
 @cache

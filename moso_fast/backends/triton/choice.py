@@ -26,15 +26,9 @@ from .regimes.stored import StoredRegime
 
 REGIME_VARIABLE = "MOSO_FAST_TRITON_REGIME"
 
-REGIMES: dict[str, Regime] = {
+REGIMES: dict[str, type[Regime]] = {
     regime.name: regime
-    for regime in (
-        RowTilesRegime(),
-        FewClassesRegime(),
-        RecomputeRegime(),
-        StoredRegime(),
-        BlasRegime(),
-    )
+    for regime in (RowTilesRegime, FewClassesRegime, RecomputeRegime, StoredRegime, BlasRegime)
 }
 
 
@@ -92,7 +86,7 @@ RULES: tuple[Rule, ...] = (
 class Choice:
     """A regime, and one line for it and for each that was passed over."""
 
-    regime: Regime
+    regime: type[Regime]
     reasons: tuple[str, ...]
 
 
@@ -106,6 +100,12 @@ def forced_regime(named: str | None = None) -> str | None:
     return name
 
 
+def forced_refusal(forced: str, problem: Problem) -> str | None:
+    """Say why the regime that somebody asked for cannot run this problem, or None."""
+    reason = REGIMES[forced].fits(problem)
+    return None if reason is None else f"regime {forced!r} cannot run this problem: {reason}"
+
+
 def choose_regime(
     problem: Problem, residuals_kept: bool, forced: str | None = None, rules: Sequence[Rule] = RULES
 ) -> Choice:
@@ -117,9 +117,9 @@ def choose_regime(
         The forced regime cannot run this problem.
     """
     if forced is not None:
-        reason = REGIMES[forced].fits(problem)
-        if reason is not None:
-            raise ValueError(f"regime {forced!r} cannot run this problem: {reason}")
+        refusal = forced_refusal(forced, problem)
+        if refusal is not None:
+            raise ValueError(refusal)
         return Choice(REGIMES[forced], (f"{forced}: asked for",))
     reasons: list[str] = []
     for rule in rules:

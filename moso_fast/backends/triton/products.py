@@ -8,13 +8,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...core.engine import RowBuffers
+from ...core.passes import RowBuffers
 from ...core.problem import Problem
 from .autotune import kind, tile_for
-from .regimes.regime import limits_of, operand_dtype, tile_shape
-
-# Where a job leaves what rounding took from |r|^2 of every row, in RowBuffers.scratch.
-_LOST = "lost"
+from .regimes.regime import Regime, limits_of, operand_dtype, tile_shape
 
 
 class Sums(NamedTuple):
@@ -34,7 +31,7 @@ def kernel_features(problem: Problem, rows: slice) -> Tensor:
 
 def straight_rows(problem: Problem) -> bool:
     """Whether rows of the features, as the kernels get them, begin at multiples of 16 bytes."""
-    from ...kernels.operands import aligned
+    from moso_fast.kernels.operands import aligned
 
     if problem.streamed or problem.features.stride(1) != 1:
         return problem.dim * problem.features.dtype.itemsize % 16 == 0
@@ -43,7 +40,7 @@ def straight_rows(problem: Problem) -> bool:
 
 def row_outputs(out: RowBuffers, rows: slice) -> Any:
     """Return where a kernel that makes rows whole leaves what it finds: a ``RowOutputs``."""
-    from ...kernels.row_arguments import RowOutputs
+    from moso_fast.kernels.row_arguments import RowOutputs
 
     return RowOutputs(
         out.loss[:, rows],
@@ -63,7 +60,7 @@ def features_and_norms(
     Rows that are not finite stay: every product either touches their own results alone or skips
     rows that do not count. ``dirty`` (1,) int32 becomes 1 where there are any.
     """
-    from ...kernels.row_norms import row_norms
+    from moso_fast.kernels.row_norms import row_norms
 
     features = kernel_features(problem, rows)
     out.counted[rows] = problem.counted(rows)
@@ -80,12 +77,13 @@ def features_and_norms(
 
 
 def sum_gradients(
-    problem: Problem, rows: slice, out: RowBuffers, residual: Tensor, features: Tensor
+    job: Regime, rows: slice, out: RowBuffers, residual: Tensor, features: Tensor
 ) -> Sums:
     """Sum r_i (outer) h_i and r_i over the counted rows; ``residual`` is (n, K * C)."""
-    from ...kernels import gradient_sum as kernel
-    from ...kernels.operands import aligned
+    from moso_fast.kernels import gradient_sum as kernel
+    from moso_fast.kernels.operands import aligned
 
+    problem = job.problem
     counted, precision = out.counted[rows], problem.precision
 
     def launch(tile: Any) -> Any:
@@ -93,25 +91,29 @@ def sum_gradients(
             residual, features, precision=precision, counted=counted, tile=tile
         )
 
-    operands = (operand_dtype(problem) == torch.bfloat16, aligned(residual) and aligned(features))
-    width, dim = residual.shape[1], problem.dim
-    key = kind("gradient_sum", width, dim, features.dtype, precision, *operands)
-    wanted = kernel.choose_tile(width, dim, *operands)
-    choices = [choice for choice in kernel.TILES if not choice.narrow]
-    sums = launch(pick_tile(problem, key, choices, wanted, operands, launch))
+    def pick() -> Any:
+        operands = (job.operand == torch.bfloat16, aligned(residual) and aligned(features))
+        width, dim = residual.shape[1], problem.dim
+        key = kind("gradient_sum", width, dim, features.dtype, precision, *operands)
+        wanted = kernel.choose_tile(width, dim, *operands)
+        choices = [choice for choice in kernel.TILES if not choice.narrow]
+        return pick_tile(problem, key, choices, wanted, operands, launch)
+
+    sums = launch(job.tile("gradient_sum", pick))
     return Sums(sums.grad.view(problem.weight.shape), sums.bias.view(problem.weight.shape[:2]))
 
 
 def sum_narrow_gradients(
-    problem: Problem, rows: slice, out: RowBuffers, residual: Tensor, features: Tensor
+    job: Regime, rows: slice, out: RowBuffers, residual: Tensor, features: Tensor
 ) -> Tensor:
     """Sum r_i (outer) h_i over the counted rows, (1, C, D); ``residual`` (n, M) as it is stored.
 
     Columns behind the C classes are zeros.
     """
-    from ...kernels import gradient_sum as kernel
-    from ...kernels.operands import aligned
+    from moso_fast.kernels import gradient_sum as kernel
+    from moso_fast.kernels.operands import aligned
 
+    problem = job.problem
     counted, precision = out.counted[rows], problem.precision
 
     def launch(tile: Any) -> Any:
@@ -119,43 +121,37 @@ def sum_narrow_gradients(
             residual, features, precision=precision, counted=counted, bias=False, tile=tile
         )
 
-    narrow, straight = residual.dtype == torch.bfloat16, aligned(residual) and aligned(features)
-    operands = narrow, straight
-    width, dim = residual.shape[1], problem.dim
-    key = kind("gradient_sum", width, dim, features.dtype, precision, *operands, "narrow")
-    wanted = kernel.choose_tile(width, dim, *operands, narrow)
-    choices = [choice for choice in kernel.TILES if choice.narrow == (narrow and straight)]
-    grad = launch(pick_tile(problem, key, choices, wanted, operands, launch)).grad
+    def pick() -> Any:
+        narrow, straight = residual.dtype == torch.bfloat16, aligned(residual) and aligned(features)
+        operands = narrow, straight
+        width, dim = residual.shape[1], problem.dim
+        key = kind("gradient_sum", width, dim, features.dtype, precision, *operands, "narrow")
+        wanted = kernel.choose_tile(width, dim, *operands, narrow)
+        choices = [choice for choice in kernel.TILES if choice.narrow == (narrow and straight)]
+        return pick_tile(problem, key, choices, wanted, operands, launch)
+
+    grad = launch(job.tile("narrow_gradient_sum", pick)).grad
     return cast(Tensor, grad)[: problem.classes].view(problem.weight.shape)
 
 
-def lost_of(problem: Problem, out: RowBuffers, rows: slice) -> Tensor:
-    """Return where rows keep what rounding their stored residuals took from |r|^2: (n,) float32."""
-    if _LOST not in out.scratch:
-        out.scratch[_LOST] = torch.empty(problem.rows, device=problem.device)
-    lost: Tensor = out.scratch[_LOST][rows]
-    return lost
-
-
 def align_stored(
-    problem: Problem,
+    job: Regime,
     rows: slice,
     out: RowBuffers,
-    mean_grad: Tensor,
-    mean_bias_grad: Tensor | None,
     residual: Tensor,
     alignment: Tensor,
     lost: Tensor | None = None,
 ) -> None:
-    """Write <g_i, G> of the rows from their residuals (n, K * C).
+    """Write <g_i, G> of the rows from their residuals (n, K * C); G is ``job.gradient``.
 
     ``lost`` (n,): what rounding took from |r|^2, of residuals that are stored rounded.
     """
-    from ...kernels import stored_alignment as kernel
-    from ...kernels.operands import aligned
+    from moso_fast.kernels import stored_alignment as kernel
+    from moso_fast.kernels.operands import aligned
 
+    problem = job.problem
     features = kernel_features(problem, rows)
-    gradient, bias = operand_gradient(problem, mean_grad, mean_bias_grad)
+    gradient, bias = job.gradient
     restored = self_term(problem, rows, out)
 
     def launch(tile: Any) -> None:
@@ -171,18 +167,21 @@ def align_stored(
             tile=tile,
         )
 
-    project = problem.classes <= problem.dim
-    straight = aligned(features) and aligned(gradient)
-    if residual.dtype == torch.float32:  # narrow ones lie in rows of a length of their own
-        straight = straight and aligned(residual)
-        straight = straight and problem.classes * residual.element_size() % 16 == 0
-    operands = (gradient.dtype == torch.bfloat16, straight)
-    tiles = kernel.PROJECT_TILES if project else kernel.PULL_TILES
-    labels = (problem.heads, features.dtype, problem.precision, project, *operands, residual.dtype)
-    key = kind("stored_alignment", problem.classes, problem.dim, *labels)
-    major = limits_of(problem.device).major
-    wanted = kernel.choose_tile(problem.classes, project, *operands, major)
-    launch(pick_tile(problem, key, tiles, wanted, operands, launch))
+    def pick() -> Any:
+        project = problem.classes <= problem.dim
+        straight = aligned(features) and aligned(gradient)
+        if residual.dtype == torch.float32:  # narrow ones lie in rows of a length of their own
+            straight = straight and aligned(residual)
+            straight = straight and problem.classes * residual.element_size() % 16 == 0
+        operands = (gradient.dtype == torch.bfloat16, straight)
+        tiles = kernel.PROJECT_TILES if project else kernel.PULL_TILES
+        labels = (problem.heads, features.dtype, problem.precision, project, *operands)
+        key = kind("stored_alignment", problem.classes, problem.dim, *labels, residual.dtype)
+        major = limits_of(problem.device).major
+        wanted = kernel.choose_tile(problem.classes, project, *operands, major)
+        return pick_tile(problem, key, tiles, wanted, operands, launch)
+
+    launch(job.tile("stored_alignment", pick))
 
 
 def pick_tile(
@@ -225,9 +224,17 @@ def self_term(problem: Problem, rows: slice, out: RowBuffers) -> tuple[Tensor, T
     return out.feature_sqnorm[rows], out.number_counted()
 
 
+def sum_bytes(problem: Problem) -> int:
+    """Bytes of gradient sums and what is added to them, in float64, and of float32 partials."""
+    from moso_fast.kernels.gradient_sum import PARTIAL_BYTES
+
+    numbers = problem.weight.numel()
+    return 16 * numbers + max(4 * numbers, PARTIAL_BYTES)
+
+
 def sum_tile(problem: Problem) -> str:
     """Say which tile the gradient sum takes for aligned operands."""
-    from ...kernels import gradient_sum
+    from moso_fast.kernels import gradient_sum
 
     rounded = operand_dtype(problem) == torch.bfloat16
     width = problem.heads * problem.classes
@@ -236,18 +243,10 @@ def sum_tile(problem: Problem) -> str:
 
 def alignment_tile(problem: Problem) -> str:
     """Say which tile the alignment from residuals takes for aligned operands."""
-    from ...kernels import stored_alignment
+    from moso_fast.kernels import stored_alignment
 
     rounded = operand_dtype(problem) == torch.bfloat16
     project = problem.classes <= problem.dim
     major = limits_of(problem.device).major
     tile = stored_alignment.choose_tile(problem.classes, project, rounded, True, major)
     return f"{'H G^T' if project else 'R G'} tile {tile_shape(tile)}"
-
-
-def operand_gradient(
-    problem: Problem, mean_grad: Tensor, mean_bias_grad: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """G (K * C, D) in the dtype of the operands, and its bias part (K * C,)."""
-    gradient = mean_grad.reshape(-1, problem.dim).to(operand_dtype(problem)).contiguous()
-    return gradient, None if mean_bias_grad is None else mean_bias_grad.reshape(-1).contiguous()

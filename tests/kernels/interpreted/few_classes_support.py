@@ -20,7 +20,7 @@ from moso_fast.kernels.row_arguments import RowOutputs
 from residual_support import GUARD, Guarded
 from torch import Tensor
 
-from moso_fast.core.problem import STATUS_SLOTS
+from moso_fast.core.status import STATUS_SLOTS
 
 STATISTICS = ("loss", "residual_sqnorm", "margin", "entropy")
 FIELDS = (*STATISTICS, "feature_sqnorm", "residual", "grad", "bias")

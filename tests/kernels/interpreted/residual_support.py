@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from moso_fast.kernels.residual import NarrowResiduals, RowOutputs, residual_rows
 from torch import Tensor
 
-from moso_fast.core.problem import STATUS_SLOTS
+from moso_fast.core.status import STATUS_SLOTS
 
 GUARD = 96
 SENTINEL = 12345.75

@@ -8,7 +8,7 @@ import pytest
 import torch
 from residual_support import FIELDS, assert_close, launch
 
-from moso_fast.core.problem import STATUS_LOGITS, STATUS_TARGET
+from moso_fast.core.status import STATUS_LOGITS, STATUS_TARGET
 
 LOSSES = ("binary_cross_entropy", "mse")
 SHAPES = [(5, 2, 1), (300, 1, 3), (67, 2, 10), (33, 1, 32), (7, 1, 33), (3, 2, 256), (5, 1, 1000)]
@@ -95,3 +95,11 @@ def test_bad_target(loss: str, generator: torch.Generator) -> None:
     assert result.status[STATUS_TARGET] == (6 if loss == "mse" else 5)
     counted = torch.arange(9) < 5
     assert launch(logits, targets, loss=loss, counted=counted).status == [9] * 4
+
+
+@pytest.mark.parametrize("classes", [1, 10, 300])
+def test_a_binary_target_of_one_half_counts_as_on(classes: int, generator: torch.Generator) -> None:
+    logits = torch.randn(9, 2, classes, generator=generator)
+    targets = torch.full((9, classes), 0.5)
+    result = launch(logits, targets, loss="binary_cross_entropy")
+    assert torch.equal(result.margin, logits.amin(2).T)

@@ -22,7 +22,7 @@ from moso_fast.kernels.row_arguments import RowOutputs
 from moso_fast.kernels.tiles import Tile
 from torch import Tensor
 
-from moso_fast.core.problem import STATUS_FEATURE, STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
+from moso_fast.core.status import STATUS_FEATURE, STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
 
 BF16 = torch.bfloat16
 # (n, K, C, D): one row, one number; around the edges of tiles of 16 rows, 16 lanes, 32 columns.

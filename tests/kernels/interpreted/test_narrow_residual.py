@@ -18,7 +18,7 @@ from residual_support import FIELDS, Result, assert_close, launch, reference
 from test_softmax_residual import logits_and_ids, probabilities
 from torch import Tensor
 
-from moso_fast.core.problem import STATUS_LABEL, STATUS_LOGITS
+from moso_fast.core.status import STATUS_LABEL, STATUS_LOGITS
 
 BF16 = torch.bfloat16
 STATISTICS = FIELDS[1:]

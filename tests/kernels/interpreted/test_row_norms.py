@@ -14,7 +14,7 @@ from moso_fast.kernels.row_norms import OwnTerm, column_sums, row_dots, row_norm
 from residual_support import Guarded
 from torch import Tensor
 
-from moso_fast.core.problem import STATUS_FEATURE, STATUS_SLOTS
+from moso_fast.core.status import STATUS_FEATURE, STATUS_SLOTS
 
 BF16 = torch.bfloat16
 DTYPES = (torch.float32, torch.float16, BF16)

@@ -31,7 +31,7 @@ from test_few_classes_first import LOSSES, options_of
 from test_few_classes_first import draw as draw_heads
 from torch import Tensor
 
-from moso_fast.core.problem import (
+from moso_fast.core.status import (
     STATUS_FEATURE,
     STATUS_LABEL,
     STATUS_LOGITS,
@@ -463,3 +463,25 @@ def test_refused_arguments(name: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         row_tiles(**given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [1, 17, 100])
+def test_a_binary_target_of_one_half_counts_as_on(classes: int, generator: torch.Generator) -> None:
+    features, weight, bias, _ = draw((9, classes, 4), generator)
+    targets = torch.full((9, classes), 0.5)
+    result = run(features, weight, bias, targets, loss="binary_cross_entropy")
+    lowest = (features.double() @ weight[0].double().T + bias[0]).amin(1)
+    torch.testing.assert_close(result["margin"][0].double(), lowest, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("classes", [2, 17, 100])
+def test_difference_of_logits_overflows(classes: int, soft: bool) -> None:
+    """A gap of infinity is probability 0: nothing in the entropy or the loss, and no NaN."""
+    weight = torch.full((1, classes, 1), -3e38)
+    weight[0, 0] = 3e38
+    labels = torch.eye(classes)[:1] if soft else torch.tensor([0])
+    result = run(torch.ones(1, 1), weight, None, labels)
+    assert result["status"] == [1] * STATUS_SLOTS
+    assert float(result["loss"]) == 0.0 and float(result["entropy"]) == 0.0
+    assert not result["residual"].any() and math.isinf(float(result["margin"]))

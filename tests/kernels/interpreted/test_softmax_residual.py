@@ -8,7 +8,7 @@ import pytest
 import torch
 from residual_support import FIELDS, Result, assert_close, launch
 
-from moso_fast.core.problem import STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
+from moso_fast.core.status import STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
 
 # (n, K, C): around every tile edge, fewer and more items than a tile has rows, several programs.
 SHAPES = [
@@ -335,3 +335,14 @@ def test_rows_and_heads_do_not_touch_each_other(classes: int, generator: torch.G
     assert torch.equal(part.residual, whole.residual[1:, 1:2])
     for name in FIELDS[1:]:
         assert torch.equal(getattr(part, name), getattr(whole, name)[1:2, 1:]), name
+
+
+@pytest.mark.parametrize("classes", [2, 8193])
+def test_difference_of_logits_overflows_at_probabilities(classes: int) -> None:
+    """Classes of probability 0 cost nothing, however far below the top they lie."""
+    logits = torch.full((1, 1, classes), -3e38)
+    logits[0, 0, 0] = 3e38
+    result = launch(logits, torch.eye(1, classes))
+    assert result.status == [1] * 4
+    assert float(result.loss) == 0.0 and float(result.entropy) == 0.0
+    assert not result.residual.any() and math.isinf(float(result.margin))

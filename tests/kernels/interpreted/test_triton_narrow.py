@@ -8,7 +8,7 @@ from core_support import FIELDS, Case, assert_close, assert_stats_match, random_
 
 from moso_fast.backends.triton.choice import REGIME_VARIABLE
 from moso_fast.backends.triton.regimes import blas as triton_blas
-from moso_fast.core import engine
+from moso_fast.core import memory
 from moso_fast.core.problem import build_problem
 from moso_fast.core.reference import closed_form_stats
 from moso_fast.functional import last_layer_stats, moso_scores
@@ -71,7 +71,7 @@ def test_ignored_and_excluded_rows_may_hold_anything(
     kept: bool, chunk_size: int | None, regime: str, monkeypatch
 ) -> None:
     if not kept:
-        monkeypatch.setattr(engine, "residual_budget", lambda device: 0)
+        monkeypatch.setattr(memory, "residual_budget", lambda device: 0)
     case = draw()
     labels, features = case.labels.clone(), case.features.clone()
     labels[[3, 29]] = -100
@@ -92,7 +92,7 @@ def test_chunks_and_recomputed_residuals_change_nothing(regime: str, monkeypatch
     case = draw()
     whole = score_with("triton", case)
     chunked = score_with("triton", case, chunk_size=7)
-    monkeypatch.setattr(engine, "residual_budget", lambda device: 0)
+    monkeypatch.setattr(memory, "residual_budget", lambda device: 0)
     again = score_with("triton", case)
     for name in FIELDS:
         for other in (chunked, again):
@@ -131,7 +131,7 @@ def test_blas_sums_gradients_by_cublas_where_all_is_finite(
     classes: int, dim: int, kept: bool, chunk_size: int | None, bias: bool, sums, monkeypatch
 ) -> None:
     if not kept:
-        monkeypatch.setattr(engine, "residual_budget", lambda device: 0)
+        monkeypatch.setattr(memory, "residual_budget", lambda device: 0)
     case = draw(c=classes, d=dim, bias=bias)
     case.labels[[3, 29]] = -100  # rows that do not count, but hold numbers
     stats = score_with("triton", case, chunk_size=chunk_size)
@@ -149,7 +149,7 @@ def test_blas_sums_gradients_by_the_masked_kernel_where_a_row_is_not_finite(
     classes: int, dim: int, kept: bool, bias: bool, sums, monkeypatch
 ) -> None:
     if not kept:
-        monkeypatch.setattr(engine, "residual_budget", lambda device: 0)
+        monkeypatch.setattr(memory, "residual_budget", lambda device: 0)
     case = draw(c=classes, d=dim, bias=bias)
     counts = torch.ones(60, dtype=torch.bool)
     counts[[3, 29]] = False

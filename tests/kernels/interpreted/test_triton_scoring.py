@@ -22,13 +22,13 @@ from core_support import (
 from moso_fast import backends
 from moso_fast.backends import common
 from moso_fast.backends.triton import products as triton_products
-from moso_fast.backends.triton.backend import TritonBackend
 from moso_fast.backends.triton.choice import REGIME_VARIABLE, REGIMES
 from moso_fast.backends.triton.regimes import blas as triton_blas
 from moso_fast.backends.triton.regimes import few_classes as triton_few_classes
 from moso_fast.backends.triton.regimes import recompute as triton_recompute
 from moso_fast.backends.triton.regimes import regime as triton_regime
-from moso_fast.core import engine
+from moso_fast.backends.triton.regimes.regime import Regime
+from moso_fast.core import memory
 from moso_fast.core.reference import closed_form_stats, explicit_stats
 from moso_fast.functional import explain, last_layer_stats, moso_scores
 
@@ -159,9 +159,8 @@ def test_self_term_is_as_exact_as_the_norm(classes, dim, regime, monkeypatch) ->
     truth = (n * exact.alignment[0] - exact.grad_sqnorm[0]) / (n - 1)
     with_term = relative_error(score_with(TRITON, case).scores(), truth)
     monkeypatch.setattr(triton_blas, "lost_self_term", lambda *args: 0.0)
-    monkeypatch.setattr(
-        triton_blas, "lost_of", lambda problem, out, rows: torch.zeros(rows.stop - rows.start)
-    )
+    nothing = property(lambda self: torch.zeros(self.problem.rows))  # whatever is written to it
+    monkeypatch.setattr(Regime, "lost", nothing)
     for module in (triton_products, triton_recompute, triton_few_classes):
         monkeypatch.setattr(module, "self_term", lambda *args: None)
     without = relative_error(score_with(TRITON, case).scores(), truth)
@@ -346,16 +345,16 @@ def test_runs_are_bitwise_equal(regime) -> None:
 
 def test_residuals_are_kept_only_within_the_budget(regime, monkeypatch) -> None:
     calls = []
-    original = TritonBackend.second_pass
+    original = REGIMES[regime].second
 
-    def spy(self, problem, rows, out, grad, bias_grad, residual, alignment):
+    def spy(self, rows, out, residual, alignment):
         calls.append(residual is not None)
-        original(self, problem, rows, out, grad, bias_grad, residual, alignment)
+        original(self, rows, out, residual, alignment)
 
-    monkeypatch.setattr(TritonBackend, "second_pass", spy)
+    monkeypatch.setattr(REGIMES[regime], "second", spy)
     case = random_case("ids", n=40)
     kept = score_with(TRITON, case)
-    monkeypatch.setattr(engine, "residual_budget", lambda device: 0)
+    monkeypatch.setattr(memory, "residual_budget", lambda device: 0)
     again = score_with(TRITON, case)
     assert calls == [REGIMES[regime].stores_residuals, False]
     for name in FIELDS:

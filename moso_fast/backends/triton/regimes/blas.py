@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....core.engine import FirstPass, RowBuffers
-from ....core.problem import STATUS_FEATURE, STATUS_LOGITS, Problem
+from ....core.passes import FirstPass, RowBuffers
+from ....core.problem import Problem
+from ....core.status import STATUS_FEATURE, STATUS_LOGITS
 from ...common import alignments, gradient_sum, logits_of, note, product, safe_features
-from ..products import features_and_norms, kernel_features, lost_of, sum_narrow_gradients
+from ..products import features_and_norms, kernel_features, sum_narrow_gradients
 from .regime import (
     SLAB_ROWS,
     Regime,
@@ -30,6 +31,7 @@ from .regime import (
     kernel_weights,
     operand_dtype,
     operand_name,
+    padded,
 )
 
 # Numbers of a block of residuals whose lost self-terms are summed at a time, and the bytes that
@@ -46,48 +48,49 @@ class BlasRegime(Regime):
     name = "blas"
     feature_reads = 4  # norms, logits, gradient sum, alignments
 
-    def fits(self, problem: Problem) -> str | None:
+    @classmethod
+    def fits(cls, problem: Problem) -> str | None:
         """Return None: every problem of the backend."""
         return None
 
-    def row_bytes(self, problem: Problem) -> int:
+    def row_bytes(self) -> int:
         """Logits, a product of the same size, operand copies."""
+        problem = self.problem
         if narrow_ones(problem):  # logits, and residuals or the product behind them
             product_bytes = 4 * (min(problem.classes, problem.dim) + 16)
             return 4 * problem.classes + max(product_bytes, 2 * problem.classes)
         a_row = 8 * problem.heads * problem.classes
-        operand = operand_dtype(problem)
-        if operand.itemsize == 2:
+        if self.operand.itemsize == 2:
             a_row += 2 * problem.heads * problem.classes
-        if operand != problem.features.dtype:
-            a_row += operand.itemsize * problem.dim
+        if self.operand != problem.features.dtype:
+            a_row += self.operand.itemsize * problem.dim
         if problem.classes > problem.dim:
             a_row += 4 * problem.heads * problem.dim
         return a_row
 
-    def fixed_bytes(self, problem: Problem) -> int:
+    def fixed_bytes(self) -> int:
         """Gradient sums and what is added to them, in float64; float32 sums of slabs; a block."""
-        rows = min(problem.rows, self.chunk_rows(problem))
+        problem = self.problem
+        rows = min(problem.rows, self.chunk_rows)
         numbers = problem.weight.numel()
         slabs = min(rows // SLAB_ROWS[problem.precision], _BATCH_BYTES // (4 * numbers))
         partial = 4 * max(1, slabs) * numbers
         block = 0
-        if operand_dtype(problem).itemsize == 2 and not narrow_ones(problem):
+        if self.operand.itemsize == 2 and not narrow_ones(problem):
             block = _BLOCK_BYTES * min(rows * problem.heads * problem.classes, BLOCK_NUMBERS)
         return 16 * numbers + partial + block
 
-    def describe(self, problem: Problem) -> str:
+    def kernels(self) -> str:
         """Operands of the products and the tile of the kernel."""
-        return f"{operand_name(problem)} products by cuBLAS, {residual_tile(problem)}"
+        return f"{operand_name(self.problem)} products by cuBLAS, {residual_tile(self.problem)}"
 
-    def first_pass(
-        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
-    ) -> FirstPass:
-        """See :class:`moso_fast.backends.base.Backend`."""
+    def first(self, rows: slice, out: RowBuffers) -> FirstPass:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        problem = self.problem
         if narrow_ones(problem):
-            return self._narrow_first_pass(problem, rows, out, keep_residual)
+            return self._narrow_first(rows, out)
         features = cleared_features(problem, rows, out)
-        residual = residuals(problem, rows, out, features)
+        residual = residuals(self, rows, out, features)
         note_norms(problem, rows, out)
         slab_rows = SLAB_ROWS[problem.precision]
         grad_sum = gradient_sum(
@@ -97,64 +100,104 @@ class BlasRegime(Regime):
         return FirstPass(
             grad_sum.reshape(problem.weight.shape),
             residual.sum(0, dtype=torch.float64).reshape(shape[1:]),
-            residual.reshape(shape) if keep_residual else None,
+            residual.reshape(shape) if self.returns_residual else None,
         )
 
-    def second_pass(
-        self,
-        problem: Problem,
-        rows: slice,
-        out: RowBuffers,
-        mean_grad: Tensor,
-        mean_bias_grad: Tensor | None,
-        residual: Tensor | None,
-        alignment: Tensor,
+    def second(
+        self, rows: slice, out: RowBuffers, residual: Tensor | None, alignment: Tensor
     ) -> None:
-        """See :class:`moso_fast.backends.base.Backend`."""
+        """See :class:`moso_fast.core.passes.Passes`."""
+        problem = self.problem
         # Rows that do not count may hold anything; each touches its own result alone.
         if narrow_ones(problem):
             features = kernel_features(problem, rows)
             if residual is None:
-                residual = narrow_residuals(problem, rows, out, features)[:, None]
-            flat = residual[:, 0]
-            align_narrow(problem, rows, out, features, flat, mean_grad, mean_bias_grad, alignment)
+                residual = narrow_residuals(self, rows, out, features)[:, None]
+            self._align_narrow(rows, out, features, residual[:, 0], alignment)
             return
-        features = problem.feature_rows(rows).to(operand_dtype(problem))
+        features = problem.feature_rows(rows).to(self.operand)
         if residual is None:
-            flat = residuals(problem, rows, out, features)
+            flat = residuals(self, rows, out, features)
             residual = flat.reshape(-1, problem.heads, problem.classes)
-        dots = alignments(features, residual, mean_grad, mean_bias_grad)
+        gradient = self.gradient[0].view(problem.weight.shape)
+        dots = alignments(features, residual, gradient, self.mean_bias_grad)
         if features.dtype.itemsize == 2 and problem.cu_seqlens is None:
             dots = dots + lost_self_term(out, rows, residual, problem.classes > problem.dim)
         alignment.copy_(torch.where(out.counted[rows], dots, 0))
 
-    def _narrow_first_pass(
-        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
-    ) -> FirstPass:
+    def _narrow_first(self, rows: slice, out: RowBuffers) -> FirstPass:
         """First pass with residuals as the products take them.
 
         cuBLAS multiplies the features of rows that do not count with residuals of 0, and 0 NaN is
         NaN: whether there are any that are not finite is asked for, which waits for the norms
         alone. Where there are, or nobody may wait, a kernel that skips such rows makes the sum.
         """
+        problem = self.problem
         dirty = torch.zeros(1, dtype=torch.int32, device=problem.device)
         features = features_and_norms(problem, rows, out, dirty)
         skip = capturing(problem) or bool(dirty)
-        residual = narrow_residuals(problem, rows, out, features)
+        residual = narrow_residuals(self, rows, out, features)
         note_norms(problem, rows, out)
         if skip:
-            grad_sum = sum_narrow_gradients(problem, rows, out, residual, features)
+            grad_sum = sum_narrow_gradients(self, rows, out, residual, features)
         else:
             slab_rows = SLAB_ROWS[problem.precision]
             total = gradient_sum(residual, features, slab_rows, batch_bytes=_BATCH_BYTES)
             grad_sum = total[None, : problem.classes]
-        kept = residual[:, None] if keep_residual else None
+        kept = residual[:, None] if self.returns_residual else None
         return FirstPass(grad_sum, column_sums(problem, residual), kept)
+
+    def begin_second(self, mean_grad: Tensor, mean_bias_grad: Tensor | None) -> None:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        super().begin_second(mean_grad, mean_bias_grad)
+        if narrow_ones(self.problem):
+            self._narrow_gradient = _narrow_gradient(self.problem, *self.gradient)
+
+    def _align_narrow(
+        self, rows: slice, out: RowBuffers, features: Tensor, residual: Tensor, alignment: Tensor
+    ) -> None:
+        """Write <g_i, G> of the rows from narrow residuals, by cuBLAS and one kernel behind it."""
+        from moso_fast.kernels.row_norms import OwnTerm, row_dots
+
+        own = OwnTerm(out.feature_sqnorm[rows], out.number_counted(), self.lost[rows])
+        dim, counted = self.problem.dim, out.counted[rows]
+        gradient, shift = self._narrow_gradient
+        if self.problem.classes <= dim:
+            projected = product(features, gradient.T)
+            row_dots(projected, residual, alignment[0], counted, own, shift=shift)
+            return
+        pulled, extra = product(residual, gradient), None
+        if self.mean_bias_grad is not None:
+            pulled, extra = pulled[:, :dim], pulled[:, dim : dim + 2]
+        row_dots(pulled, features, alignment[0], counted, own, extra=extra)
+
+
+def _narrow_gradient(
+    problem: Problem, gradient: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """G as the products with narrow residuals and features take it, and a shift or None.
+
+    As many rows as narrow residuals have columns. Where residuals are the operand (C > D), the
+    bias part stands in two columns more, high and low digits: <r, gb> comes with the product.
+    """
+    gradient = padded(gradient)
+    if bias is None:
+        return gradient, None
+    missing = gradient.shape[0] - problem.classes
+    if problem.classes <= problem.dim:
+        return gradient, torch.nn.functional.pad(bias, (0, missing))
+    high = bias.to(gradient.dtype)
+    low = (bias - high.float()).to(gradient.dtype)
+    wider = gradient.new_zeros(gradient.shape[0], problem.dim + 8)
+    wider[:, : problem.dim] = gradient
+    wider[: problem.classes, problem.dim] = high
+    wider[: problem.classes, problem.dim + 1] = low
+    return wider, None
 
 
 def residual_tile(problem: Problem) -> str:
     """Say which tile the residual kernel takes."""
-    from ....kernels.residual import choose_config  # imports Triton
+    from moso_fast.kernels.residual import choose_config  # imports Triton
 
     narrow = narrow_ones(problem)
     config = choose_config(
@@ -189,20 +232,20 @@ def note_norms(problem: Problem, rows: slice, out: RowBuffers) -> None:
 
 
 def residuals(
-    problem: Problem, rows: slice, out: RowBuffers, features: Tensor, softmax: Any = None
+    job: Regime, rows: slice, out: RowBuffers, features: Tensor, softmax: Any = None
 ) -> Tensor:
     """Residuals (n, K * C) in the memory of the logits; writes the statistics of the rows.
 
     ``softmax``: where to leave what residuals can be computed from again, or None.
     """
-    logits = logits_of(problem, features)
-    _launch(problem, rows, out, logits, softmax=softmax)
+    logits = logits_of(features, *job.heads)
+    _launch(job.problem, rows, out, logits, softmax=softmax)
     return logits
 
 
 def _launch(problem: Problem, rows: slice, out: RowBuffers, logits: Tensor, **options: Any) -> None:
     """Make residuals of logits and write the statistics of the rows."""
-    from ....kernels.residual import RowOutputs, residual_rows  # imports Triton
+    from moso_fast.kernels.residual import RowOutputs, residual_rows  # imports Triton
 
     residual_rows(
         logits,
@@ -234,73 +277,23 @@ def narrow_ones(problem: Problem) -> bool:
     return rounded and problem.heads == 1 and problem.cu_seqlens is None and problem.classes > 4
 
 
-def narrow_residuals(problem: Problem, rows: slice, out: RowBuffers, features: Tensor) -> Tensor:
-    """Residuals (n, M) bfloat16, zeros behind the classes; writes statistics and ``lost``."""
-    from ....kernels.residual import NarrowResiduals  # imports Triton
+def narrow_residuals(job: Regime, rows: slice, out: RowBuffers, features: Tensor) -> Tensor:
+    """Residuals (n, M) bfloat16, zeros behind the classes; writes statistics and ``job.lost``."""
+    from moso_fast.kernels.residual import NarrowResiduals  # imports Triton
 
-    weight = _padded(problem.weight[0].to(features.dtype))
+    problem, (weight, bias) = job.problem, job.narrow_heads
     residual = torch.empty(
         features.shape[0], weight.shape[0], dtype=torch.bfloat16, device=problem.device
     )
-    narrow = NarrowResiduals(residual, lost_of(problem, out, rows))
+    narrow = NarrowResiduals(residual, job.lost[rows])
     logits = product(features, weight.T)[:, : problem.classes]
-    bias = None if problem.bias is None else problem.bias[0].contiguous()
     _launch(problem, rows, out, logits, bias=bias, narrow=narrow)
     return residual
 
 
-def _padded(heads: Tensor) -> Tensor:
-    """``heads`` (C, D) with rows of zeros up to a multiple of 8.
-
-    cuBLAS has kernels of the newest kind only for results whose rows begin at multiples of 16
-    bytes: the logits of 100 classes took 1.7 times as long as those of 104 on an H200.
-    """
-    missing = -heads.shape[0] % 8
-    return torch.nn.functional.pad(heads, (0, 0, 0, missing)) if missing else heads
-
-
-def align_narrow(
-    problem: Problem,
-    rows: slice,
-    out: RowBuffers,
-    features: Tensor,
-    residual: Tensor,
-    mean_grad: Tensor,
-    mean_bias_grad: Tensor | None,
-    alignment: Tensor,
-) -> None:
-    """Write <g_i, G> of the rows from narrow residuals, by cuBLAS and one kernel behind it."""
-    from ....kernels.row_norms import OwnTerm, row_dots
-
-    lost = lost_of(problem, out, rows)
-    own = OwnTerm(out.feature_sqnorm[rows], out.number_counted(), lost)
-    dim, counted = problem.dim, out.counted[rows]
-    gradient = _padded(mean_grad[0].to(features.dtype))
-    if problem.classes <= dim:
-        shift = None
-        if mean_bias_grad is not None:
-            missing = gradient.shape[0] - problem.classes
-            shift = torch.nn.functional.pad(mean_bias_grad[0], (0, missing))
-        row_dots(product(features, gradient.T), residual, alignment[0], counted, own, shift=shift)
-        return
-    if mean_bias_grad is None:
-        pulled, extra = product(residual, gradient), None
-    else:
-        # The bias part as columns of the gradient, in two terms: <r, gb> comes with the product.
-        high = mean_bias_grad[0].to(gradient.dtype)
-        low = (mean_bias_grad[0] - high.float()).to(gradient.dtype)
-        wider = gradient.new_zeros(gradient.shape[0], dim + 8)
-        wider[:, :dim] = gradient
-        wider[: problem.classes, dim] = high
-        wider[: problem.classes, dim + 1] = low
-        pulled = product(residual, wider)
-        pulled, extra = pulled[:, :dim], pulled[:, dim : dim + 2]
-    row_dots(pulled, features, alignment[0], counted, own, extra=extra)
-
-
 def column_sums(problem: Problem, residual: Tensor) -> Tensor:
     """Sum of narrow residuals over the rows, (1, C) float64."""
-    from ....kernels.row_norms import column_sums as kernel
+    from moso_fast.kernels.row_norms import column_sums as kernel
 
     return kernel(residual)[None, : problem.classes]
 

@@ -7,12 +7,13 @@ residuals, or makes the residuals again from the same read where they are not ke
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ....core.engine import FirstPass, RowBuffers
+from ....core.passes import FirstPass, RowBuffers
 from ....core.problem import Problem
 from ..autotune import kind, tile_for
 from ..products import kernel_features, row_outputs, self_term, straight_rows
@@ -35,7 +36,8 @@ class FewClassesRegime(Regime):
     name = "few_classes"
     feature_reads = 2
 
-    def fits(self, problem: Problem) -> str | None:
+    @classmethod
+    def fits(cls, problem: Problem) -> str | None:
         """Return why not: a C and D that no tile holds, or none without spills in this Triton."""
         if _default(problem, "first") and _default(problem, "second"):
             return None
@@ -44,39 +46,38 @@ class FewClassesRegime(Regime):
             return f"{what} without spills in Triton {'.'.join(map(str, triton_version()))}"
         return what
 
-    def row_bytes(self, problem: Problem) -> int:
+    def row_bytes(self) -> int:
         """Its share of a partial sum, labels, and the features where they must be copied."""
-        from ....kernels.operands import MOST_ROWS
+        from moso_fast.kernels.operands import MOST_ROWS
 
+        problem = self.problem
         a_row = 16 + 4 * problem.weight.numel() // MOST_ROWS[problem.precision]
         if problem.features.stride(1) != 1:
             a_row += problem.dim * problem.features.dtype.itemsize
         return a_row
 
-    def fixed_bytes(self, problem: Problem) -> int:
+    def fixed_bytes(self) -> int:
         """Gradient sums in float64, and one partial sum for each of the fewest slabs."""
-        return (8 + 4 * 264) * problem.weight.numel()
+        return (8 + 4 * 264) * self.problem.weight.numel()
 
-    def describe(self, problem: Problem) -> str:
+    def kernels(self) -> str:
         """Products and tiles."""
-        first, second = _default(problem, "first"), _default(problem, "second")
+        first, second = _default(self.problem, "first"), _default(self.problem, "second")
         return (
             f"{first.products} products, one kernel a pass, tiles {tile_shape(first.tile)} and "
             f"{tile_shape(second.tile)}"
         )
 
-    def first_pass(
-        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
-    ) -> FirstPass:
-        """See :class:`moso_fast.backends.base.Backend`."""
-        from ....kernels.few_classes import few_classes_first
+    def first(self, rows: slice, out: RowBuffers) -> FirstPass:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        from moso_fast.kernels.few_classes import few_classes_first
 
+        problem, residual = self.problem, None
         features = kernel_features(problem, rows)
         shape = (features.shape[0], problem.heads, problem.classes)
-        residual = None
-        if keep_residual:
+        if self.returns_residual:
             residual = torch.empty(shape, dtype=torch.float32, device=problem.device)
-        weight, bias = _heads(problem)
+        weight, bias = self.float_heads
         outputs = row_outputs(out, rows)
 
         def launch(choice: Any) -> Any:
@@ -98,25 +99,20 @@ class FewClassesRegime(Regime):
                 choice=choice,
             )
 
-        sums = launch(_choice(problem, "first", features, launch))
+        pick = partial(_choice, problem, "first", features, launch)
+        sums = launch(self.tile("few_classes_first", pick))
         return FirstPass(sums.grad, sums.bias, residual)  # overflows of norms: the kernel's work
 
-    def second_pass(
-        self,
-        problem: Problem,
-        rows: slice,
-        out: RowBuffers,
-        mean_grad: Tensor,
-        mean_bias_grad: Tensor | None,
-        residual: Tensor | None,
-        alignment: Tensor,
+    def second(
+        self, rows: slice, out: RowBuffers, residual: Tensor | None, alignment: Tensor
     ) -> None:
-        """See :class:`moso_fast.backends.base.Backend`."""
-        from ....kernels.few_classes import Recompute, few_classes_second
+        """See :class:`moso_fast.core.passes.Passes`."""
+        from moso_fast.kernels.few_classes import Recompute, few_classes_second
 
+        problem = self.problem
         features = kernel_features(problem, rows)
         source: Any = Recompute(
-            *_heads(problem),
+            *self.float_heads,
             kernel_targets(problem, rows),
             problem.loss,
             problem.label_smoothing,
@@ -131,8 +127,8 @@ class FewClassesRegime(Regime):
             few_classes_second(
                 features,
                 source,
-                mean_grad.contiguous(),
-                None if mean_bias_grad is None else mean_bias_grad.contiguous(),
+                self.mean_grad,
+                self.mean_bias_grad,
                 counted=out.counted[rows],
                 feature_sqnorm=out.feature_sqnorm[rows],
                 out=alignment,
@@ -141,12 +137,14 @@ class FewClassesRegime(Regime):
                 choice=choice,
             )
 
-        launch(_choice(problem, "second", features, launch, residual is not None))
+        pick = partial(_choice, problem, "second", features, launch, residual is not None)
+        launch(self.tile("few_classes_second", pick))
 
-
-def _heads(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    bias = None if problem.bias is None else problem.bias.contiguous()
-    return problem.weight.contiguous(), bias
+    def begin_second(self, mean_grad: Tensor, mean_bias_grad: Tensor | None) -> None:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        # The kernels round or split G themselves.
+        bias = None if mean_bias_grad is None else mean_bias_grad.contiguous()
+        self.mean_grad, self.mean_bias_grad = mean_grad.contiguous(), bias
 
 
 def _version() -> tuple[int, ...]:
@@ -161,8 +159,8 @@ def _default(
     version: tuple[int, ...] | None = None,
 ) -> Any:
     """Return the tile that the kernels' own table gives the first or second pass, or None."""
-    from ....kernels import few_classes_tiles as tiles
-    from ....kernels.operands import products_of
+    from moso_fast.kernels import few_classes_tiles as tiles
+    from moso_fast.kernels.operands import products_of
 
     straight = straight_rows(problem) if straight is None else straight
     products = products_of(problem.features.dtype, problem.precision)
@@ -175,8 +173,8 @@ def _default(
 
 def _choice(problem: Problem, which: str, features: Tensor, launch: Any, *labels: object) -> Any:
     """Return the default tile, or the quickest of those that hold the problem."""
-    from ....kernels import few_classes_tiles as tiles
-    from ....kernels.operands import aligned
+    from moso_fast.kernels import few_classes_tiles as tiles
+    from moso_fast.kernels.operands import aligned
 
     straight = aligned(features)
     default = _default(problem, which, straight)

@@ -8,20 +8,21 @@ It writes one number a row: no tensor of rows x classes exists in the second pas
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ....core.engine import FirstPass, RowBuffers
+from ....core.passes import FirstPass, RowBuffers
 from ....core.problem import Problem
 from ..autotune import kind
 from ..products import (
     features_and_norms,
     kernel_features,
-    operand_gradient,
     pick_tile,
     self_term,
+    sum_bytes,
     sum_gradients,
     sum_tile,
 )
@@ -30,12 +31,9 @@ from .regime import (
     Regime,
     kernel_weights,
     limits_of,
-    operand_dtype,
     operand_name,
     tile_shape,
 )
-
-_STATE = "softmax"
 
 
 class RecomputeRegime(Regime):
@@ -45,35 +43,35 @@ class RecomputeRegime(Regime):
     feature_reads = 4  # norms, logits, gradient sum, alignments
     stores_residuals = False
 
-    def fits(self, problem: Problem) -> str | None:
+    @classmethod
+    def fits(cls, problem: Problem) -> str | None:
         """Return why not: what other losses need besides the logits."""
         if problem.loss != "cross_entropy" or problem.soft_labels:
             return "it makes residuals again for cross-entropy with class ids alone"
         return None
 
-    def row_bytes(self, problem: Problem) -> int:
+    def row_bytes(self) -> int:
         """Logits, and a copy of the features where cuBLAS cannot take them as they are."""
+        problem = self.problem
         a_row = 4 * problem.heads * problem.classes
-        if operand_dtype(problem) != problem.features.dtype:
+        if self.operand != problem.features.dtype:
             a_row += 4 * problem.dim
         return a_row
 
-    def fixed_bytes(self, problem: Problem) -> int:
+    def fixed_bytes(self) -> int:
         """Gradient sums and what is added to them, in float64, and their float32 partials."""
-        from ....kernels.gradient_sum import PARTIAL_BYTES
+        return sum_bytes(self.problem)
 
-        numbers = problem.weight.numel()
-        return 16 * numbers + max(4 * numbers, PARTIAL_BYTES)
-
-    def state_bytes(self, problem: Problem) -> int:
+    def state_bytes(self) -> int:
         """Three numbers a row and head."""
-        return 12 * problem.heads * problem.rows
+        return 12 * self.problem.heads * self.problem.rows
 
-    def describe(self, problem: Problem) -> str:
+    def kernels(self) -> str:
         """Operands and tiles."""
-        from ....kernels import stacked_alignment
+        from moso_fast.kernels import stacked_alignment
 
-        rounded = operand_dtype(problem) == torch.bfloat16
+        problem = self.problem
+        rounded = self.operand == torch.bfloat16
         major = limits_of(problem.device).major
         tile = stacked_alignment.choose_tile(problem.classes, rounded, True, major)
         return (
@@ -81,39 +79,29 @@ class RecomputeRegime(Regime):
             f"{sum_tile(problem)}, H [W; G]^T tile {tile_shape(tile)}"
         )
 
-    def first_pass(
-        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
-    ) -> FirstPass:
-        """See :class:`moso_fast.backends.base.Backend`."""
+    def first(self, rows: slice, out: RowBuffers) -> FirstPass:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        problem = self.problem
         features = features_and_norms(problem, rows, out)
-        state = _state(out, rows)
-        operands = features.to(operand_dtype(problem))
-        residual = residuals(problem, rows, out, operands, state)
+        residual = residuals(self, rows, out, features.to(self.operand), self._state(rows))
         note_norms(problem, rows, out)
-        sums = sum_gradients(problem, rows, out, residual, features)
+        sums = sum_gradients(self, rows, out, residual, features)
         # The second pass has no use for residuals; the norms of sequences have.
-        shaped = residual.view(-1, problem.heads, problem.classes)
-        wanted = keep_residual and problem.cu_seqlens is not None
-        return FirstPass(sums.grad, sums.bias, shaped if wanted else None)
+        wanted = None
+        if problem.cu_seqlens is not None:
+            wanted = residual.view(-1, problem.heads, problem.classes)
+        return FirstPass(sums.grad, sums.bias, wanted)
 
-    def second_pass(
-        self,
-        problem: Problem,
-        rows: slice,
-        out: RowBuffers,
-        mean_grad: Tensor,
-        mean_bias_grad: Tensor | None,
-        residual: Tensor | None,
-        alignment: Tensor,
+    def second(
+        self, rows: slice, out: RowBuffers, residual: Tensor | None, alignment: Tensor
     ) -> None:
-        """See :class:`moso_fast.backends.base.Backend`."""
-        from ....kernels import stacked_alignment as kernel
-        from ....kernels.operands import aligned
+        """See :class:`moso_fast.core.passes.Passes`."""
+        from moso_fast.kernels import stacked_alignment as kernel
+        from moso_fast.kernels.operands import aligned
 
+        problem = self.problem
         features = kernel_features(problem, rows)
-        gradient, bias_gradient = operand_gradient(problem, mean_grad, mean_bias_grad)
-        weight = problem.weight.reshape(-1, problem.dim).to(gradient.dtype)
-        bias = None if problem.bias is None else problem.bias.reshape(-1).contiguous()
+        (weight, bias), (gradient, bias_gradient) = self.heads, self.gradient
         restored = self_term(problem, rows, out)
 
         def launch(tile: Any) -> None:
@@ -122,7 +110,7 @@ class RecomputeRegime(Regime):
                 weight,
                 gradient,
                 problem.labels[rows].contiguous(),
-                _state(out, rows),
+                self._state(rows),
                 alignment,
                 bias=bias,
                 mean_bias_grad=bias_gradient,
@@ -133,19 +121,25 @@ class RecomputeRegime(Regime):
                 tile=tile,
             )
 
-        straight = all(aligned(matrix) for matrix in (features, weight, gradient))
-        operands = (gradient.dtype == torch.bfloat16, straight)
-        labels = (problem.heads, features.dtype, problem.precision, *operands)
-        key = kind("stacked_alignment", problem.classes, problem.dim, *labels)
-        major = limits_of(problem.device).major
-        wanted = kernel.choose_tile(problem.classes, *operands, major)
-        launch(pick_tile(problem, key, kernel.TILES, wanted, operands, launch))
+        def pick() -> Any:
+            straight = all(aligned(matrix) for matrix in (features, weight, gradient))
+            operands = (gradient.dtype == torch.bfloat16, straight)
+            labels = (problem.heads, features.dtype, problem.precision, *operands)
+            key = kind("stacked_alignment", problem.classes, problem.dim, *labels)
+            major = limits_of(problem.device).major
+            wanted = kernel.choose_tile(problem.classes, *operands, major)
+            return pick_tile(problem, key, kernel.TILES, wanted, operands, launch)
 
+        launch(self.tile("stacked_alignment", pick))
 
-def _state(out: RowBuffers, rows: slice) -> Any:
-    """Three numbers of the softmax of every row and head: a ``SoftmaxState`` of these rows."""
-    from ....kernels.residual import SoftmaxState
+    @cached_property
+    def _softmax(self) -> Any:
+        """Three numbers of the softmax of every row and head, (K, rows) each."""
+        from moso_fast.kernels.residual import SoftmaxState
 
-    if _STATE not in out.scratch:
-        out.scratch[_STATE] = SoftmaxState(*(torch.empty_like(out.loss) for _ in range(3)))
-    return SoftmaxState(*(value[:, rows] for value in out.scratch[_STATE]))
+        shape, device = (self.problem.heads, self.problem.rows), self.problem.device
+        return SoftmaxState(*(torch.empty(shape, device=device) for _ in range(3)))
+
+    def _state(self, rows: slice) -> Any:
+        """Those of ``rows``."""
+        return type(self._softmax)(*(value[:, rows] for value in self._softmax))

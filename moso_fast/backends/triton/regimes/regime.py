@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ....core.passes import Passes, Plan
 from ....core.problem import Problem
-
-if TYPE_CHECKING:
-    from ....core.engine import FirstPass, RowBuffers
 
 # Bytes of one chunk's logits, products and copies, at most. Large on a GPU, where a chunk costs
 # some thirty launches, and with many classes a sweep over gradients of the size of the head; small
@@ -34,6 +33,9 @@ SLAB_ROWS = {"highest": 512, "high": 8192, "medium": 8192}
 # technical specifications): what the interpreter stands in for, compute capability 9.0.
 _SHARED_BYTES_OF_90 = 227 * 1024
 
+# A number of the mean gradient, as the engine keeps it: float64, and float32 for the second pass.
+_GRADIENT_BYTES = 12
+
 # Major compute capabilities that tests/kernels/compiled/test_triton_aot*.py compile every tile for.
 PROVEN_MAJORS = (8, 9, 10)
 
@@ -51,10 +53,17 @@ class Limits:
         return self.capability[0] if self.capability[0] in PROVEN_MAJORS else 8
 
 
-class Regime(ABC):
-    """First and second pass over a chunk, as :class:`moso_fast.backends.base.Backend` has them.
+class Regime(Passes):
+    """One way through the two passes, for some problems; an instance is one job.
 
-    Both passes of one job run in the same regime; the choice is made in ``choice.py``.
+    Both passes of a job run in the same regime; the choice is made in ``choice.py``.
+
+    Parameters
+    ----------
+    problem, plan
+        The job, which :meth:`fits`, and what may be kept in memory.
+    reasons
+        Why this regime was chosen, and the others not: for those who ask.
     """
 
     name: str
@@ -63,48 +72,94 @@ class Regime(ABC):
     #: Whether it uses residuals that are kept between the passes.
     stores_residuals = True
 
+    def __init__(self, problem: Problem, plan: Plan, reasons: Sequence[str] = ()) -> None:
+        super().__init__(problem, plan)
+        self.reasons = tuple(reasons)
+        self.operand = operand_dtype(problem)
+        # Rows whose working memory fits the chunk's budget.
+        self.chunk_rows = max(1, chunk_bytes(problem.device) // max(1, self.row_bytes()))
+        self._tiles: dict[str, Any] = {}
+
+    @classmethod
     @abstractmethod
-    def fits(self, problem: Problem) -> str | None:
+    def fits(cls, problem: Problem) -> str | None:
         """Why this problem cannot run in this regime, or None."""
 
     @abstractmethod
-    def row_bytes(self, problem: Problem) -> int:
+    def row_bytes(self) -> int:
         """Bytes of working memory that every row of a chunk takes."""
 
-    def fixed_bytes(self, problem: Problem) -> int:
+    def fixed_bytes(self) -> int:
         """Bytes of working memory that a chunk takes whatever its rows: partial sums."""
         return 0
 
-    def state_bytes(self, problem: Problem) -> int:
+    def state_bytes(self) -> int:
         """Bytes that stay from the first pass to the second, beside residuals."""
         return 0
 
-    def chunk_rows(self, problem: Problem) -> int:
-        """Rows whose working memory fits the chunk's budget."""
-        return max(1, chunk_bytes(problem.device) // max(1, self.row_bytes(problem)))
-
     @abstractmethod
-    def describe(self, problem: Problem) -> str:
+    def kernels(self) -> str:
         """Operands, kernels and tiles, in one line."""
 
-    @abstractmethod
-    def first_pass(
-        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
-    ) -> FirstPass:
-        """See :class:`moso_fast.backends.base.Backend`."""
+    def describe(self) -> str:
+        """Regime, operands and tiles."""
+        return f"triton: regime {self.name}, {self.kernels()}"
 
-    @abstractmethod
-    def second_pass(
-        self,
-        problem: Problem,
-        rows: slice,
-        out: RowBuffers,
-        mean_grad: Tensor,
-        mean_bias_grad: Tensor | None,
-        residual: Tensor | None,
-        alignment: Tensor,
-    ) -> None:
-        """See :class:`moso_fast.backends.base.Backend`."""
+    def explain(self, chunk_rows: int) -> list[str]:
+        """Regime, tiles, sweeps over the features, peak memory, and the reasons."""
+        problem, plan = self.problem, self.plan
+        rows = min(chunk_rows, problem.rows)
+        stored = self.stores_residuals and plan.keep_residual
+        kept = self.state_bytes() + (plan.residual_bytes if stored else 0)
+        peak = kept + self.fixed_bytes() + rows * self.row_bytes()
+        peak += _GRADIENT_BYTES * problem.weight.numel()
+        if problem.streamed:
+            row = problem.dim * problem.features.dtype.itemsize
+            peak += min(plan.resident_bytes, row * problem.rows) + 2 * rows * row
+        return [
+            self.describe(),
+            *self.reasons,
+            f"features read {self.feature_reads} times in all; at most about "
+            f"{peak / 2**20:.1f} MiB beyond inputs and results",
+        ]
+
+    def tile(self, kernel: str, pick: Callable[[], Any]) -> Any:
+        """Return the tile that ``pick`` gave when this job first launched ``kernel``."""
+        if kernel not in self._tiles:
+            self._tiles[kernel] = pick()
+        return self._tiles[kernel]
+
+    @cached_property
+    def heads(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (K * C, D) in the dtype of the operands, and bias (K * C,) in float32 or None."""
+        problem = self.problem
+        weight = problem.weight.reshape(-1, problem.dim).to(self.operand).contiguous()
+        return weight, None if problem.bias is None else problem.bias.reshape(-1).contiguous()
+
+    @cached_property
+    def float_heads(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (K, C, D) and bias (K, C) in float32 for kernels that split or round them."""
+        bias = self.problem.bias
+        return self.problem.weight.contiguous(), None if bias is None else bias.contiguous()
+
+    @cached_property
+    def narrow_heads(self) -> tuple[Tensor, Tensor | None]:
+        """The heads with as many rows as cuBLAS has its newest kernels for, see `padded`."""
+        weight, bias = self.heads
+        return padded(weight), bias
+
+    def begin_second(self, mean_grad: Tensor, mean_bias_grad: Tensor | None) -> None:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        super().begin_second(mean_grad, mean_bias_grad)
+        gradient = mean_grad.reshape(-1, self.problem.dim).to(self.operand).contiguous()
+        bias = None if mean_bias_grad is None else mean_bias_grad.reshape(-1).contiguous()
+        #: G (K * C, D) in the dtype of the operands, and its bias part (K * C,) or None.
+        self.gradient = gradient, bias
+
+    @cached_property
+    def lost(self) -> Tensor:
+        """(rows,) float32: what rounding the stored residuals of a row took from its |r|^2."""
+        return torch.empty(self.problem.rows, device=self.problem.device)
 
 
 def chunk_bytes(device: torch.device) -> int:
@@ -131,6 +186,16 @@ def operand_name(problem: Problem) -> str:
     if operand_dtype(problem) == torch.bfloat16:
         return "bfloat16"
     return "float32" if problem.precision == "highest" else "tf32"
+
+
+def padded(heads: Tensor) -> Tensor:
+    """``heads`` (C, D) with rows of zeros up to a multiple of 8.
+
+    cuBLAS has kernels of the newest kind only for results whose rows begin at multiples of 16
+    bytes: the logits of 100 classes took 1.7 times as long as those of 104 on an H200.
+    """
+    missing = -heads.shape[0] % 8
+    return torch.nn.functional.pad(heads, (0, 0, 0, missing)) if missing else heads
 
 
 def tile_shape(tile: Any) -> str:

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....core.engine import FirstPass, RowBuffers
+from ....core.passes import FirstPass, RowBuffers
 from ....core.problem import Problem
 from ..autotune import kind, tile_for
 from ..products import (
     align_stored,
     alignment_tile,
     kernel_features,
-    lost_of,
     row_outputs,
     straight_rows,
+    sum_bytes,
     sum_narrow_gradients,
 )
 from .regime import (
@@ -30,7 +30,6 @@ from .regime import (
     kernel_targets,
     kernel_weights,
     limits_of,
-    operand_dtype,
     tile_shape,
 )
 
@@ -41,7 +40,8 @@ class RowTilesRegime(Regime):
     name = "row_tiles"
     feature_reads = 3
 
-    def fits(self, problem: Problem) -> str | None:
+    @classmethod
+    def fits(cls, problem: Problem) -> str | None:
         """Return why not: several heads, sequences, or a C that no tile holds."""
         if problem.heads > 1:
             return "it takes one head, and they share the features"
@@ -51,29 +51,28 @@ class RowTilesRegime(Regime):
             return f"no tile holds C = {problem.classes} with these operands"
         return None
 
-    def row_bytes(self, problem: Problem) -> int:
+    def row_bytes(self) -> int:
         """Residuals as stored, labels, and the features where they must be copied."""
-        a_row = 16 + operand_dtype(problem).itemsize * (problem.classes + 8)
+        problem = self.problem
+        a_row = 16 + self.operand.itemsize * (problem.classes + 8)
         if problem.features.stride(1) != 1:
             a_row += problem.dim * problem.features.dtype.itemsize
         return a_row
 
-    def fixed_bytes(self, problem: Problem) -> int:
+    def fixed_bytes(self) -> int:
         """Gradient sums in float64 and their float32 partials."""
-        from ....kernels.gradient_sum import PARTIAL_BYTES
+        return sum_bytes(self.problem)
 
-        numbers = problem.weight.numel()
-        return 16 * numbers + max(4 * numbers, PARTIAL_BYTES)
-
-    def state_bytes(self, problem: Problem) -> int:
+    def state_bytes(self) -> int:
         """One number a row where residuals are rounded."""
-        return 4 * problem.rows if operand_dtype(problem).itemsize == 2 else 0
+        return 4 * self.problem.rows if self.operand.itemsize == 2 else 0
 
-    def describe(self, problem: Problem) -> str:
+    def kernels(self) -> str:
         """Products and tiles."""
-        from ....kernels import gradient_sum
+        from moso_fast.kernels import gradient_sum
 
-        rounded, straight = operand_dtype(problem).itemsize == 2, straight_rows(problem)
+        problem = self.problem
+        rounded, straight = self.operand.itemsize == 2, straight_rows(problem)
         tile = _tile(problem, straight)
         sums = gradient_sum.choose_tile(problem.classes, problem.dim, rounded, straight, rounded)
         return (
@@ -81,91 +80,83 @@ class RowTilesRegime(Regime):
             f"{tile_shape(sums)}, {alignment_tile(problem)}"
         )
 
-    def first_pass(
-        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
-    ) -> FirstPass:
-        """See :class:`moso_fast.backends.base.Backend`."""
-        features = kernel_features(problem, rows)
-        residual, bias = _residuals(problem, rows, out, features)
-        grad = sum_narrow_gradients(problem, rows, out, residual, features)
-        return FirstPass(grad, bias.view(1, -1), residual[:, None] if keep_residual else None)
+    def first(self, rows: slice, out: RowBuffers) -> FirstPass:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        features = kernel_features(self.problem, rows)
+        residual, bias = self._residuals(rows, out, features)
+        grad = sum_narrow_gradients(self, rows, out, residual, features)
+        kept = residual[:, None] if self.returns_residual else None
+        return FirstPass(grad, bias.view(1, -1), kept)
 
-    def second_pass(
-        self,
-        problem: Problem,
-        rows: slice,
-        out: RowBuffers,
-        mean_grad: Tensor,
-        mean_bias_grad: Tensor | None,
-        residual: Tensor | None,
-        alignment: Tensor,
+    def second(
+        self, rows: slice, out: RowBuffers, residual: Tensor | None, alignment: Tensor
     ) -> None:
-        """See :class:`moso_fast.backends.base.Backend`."""
+        """See :class:`moso_fast.core.passes.Passes`."""
         if residual is None:
-            flat = _residuals(problem, rows, out, kernel_features(problem, rows))[0]
+            flat = self._residuals(rows, out, kernel_features(self.problem, rows))[0]
         else:
             flat = residual[:, 0]
-        lost = lost_of(problem, out, rows) if flat.dtype == torch.bfloat16 else None
-        flat = flat[:, : problem.classes]
-        align_stored(problem, rows, out, mean_grad, mean_bias_grad, flat, alignment, lost)
+        lost = self.lost[rows] if flat.dtype == torch.bfloat16 else None
+        align_stored(self, rows, out, flat[:, : self.problem.classes], alignment, lost)
 
+    def _residuals(self, rows: slice, out: RowBuffers, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Residuals (n, columns), their sum (C,); writes statistics, norms, status and ``lost``."""
+        from moso_fast.kernels import row_tiles as kernel
+        from moso_fast.kernels.operands import aligned
 
-def _residuals(
-    problem: Problem, rows: slice, out: RowBuffers, features: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Residuals (n, columns) and their sum (C,); writes statistics, norms, status and ``lost``."""
-    from ....kernels import row_tiles as kernel
-    from ....kernels.operands import aligned
+        problem = self.problem
+        weight, bias = self.float_heads
+        outputs = row_outputs(out, rows)
 
-    bias = None if problem.bias is None else problem.bias.contiguous()
-    outputs = row_outputs(out, rows)
+        def launch(tile: Any) -> Any:
+            return kernel.row_tiles(
+                features,
+                weight,
+                bias,
+                kernel_targets(problem, rows),
+                out=outputs,
+                status=out.status,
+                first_row=rows.start,
+                loss=problem.loss,
+                label_smoothing=problem.label_smoothing,
+                ignore_index=problem.ignore_index,
+                sample_weight=kernel_weights(problem, rows),
+                exclude_nonfinite=problem.nonfinite == "exclude",
+                precision=problem.precision,
+                tile=tile,
+            )
 
-    def launch(tile: Any) -> Any:
-        return kernel.row_tiles(
-            features,
-            problem.weight.contiguous(),
-            bias,
-            kernel_targets(problem, rows),
-            out=outputs,
-            status=out.status,
-            first_row=rows.start,
-            loss=problem.loss,
-            label_smoothing=problem.label_smoothing,
-            ignore_index=problem.ignore_index,
-            sample_weight=kernel_weights(problem, rows),
-            exclude_nonfinite=problem.nonfinite == "exclude",
-            precision=problem.precision,
-            tile=tile,
-        )
+        def pick() -> Any:
+            products, straight = _products(problem), aligned(features)
+            limits, default = limits_of(problem.device), _tile(problem, straight)
+            candidates = [
+                choice.tile
+                for choice in kernel.TILES
+                if (choice.products, choice.aligned) == (products, straight)
+                and limits.major in choice.majors
+                and _kind(problem) in choice.losses
+                and problem.classes <= choice.tile.classes <= 2 * default.classes
+                and choice.tile.shared_bytes <= limits.shared_bytes
+            ]
+            labels = (problem.loss, features.dtype, products, straight)
+            key = kind("row_tiles", problem.classes, problem.dim, *labels)
+            return tile_for(problem.device, key, candidates, default, launch)
 
-    products, straight, limits = _products(problem), aligned(features), limits_of(problem.device)
-    default = _tile(problem, straight)
-    candidates = [
-        choice.tile
-        for choice in kernel.TILES
-        if (choice.products, choice.aligned) == (products, straight)
-        and limits.major in choice.majors
-        and _kind(problem) in choice.losses
-        and problem.classes <= choice.tile.classes <= 2 * default.classes
-        and choice.tile.shared_bytes <= limits.shared_bytes
-    ]
-    labels = (problem.loss, features.dtype, products, straight)
-    key = kind("row_tiles", problem.classes, problem.dim, *labels)
-    made = launch(tile_for(problem.device, key, candidates, default, launch))
-    if made.lost is not None:
-        lost_of(problem, out, rows).copy_(made.lost)
-    return made.residual, made.bias
+        made = launch(self.tile("row_tiles", pick))
+        if made.lost is not None:
+            self.lost[rows] = made.lost
+        return made.residual, made.bias
 
 
 def _products(problem: Problem) -> str:
-    from ....kernels.operands import products_of
+    from moso_fast.kernels.operands import products_of
 
     return products_of(problem.features.dtype, problem.precision)
 
 
 def _tile(problem: Problem, straight: bool) -> Any:
     """Return the tile of the rows kernel for these operands, or None."""
-    from ....kernels.row_tiles import choose_tile
+    from moso_fast.kernels.row_tiles import choose_tile
 
     limits = limits_of(problem.device)
     return choose_tile(
@@ -180,6 +171,6 @@ def _tile(problem: Problem, straight: bool) -> Any:
 
 def _kind(problem: Problem) -> str:
     """Return what the kernels call the problem's loss and targets."""
-    from ....kernels.row_arguments import kind_of
+    from moso_fast.kernels.row_arguments import kind_of
 
     return kind_of(problem.loss, problem.labels)

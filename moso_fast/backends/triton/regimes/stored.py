@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ....core.engine import FirstPass, RowBuffers
+from ....core.passes import FirstPass, RowBuffers
 from ....core.problem import Problem
 from ..products import (
     align_stored,
     alignment_tile,
     features_and_norms,
     kernel_features,
-    lost_of,
+    sum_bytes,
     sum_gradients,
     sum_narrow_gradients,
     sum_tile,
@@ -30,7 +30,7 @@ from .blas import (
     residual_tile,
     residuals,
 )
-from .regime import Regime, operand_dtype, operand_name
+from .regime import Regime, operand_name
 
 
 class StoredRegime(Regime):
@@ -39,71 +39,65 @@ class StoredRegime(Regime):
     name = "stored"
     feature_reads = 4  # norms, logits, gradient sum, alignments
 
-    def fits(self, problem: Problem) -> str | None:
+    @classmethod
+    def fits(cls, problem: Problem) -> str | None:
         """Return None: every problem of the backend."""
         return None
 
-    def row_bytes(self, problem: Problem) -> int:
+    def row_bytes(self) -> int:
         """Logits, and a copy of the features where cuBLAS cannot take them as they are."""
+        problem = self.problem
         a_row = 4 * problem.heads * problem.classes
         if narrow_ones(problem):
             a_row += 2 * problem.classes
-        if operand_dtype(problem) != problem.features.dtype:
+        if self.operand != problem.features.dtype:
             a_row += 4 * problem.dim
         return a_row
 
-    def fixed_bytes(self, problem: Problem) -> int:
+    def fixed_bytes(self) -> int:
         """Gradient sums and what is added to them, in float64, and their float32 partials."""
-        from ....kernels.gradient_sum import PARTIAL_BYTES
+        return sum_bytes(self.problem)
 
-        numbers = problem.weight.numel()
-        return 16 * numbers + max(4 * numbers, PARTIAL_BYTES)
-
-    def describe(self, problem: Problem) -> str:
+    def kernels(self) -> str:
         """Operands, tiles of the residual kernel and of the products."""
+        problem = self.problem
         return (
             f"{operand_name(problem)} logits by cuBLAS, {residual_tile(problem)}, "
             f"{sum_tile(problem)}, {alignment_tile(problem)}"
         )
 
-    def first_pass(
-        self, problem: Problem, rows: slice, out: RowBuffers, keep_residual: bool
-    ) -> FirstPass:
-        """See :class:`moso_fast.backends.base.Backend`."""
+    def first(self, rows: slice, out: RowBuffers) -> FirstPass:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        problem, kept = self.problem, None
         features = features_and_norms(problem, rows, out)
         if narrow_ones(problem):
-            residual = narrow_residuals(problem, rows, out, features)
+            residual = narrow_residuals(self, rows, out, features)
             note_norms(problem, rows, out)
-            grad = sum_narrow_gradients(problem, rows, out, residual, features)
-            kept = residual[:, None] if keep_residual else None
+            grad = sum_narrow_gradients(self, rows, out, residual, features)
+            kept = residual[:, None] if self.returns_residual else None
             return FirstPass(grad, column_sums(problem, residual), kept)
-        residual = residuals(problem, rows, out, features.to(operand_dtype(problem)))
+        residual = residuals(self, rows, out, features.to(self.operand))
         note_norms(problem, rows, out)
-        sums = sum_gradients(problem, rows, out, residual, features)
-        shaped = residual.view(-1, problem.heads, problem.classes)
-        return FirstPass(sums.grad, sums.bias, shaped if keep_residual else None)
+        sums = sum_gradients(self, rows, out, residual, features)
+        if self.returns_residual:
+            kept = residual.view(-1, problem.heads, problem.classes)
+        return FirstPass(sums.grad, sums.bias, kept)
 
-    def second_pass(
-        self,
-        problem: Problem,
-        rows: slice,
-        out: RowBuffers,
-        mean_grad: Tensor,
-        mean_bias_grad: Tensor | None,
-        residual: Tensor | None,
-        alignment: Tensor,
+    def second(
+        self, rows: slice, out: RowBuffers, residual: Tensor | None, alignment: Tensor
     ) -> None:
-        """See :class:`moso_fast.backends.base.Backend`."""
+        """See :class:`moso_fast.core.passes.Passes`."""
+        problem = self.problem
         if narrow_ones(problem):
             if residual is None:
                 features = kernel_features(problem, rows)
-                residual = narrow_residuals(problem, rows, out, features)[:, None]
-            flat, lost = residual[:, 0, : problem.classes], lost_of(problem, out, rows)
-            align_stored(problem, rows, out, mean_grad, mean_bias_grad, flat, alignment, lost)
+                residual = narrow_residuals(self, rows, out, features)[:, None]
+            flat = residual[:, 0, : problem.classes]
+            align_stored(self, rows, out, flat, alignment, self.lost[rows])
             return
         if residual is None:
-            features = kernel_features(problem, rows).to(operand_dtype(problem))
-            flat = residuals(problem, rows, out, features)
+            features = kernel_features(problem, rows).to(self.operand)
+            flat = residuals(self, rows, out, features)
         else:
             flat = residual.flatten(1)
-        align_stored(problem, rows, out, mean_grad, mean_bias_grad, flat, alignment)
+        align_stored(self, rows, out, flat, alignment)

@@ -8,7 +8,8 @@ tied to its source by a comment behind it::
 
     a call costs 0.55<!-- benches/results/x/full.json /cases/few-rows/rows/0/seconds *1000 --> ms
 
-which holds where the JSON pointer, times the factor, rounds to the number at its digits.
+which holds where the JSON pointer, times the factor, rounds to the number at its digits. A number
+that reads like a measurement must stand in a paragraph that names a results file; RECORD is exempt.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "benches/results/amd-epyc-2-cpus/full.json"
 SECOND = "benches/results/amd-epyc-2-cpus/second/full.json"
+# The record of what was measured while tuning: builds that no longer exist, and no file of results.
+RECORD = "docs/tuning-notes.md"
 BEGIN = "<!-- benchmarks: written by `python benches/readme.py` -->"
 END = "<!-- /benchmarks -->"
 
@@ -134,8 +137,8 @@ def _conditions(results: dict[str, Any], second: dict[str, Any] | None) -> list[
     libraries = ", ".join(f"{n} {v}" for n, v in versions.items() if n != "triton")
     lines = [
         f"Numbers: [{RESULTS}]({RESULTS}) (all providers, quartiles, memory of each), made by "
-        f"`moso-fast bench --profile full --against peers` at {', '.join(commits)}; medians of "
-        "interleaved runs in one process; every result compared with float64 first, a wrong one "
+        f"`python -m benches run --profile full --against peers` at {', '.join(commits)}; medians "
+        "of interleaved runs in one process; every result compared with float64 first, a wrong one "
         "gets no number. ms, error and memory are those of moso_fast (memory beyond the inputs, "
         "in a process of its own, in parentheses that of the best plain PyTorch); the other "
         "columns are times over ours. jvp, libraries and `vmap(grad)` compute less than the three "
@@ -148,7 +151,7 @@ def _conditions(results: dict[str, Any], second: dict[str, Any] | None) -> list[
         "does better.",
     ]
     if second is not None:
-        from moso_fast.bench.compare import compare, verdict
+        from benches.compare import compare, verdict
 
         text = verdict(compare(results, second))[1]
         lines += ["", f"A second run ([{SECOND}]({SECOND})): {text}."]
@@ -186,8 +189,11 @@ def rewritten(text: str, root: Path = ROOT) -> str:
     return f"{before}{BEGIN}\n{made}\n{END}{after}"
 
 
-def number_errors(text: str, root: Path = ROOT) -> list[str]:
-    """Return what is wrong with the tied numbers of a text, and measurements with no source."""
+def number_errors(text: str, root: Path = ROOT, *, record: bool = False) -> list[str]:
+    """Return what is wrong with the tied numbers of a text, and measurements with no source.
+
+    ``record``: the text is RECORD, whose measurements need no source.
+    """
     errors = []
     for match in _TIED.finditer(text):
         value: Any = json.loads((root / match["file"]).read_text(encoding="utf-8"))
@@ -201,7 +207,7 @@ def number_errors(text: str, root: Path = ROOT) -> list[str]:
         exact = Decimal(repr(float(value) * float(match["factor"] or 1)))
         if exact.quantize(found) != found:
             errors.append(f"{found} is {exact} in {match['file']} at {match['pointer']}")
-    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    prose = "" if record else re.sub(r"```.*?```", "", text, flags=re.S)
     for paragraph in re.split(r"\n\s*\n", prose):
         found_number = _MEASURED.search(paragraph)
         if found_number and "benches/results/" not in paragraph:
@@ -230,9 +236,15 @@ def main() -> int:
         readme.write_text(made, encoding="utf-8")
     for page in pages():
         content = made if page == readme else page.read_text(encoding="utf-8")
-        errors += [f"{page.relative_to(ROOT)}: {e}" for e in number_errors(_outside(content))]
+        found = page_errors(page, content)
+        errors += [f"{page.relative_to(ROOT)}: {error}" for error in found]
     print("\n".join(errors) or "README and docs agree with the results")
     return 1 if errors else 0
+
+
+def page_errors(page: Path, text: str) -> list[str]:
+    """Return what is wrong with the numbers of a page, less its generated block."""
+    return number_errors(_outside(text), record=page == ROOT / RECORD)
 
 
 def _outside(text: str) -> str:

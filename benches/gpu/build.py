@@ -32,7 +32,7 @@ def module_path(name: str, suffix: str | None = None, root: Path = ROOT) -> Path
 
 def native_plan() -> ModuleType:
     """Return the module by which setup.py decides what to build."""
-    folder = str(ROOT / "tools")
+    folder = str(ROOT / "tools" / "build")
     if folder not in sys.path:
         sys.path.append(folder)
     return importlib.import_module("native_plan")

@@ -1,6 +1,6 @@
 """How long the smoke stage compiles, and that all of it compiles: measured here, without a GPU.
 
-    python benches/gpu compile [--capability 90] [--save FILE.json]
+    python -m benches.gpu compile [--capability 90] [--save FILE.json]
 
 Every case of the smoke stage goes through Triton's own just-in-time path with the arguments that
 it will have, except that kernels are compiled for the GPU named and not launched. Times are of one
@@ -113,7 +113,7 @@ def estimate(seconds: Sequence[float], workers: int) -> float:
 def main(arguments: Sequence[str]) -> int:
     """Measure, estimate, save."""
     parser = argparse.ArgumentParser(
-        prog="python benches/gpu compile",
+        prog="python -m benches.gpu compile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Builds for a machine with a GPU beforehand, and packs what that machine lacks.
 
-    make gpu-pack                          (or: python benches/gpu pack [--help])
+    make gpu-pack                          (or: python -m benches.gpu pack [--help])
 
 Compiling takes a minute and a half of a machine that is rented by the minute. This builds the
 native modules for another Python (--python, one that is installed here with its headers) and for
@@ -50,7 +50,7 @@ class PackError(SystemExit):
 def main(arguments: Sequence[str]) -> int:
     """Build, gather, write the archive; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python benches/gpu pack",
+        prog="python -m benches.gpu pack",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

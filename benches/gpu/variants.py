@@ -1,11 +1,11 @@
 """Times tiles of the kernels, shipped ones and others, beside products by cuBLAS.
 
-    python benches/gpu variants [--part rows] [--part sums ..] [--out FILE]
+    python -m benches.gpu variants [--part rows] [--part sums ..] [--out FILE]
 
 What the tables of tiles and of regimes are chosen by. Every variant is compiled beforehand, by
 processes side by side (Triton keeps what they compile), then timed in one process by device events
 behind a pause, the median of five. One JSON line each, to --out (default: build/gpu-variants.jsonl)
-as soon as it is known. Results are not checked here: `python benches/gpu check` does that.
+as soon as it is known. Results are not checked here: `python -m benches.gpu check` does that.
 
 With TRITON_INTERPRET=1 all variants run once on a few rows, without a GPU and without times.
 """
@@ -295,7 +295,7 @@ PARTS: dict[str, Callable[[], Iterator[Variant]]] = {
 def main(arguments: Sequence[str]) -> int:
     """Compile side by side, then time one after the other; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python benches/gpu variants",
+        prog="python -m benches.gpu variants",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -343,10 +343,12 @@ def _variants(parts: Sequence[str]) -> Iterator[tuple[str, str, Callable[[int], 
 
 def _compile(parts: Sequence[str]) -> None:
     """Have processes compile all variants, a share each."""
-    own = [sys.executable, str(Path(__file__).parent), "variants"]
+    own = [sys.executable, "-m", "benches.gpu", "variants"]
     own += [word for part in parts for word in ("--part", part)]
     children = [
-        subprocess.Popen([*own, "--compile", f"{k}/{COMPILERS}"], stdout=subprocess.DEVNULL)
+        subprocess.Popen(
+            [*own, "--compile", f"{k}/{COMPILERS}"], cwd=ROOT, stdout=subprocess.DEVNULL
+        )
         for k in range(COMPILERS)
     ]
     for child in children:

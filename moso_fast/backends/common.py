@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.losses import SOFT_LABEL_TOLERANCE
 from ..core.problem import Problem
 
 
@@ -117,3 +118,13 @@ def note(status: Tensor, slot: int, bad: Tensor, rows: slice) -> None:
     index = torch.arange(rows.start, rows.stop, device=bad.device)
     first = torch.where(bad, index, status[slot]).amin() if bad.numel() else status[slot]
     status[slot] = torch.minimum(status[slot], first)
+
+
+def bad_targets(problem: Problem, targets: Tensor) -> Tensor:
+    """Mask of the rows whose targets (n, C) are none for the loss."""
+    if problem.loss == "mse":
+        return ~torch.isfinite(targets).all(1)
+    bad = ~((targets >= 0) & (targets <= 1)).all(1)
+    if problem.loss == "cross_entropy":
+        bad |= (targets.sum(1) - 1).abs() > SOFT_LABEL_TOLERANCE
+    return bad

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.losses import SOFT_LABEL_TOLERANCE, RowStatistics, mapped_statistics
+from ..core.losses import RowStatistics, mapped_statistics
 from ..core.passes import FirstPass, Passes, Plan, RowBuffers
 from ..core.problem import Problem
 from ..core.status import STATUS_FEATURE, STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
 from .base import Availability, Backend
-from .common import alignments, gradient_sum, logits_of, safe_features, safe_labels
+from .common import alignments, bad_targets, gradient_sum, logits_of, safe_features, safe_labels
 
 # Rows of a chunk at most. A GPU wants few launches: chunks of 8192 rows took it 274 ms for 1.28
 # million, 50 times what their sweeps need.
@@ -90,7 +90,7 @@ class TorchPasses(Passes):
         overflow = counted & finite & ~torch.isfinite(total).all(1)
         bad = {STATUS_LABEL: bad_label, STATUS_FEATURE: bad_feature, STATUS_LOGITS: overflow}
         if problem.soft_labels:
-            bad[STATUS_TARGET] = _bad_target(problem, labels)
+            bad[STATUS_TARGET] = bad_targets(problem, labels)
         _note(out.status, bad, rows)
         flat = residual.reshape(residual.shape[0], -1)
         grad_sum = gradient_sum(flat, features, self._slab_rows, batch_bytes=self._partial_bytes)
@@ -148,12 +148,3 @@ def _note(status: Tensor, bad: dict[int, Tensor], rows: slice) -> None:
     known = status[: len(bad)]
     index = torch.arange(rows.start, rows.stop, device=status.device)
     torch.minimum(known, torch.where(masks, index, known[:, None]).amin(1), out=known)
-
-
-def _bad_target(problem: Problem, targets: Tensor) -> Tensor:
-    if problem.loss == "mse":
-        return ~torch.isfinite(targets).all(1)
-    bad = ~((targets >= 0) & (targets <= 1)).all(1)
-    if problem.loss == "cross_entropy":
-        bad |= (targets.sum(1) - 1).abs() > SOFT_LABEL_TOLERANCE
-    return bad

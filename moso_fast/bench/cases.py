@@ -2,7 +2,7 @@
 
 Sizes come in two profiles: ``full`` for the committed results, ``small`` for a look in under three
 minutes on two cores. Cases named ``grads-*`` have few rows, so that methods which build every
-per-sample gradient (N x C x D numbers) and the libraries that do take part. The small profile
+per-sample gradient (N x C x D elements) and the libraries that do take part. The small profile
 compiles in COMPILED_CASES alone: ``torch.compile`` takes five to ten seconds a case.
 """
 

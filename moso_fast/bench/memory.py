@@ -51,15 +51,28 @@ def resident_peak(job: Any) -> int:
 
 
 def peak_bytes_in_child(
-    case: Case, rows: int, provider: str, threads: int, limit: float
+    case: Case,
+    rows: int,
+    provider: str,
+    threads: int,
+    limit: float,
+    registry: str = "moso_fast.bench.providers",
 ) -> tuple[int | None, str | None]:
-    """Peak of one provider on a CPU, or None and why there is none."""
+    """Peak of one provider on a CPU, or None and why there is none.
+
+    Parameters
+    ----------
+    limit
+        Seconds after which the process is ended.
+    registry
+        Module whose ``PROVIDERS`` holds the provider; see :func:`.providers.registered`.
+    """
     if not sys.platform.startswith("linux"):
         return None, "peak memory is read from /proc, which only Linux has"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(_PRELOAD)  # `registry` beyond that is imported by the child
     answer = context.Queue()
-    child = context.Process(target=_child, args=(case, rows, provider, threads, answer))
+    child = context.Process(target=_child, args=(case, rows, provider, threads, registry, answer))
     child.start()
     try:
         return _wait(child, answer, limit)
@@ -83,7 +96,7 @@ def _wait(child: Any, answer: Any, limit: float) -> tuple[int | None, str | None
     return None, f"not done within {limit:.0f} s"
 
 
-def _child(case: Case, rows: int, provider: str, threads: int, answer: Any) -> None:
+def _child(case: Case, rows: int, provider: str, threads: int, registry: str, answer: Any) -> None:
     # Large blocks come from the system and go back there as soon as they are freed.
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
     warnings.simplefilter("ignore")
@@ -91,11 +104,11 @@ def _child(case: Case, rows: int, provider: str, threads: int, answer: Any) -> N
         os.dup2(nowhere.fileno(), 2)  # progress bars of libraries
     torch.set_num_threads(threads)
     from .inputs import make_inputs
-    from .providers import PROVIDERS
+    from .providers import providers_for
 
     try:
         inputs = make_inputs(case, rows)
-        chosen = next(p for p in PROVIDERS if p.name == provider and p.takes(case))
+        chosen = next(p for p in providers_for(case, registry) if p.name == provider)
         job = chosen.prepare(case, inputs)
         job()
         answer.put((resident_peak(job), None))

@@ -41,19 +41,21 @@ class Settings:
     memory_limit
         Seconds for one measurement of peak memory; 0 leaves memory out.
     all_memory
-        Measure the memory of every provider; False: of ours, of the fastest plain PyTorch, and of
-        those that build per-sample gradients.
+        Measure the memory of every provider; False: of ours, of the fastest plain PyTorch, of
+        those that build per-sample gradients and of other libraries.
+    registry
+        Module that lists the providers; see :func:`.providers.registered`.
     """
 
     profile: str = "small"
     device: str = "cpu"
-    peers: bool = False
     least: int = 3
     most: int = 11
     budget: float = 0.3
     patience: float = 1.5
     memory_limit: float = 10.0
     all_memory: bool = False
+    registry: str = "moso_fast.bench.providers"
 
     @classmethod
     def of_profile(cls, profile: str, **options: Any) -> Settings:
@@ -99,7 +101,7 @@ def measure_case(
     tick
         Called with a caption before each stage.
     providers
-        None takes all that belong to the case.
+        None takes all of the settings' registry that belong to the case.
 
     Returns
     -------
@@ -107,7 +109,7 @@ def measure_case(
         Case, conditions, ceilings, ``rows`` (one a provider) and ``skipped``; what JSON can hold.
     """
     if providers is None:
-        providers = providers_for(case, settings.peers)
+        providers = providers_for(case, settings.registry)
     tick(f"{case.name}: float64")
     roof = ceilings(settings.device, case.dtype) if roof is None else roof
     rows = case.rows(settings.profile)
@@ -258,6 +260,7 @@ def add_memory(
             row["provider"],
             torch.get_num_threads(),
             settings.memory_limit,
+            settings.registry,
         )
 
 

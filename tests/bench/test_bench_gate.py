@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from moso_fast.bench import cases, gate
+from benches.gate import command, counts, gate
+from moso_fast.bench import cases
+from moso_fast.bench.inputs import make_inputs
 from moso_fast.bench.providers import PROVIDERS
 from moso_fast.bench.providers.ours import OURS
-from moso_fast.cli import main
 from moso_fast.util import native
 
 needs_native = pytest.mark.skipif(
@@ -26,11 +27,11 @@ SIZES = (10, 200, 40)
 @needs_native
 @needs_valgrind
 def test_instructions_repeat_and_a_slower_kernel_shows() -> None:
-    honest, instruction_set = gate.count_instructions(*SIZES)
-    again, _ = gate.count_instructions(*SIZES)
+    honest, instruction_set = counts.count_instructions(*SIZES)
+    again, _ = counts.count_instructions(*SIZES)
     assert again == pytest.approx(honest, rel=0.01)
     # The deliberate slowdown: what the choice of kernel or instruction set would cost if lost.
-    slow, slow_set = gate.count_instructions(*SIZES, few_classes=False)
+    slow, slow_set = counts.count_instructions(*SIZES, few_classes=False)
     assert slow_set == instruction_set
     held = {"compiler": "c", "instructions": {"c10": round(honest), "c10_instruction_set": "s"}}
     for count, passes in ((again, True), (slow, False)):
@@ -46,23 +47,31 @@ def test_instructions_repeat_and_a_slower_kernel_shows() -> None:
 
 def test_without_valgrind_it_says_so(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert gate.count_instructions(*SIZES) == "valgrind is not installed"
+    assert counts.count_instructions(*SIZES) == "valgrind is not installed"
 
 
 @pytest.mark.raw_memory
 def test_calls_are_exact_and_more_of_them_show(monkeypatch) -> None:
-    honest = gate.count_calls()
-    assert gate.count_calls() == honest and min(honest.values()) > 10
-    problem = gate.build_problem(*gate.make_inputs(cases.CASES["c10-d512"], 8).head)
-    backend = type(gate.choose(problem)[0])
-    first_pass = backend.first_pass
+    honest = counts.count_calls()
+    assert counts.count_calls() == honest and min(honest.values()) > 10
+    problem = counts.build_problem(*make_inputs(cases.CASES["c10-d512"], 8).head)
+    backend = type(counts.choose(problem)[0])
+    prepare = backend.prepare
 
-    def twice(self, *arguments):
-        first_pass(self, *arguments)
-        return first_pass(self, *arguments)
+    def slowed(self, *arguments):  # decides twice and does the first pass twice
+        prepare(self, *arguments)
+        passes = prepare(self, *arguments)
+        first = passes.first
 
-    monkeypatch.setattr(backend, "first_pass", twice)
-    slow = gate.count_calls()
+        def twice(*given):
+            first(*given)
+            return first(*given)
+
+        monkeypatch.setattr(passes, "first", twice)
+        return passes
+
+    monkeypatch.setattr(backend, "prepare", slowed)
+    slow = counts.count_calls()
     for name, kept in honest.items():
         assert gate._at_most("calls", name, kept, kept).passed
         assert not gate._at_most("calls", name, slow[name], kept).passed
@@ -73,13 +82,13 @@ def test_ratio_fails_on_a_deliberate_slowdown(tmp_path, monkeypatch, capsys) -> 
     """Every call of ours done four times: the ratio inside one run falls under its bound."""
     small = replace(cases.CASES["c10-d512"], small=4096)
     monkeypatch.setitem(cases.CASES, "c10-d512", small)
-    honest = max(gate.ratio(small, rounds=7) for _ in range(3))
+    honest = max(counts.ratio(small, rounds=7) for _ in range(3))
     path = tmp_path / "gate.json"
     held = {"compiler": "-", "torch": "-", "instructions": {}, "calls": {},
             "least_ratios": {"c10-d512": honest / 2}}  # fmt: skip
     path.write_text(json.dumps(held))
-    monkeypatch.setattr(gate, "count_instructions", lambda *sizes: "left out here")
-    assert main(["bench", "--gate", str(path)]) == 0, capsys.readouterr().out
+    monkeypatch.setattr(counts, "count_instructions", lambda *sizes: "left out here")
+    assert command.main([str(path)]) == 0, capsys.readouterr().out
     capsys.readouterr()
 
     def repeated(provider):
@@ -90,24 +99,26 @@ def test_ratio_fails_on_a_deliberate_slowdown(tmp_path, monkeypatch, capsys) -> 
         return replace(provider, prepare=prepare) if provider.name == OURS else provider
 
     slowed = tuple(map(repeated, PROVIDERS))
-    monkeypatch.setattr(gate, "providers_for", lambda case: [p for p in slowed if p.takes(case)])
-    assert main(["bench", "--gate", str(path)]) == 1
+    monkeypatch.setattr(counts, "providers_for", lambda case: [p for p in slowed if p.takes(case)])
+    assert command.main([str(path)]) == 1
     shown = capsys.readouterr().out
     assert "ratio, c10-d512" in shown and "WORSE" in shown
     assert "calls: counted with torch -" in shown
 
 
 def test_a_gate_is_written_and_read(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gate, "count_instructions", lambda *sizes: "left out here")
+    monkeypatch.setattr(counts, "count_instructions", lambda *sizes: "left out here")
     monkeypatch.setattr(gate, "LEAST_RATIOS", {})
     path = tmp_path / "gate.json"
-    assert main(["bench", "--gate", str(path), "--write-gate", "--quiet"]) == 0
-    assert main(["bench", "--gate", str(path), "--json"]) == 0
+    assert command.main([str(path), "--write", "--quiet"]) == 0
+    assert command.main([str(path), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["passed"] and {f["name"] for f in answer["findings"]} == {
         "calls, operations",
         "calls, python_calls",
     }
-    path.write_text("[]")
-    assert main(["bench", "--gate", str(path)]) == 2
-    assert "is no gate file" in capsys.readouterr().err
+    for text, why in (("[]", "it lacks compiler, torch"), ("{", "is no gate file of moso_fast: ")):
+        path.write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            command.main([str(path)])
+        assert ended.value.code == 2 and why in capsys.readouterr().err

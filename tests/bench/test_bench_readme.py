@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "benches" / "readme.py"
+from benches import readme
 
-spec = importlib.util.spec_from_file_location("bench_readme", SCRIPT)
-readme = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(readme)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(
@@ -26,7 +22,7 @@ def test_block_is_what_the_results_give() -> None:
 
 @pytest.mark.parametrize("page", readme.pages(), ids=lambda page: page.name)
 def test_numbers_agree_with_their_files(page: Path) -> None:
-    assert readme.number_errors(readme._outside(page.read_text(encoding="utf-8"))) == []
+    assert readme.page_errors(page, page.read_text(encoding="utf-8")) == []
 
 
 def test_a_changed_number_is_noticed(tmp_path) -> None:
@@ -42,3 +38,12 @@ def test_a_changed_number_is_noticed(tmp_path) -> None:
     assert "no results file" in readme.number_errors("It takes 12 ms.", tmp_path)[0]
     assert "no results file" in readme.number_errors("It is 3.5 times as fast.", tmp_path)[0]
     assert readme.number_errors("```\n12 ms\n```\nat least 1 sample", tmp_path) == []
+
+
+def test_the_tuning_notes_need_no_source_but_their_tied_numbers_hold() -> None:
+    notes = ROOT / readme.RECORD
+    assert notes in readme.pages() and "ms" in notes.read_text(encoding="utf-8")
+    source = "<!-- benches/results/cpu.json /rows/0/C -->"
+    assert readme.page_errors(notes, f"It takes 12 ms. 10{source}") == []
+    assert readme.page_errors(notes, f"11{source}") != []
+    assert readme.page_errors(ROOT / "docs" / "other.md", "It takes 12 ms.") != []

@@ -21,7 +21,7 @@ from test_gpu_backends import (
 from moso_fast.backends import backends
 from moso_fast.backends.triton import autotune as triton_autotune
 from moso_fast.backends.triton.choice import REGIME_VARIABLE, REGIMES
-from moso_fast.core import engine
+from moso_fast.core import memory
 from moso_fast.core.problem import build_problem
 from moso_fast.core.reference import closed_form_stats, explicit_stats
 from moso_fast.core.streaming import CudaLane, StreamedFeed
@@ -153,8 +153,8 @@ def test_features_in_main_memory(pinned, resident_rows, regime, monkeypatch) -> 
     case = host_case()
     features = case.features.pin_memory() if pinned else case.features
     row = features.shape[1] * features.element_size()
-    monkeypatch.setattr(engine, "CHUNK_BYTES", 7_000 * row)
-    monkeypatch.setattr(engine, "_resident_budget", lambda *arguments: resident_rows * row)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 7_000 * row)
+    monkeypatch.setattr(memory, "resident_budget", lambda *arguments: resident_rows * row)
     stats = score("triton", Case(features, *case.args[1:], case.options))
     expected = score("triton", on_gpu(case))
     for name in FIELDS:

@@ -20,14 +20,14 @@ from moso_fast.backends.cuda import device as cuda_device
 from moso_fast.backends.triton import backend as triton_backend
 from moso_fast.backends.triton import choice as triton_choice
 from moso_fast.backends.triton import products as triton_products
+from moso_fast.backends.triton import regime as triton_regime
 from moso_fast.backends.triton.backend import TritonBackend, operand_dtype
 from moso_fast.backends.triton.choice import REGIMES, RULES, Rule, choose_regime
+from moso_fast.backends.triton.regime import CHUNK_BYTES, PROVEN_MAJORS, SLAB_ROWS, Limits
 from moso_fast.backends.triton.regimes import blas as triton_blas
 from moso_fast.backends.triton.regimes import few_classes as triton_few_classes
 from moso_fast.backends.triton.regimes import recompute as triton_recompute
-from moso_fast.backends.triton.regimes import regime as triton_regime
 from moso_fast.backends.triton.regimes import row_tiles as triton_row_tiles
-from moso_fast.backends.triton.regimes.regime import CHUNK_BYTES, PROVEN_MAJORS, SLAB_ROWS, Limits
 from moso_fast.core import memory
 from moso_fast.core.memory import make_plan
 from moso_fast.core.passes import Plan

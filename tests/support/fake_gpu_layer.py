@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gpu.check.worker import Wrong, run_child
+from benches.gpu.check.worker import Wrong, run_child
 
 FAULTS = json.loads(os.environ.get("FAKE_GPU_FAULTS", "{}"))
 UNITS = ("one", "two", "three")

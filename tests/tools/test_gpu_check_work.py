@@ -16,26 +16,22 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHES = ROOT / "benches"
 # tests/gpu in a pytest of its own, and the demo's study, have tests of their own.
 STAGES = ("smoke", "ceilings", "kernels", "profile", "calls", "compile", "sanitizer", "network")
 
 
 def work(name: str) -> Any:
-    return importlib.import_module(f"gpu.check.work.{name}")
-
-
-@pytest.fixture(autouse=True)
-def benches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHES))
+    return importlib.import_module(f"benches.gpu.check.work.{name}")
 
 
 def run_check(folder: Path) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     environment.pop("TRITON_INTERPRET", None)
     chosen = [word for stage in STAGES for word in ("--stage", stage)]
-    command = [sys.executable, str(BENCHES / "gpu"), "check", "--out", str(folder), *chosen]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-m", "benches.gpu", "check", "--out", str(folder), *chosen]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
 
 
 def test_a_dry_run_ends_and_the_next_goes_on(tmp_path: Path) -> None:
@@ -91,8 +87,8 @@ def planned(stages: list[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_every_unit_has_a_limit_a_name_and_sources() -> None:
-    names = [stage.name for stage in importlib.import_module("gpu.check.stages").STAGES]
-    sources = importlib.import_module("gpu.check.sources")
+    names = [stage.name for stage in importlib.import_module("benches.gpu.check.stages").STAGES]
+    sources = importlib.import_module("benches.gpu.check.sources")
     units = planned(names)
     most = {"smoke": 20, "kernels": 30, "calls": 30, "profile": 60, "tests": 90}
     for stage, each in units.items():
@@ -144,7 +140,7 @@ def test_what_says_the_most_is_planned_first(monkeypatch) -> None:
     plain = [f"bfloat16 medium {name}" for name in ("eager", *plan.PEERS)]
     assert all(key.endswith(tuple(plain)) for key in calls[22:behind])
     assert all("float32 highest" in key for key in calls[behind : behind + 33])
-    with importlib.import_module("gpu.compile_times").as_on_a_gpu():
+    with importlib.import_module("benches.gpu.compile_times").as_on_a_gpu():
         smoke = list(plan._smoke(True))
     assert len(smoke) > 50 and all(unit["limit"] <= 20 for unit in smoke)
     (profile,) = plan._profile(True)
@@ -176,10 +172,10 @@ def test_a_prediction_that_fails_costs_no_timing(monkeypatch) -> None:
 
 def test_the_smoke_stage_fits_its_time() -> None:
     """By compile times of one core, with the Triton that torch 2.11 brings along."""
-    found = json.loads((BENCHES / "results" / "gpu_smoke_compile.json").read_text())
-    stages = importlib.import_module("gpu.check.stages").STAGES
+    found = json.loads((ROOT / "benches" / "results" / "gpu_smoke_compile.json").read_text())
+    stages = importlib.import_module("benches.gpu.check.stages").STAGES
     assert found["triton"].startswith("3.6") and found["workers"] == stages[0].workers
-    tool = importlib.import_module("gpu.compile_times")
+    tool = importlib.import_module("benches.gpu.compile_times")
     others = [0.0] * (2 * 3 * len(tool.OURS))
     seconds = [case["seconds"] for case in found["cases"]]
     wall = tool.estimate([*seconds, *others], found["workers"])
@@ -188,7 +184,7 @@ def test_the_smoke_stage_fits_its_time() -> None:
 
 def serve(layer: Any, *units: dict[str, Any]) -> list[dict[str, Any]]:
     """Run units as the worker process does; return its messages."""
-    worker = importlib.import_module("gpu.check.worker")
+    worker = importlib.import_module("benches.gpu.check.worker")
     sent, waiting = [], list(units)
 
     def receive() -> dict[str, Any]:
@@ -212,7 +208,7 @@ def call(contender: str, **more: Any) -> dict[str, Any]:
 
 
 def outcome(*units: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = serve(importlib.import_module("gpu.check.layer"), *units)
+    messages = serve(importlib.import_module("benches.gpu.check.layer"), *units)
     return [message for message in messages if "outcome" in message]
 
 
@@ -236,7 +232,7 @@ def test_a_wrong_result_gets_no_number(value, field, name, monkeypatch) -> None:
 
     monkeypatch.setattr(timing, name, wrong)
     contender = "eager" if name == "naive" else "torch"
-    messages = serve(importlib.import_module("gpu.check.layer"), call(contender))
+    messages = serve(importlib.import_module("benches.gpu.check.layer"), call(contender))
     (last,) = [message for message in messages if "outcome" in message]
     assert last["outcome"] == "wrong" and last["why"].startswith("relative error ")
     assert not any("milliseconds" in message.get("data", {}) for message in messages)
@@ -276,7 +272,7 @@ def test_the_smoke_test_finds_every_wrong_field(monkeypatch) -> None:
 
 def test_smoke_has_every_regime_dtype_and_precision() -> None:
     pytest.importorskip("triton", reason="regimes ask the Triton kernels' tables")
-    with importlib.import_module("gpu.compile_times").as_on_a_gpu() as smoke:
+    with importlib.import_module("benches.gpu.compile_times").as_on_a_gpu() as smoke:
         found = list(smoke.cases(torch.device("cpu")))
     kinds = {(case["contender"], case["dtype"], case["precision"]) for case in found}
     regimes = {f"triton/{name}" for name in smoke.REGIMES}
@@ -381,188 +377,3 @@ def test_every_search_point_of_the_backend_is_swept() -> None:
     with work("sweep").every_tile(lambda work: 0.0, lambda key, lines: None):
         left = [m for m in modules if m is not autotune and m.tile_for is autotune.tile_for]
     assert not left
-
-
-# --- Nsight Compute
-
-STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
-NAMES = (
-    "ID",
-    "Kernel Name",
-    "gpu__time_duration.sum",
-    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
-    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
-    *(STALLED.format(name) for name in ("long_scoreboard", "selected", "barrier")),
-    "sm__warps_active.avg.pct_of_peak_sustained_active",
-    "launch__registers_per_thread",
-)
-COUNTERS = "\n".join(
-    [
-        "==PROF== Connected to process 4711",
-        ",".join(f'"{name}"' for name in NAMES),
-        '"","","ns","%","%","inst","inst","inst","%","register/thread"',
-        '"0","first_pass(Job)","1,234,500","71.25","12.5","3.5","9.9","4.25","48.1","255"',
-        '"1","second_pass(Job)","400,000","88","","1.0","9.9","0.5","","128"',
-        "",
-    ]
-)
-
-
-def test_counters_are_read_as_numbers() -> None:
-    first, second = work("profile").kernels(COUNTERS)
-    assert first == {
-        "kernel": "first_pass(Job)",
-        "microseconds": 1234.5,
-        "dram_percent": 71.25,
-        "tensor_percent": 12.5,
-        "occupancy_percent": 48.1,
-        "registers": 255.0,
-        "grid": None,
-        "stalls": [("barrier", 4.25), ("long_scoreboard", 3.5)],
-    }
-    assert second["dram_percent"] == 88.0 and second["tensor_percent"] is None
-    assert work("profile").kernels("==ERROR== nothing was profiled") == []
-
-
-def test_ncu_leaves_the_clocks_alone_and_its_failure_is_one(monkeypatch, tmp_path) -> None:
-    profile = work("profile")
-    unit = {**JOB, "contender": "cuda"}
-    unit = {"jobs": [unit]}
-    command = profile.command("/usr/local/cuda/bin/ncu", unit, tmp_path / "c.csv")
-    assert command[command.index("--clock-control") + 1] == "none"
-    assert json.loads(command[-1])["jobs"][0]["contender"] == "cuda"
-    fake = tmp_path / "ncu"
-    fake.write_text(
-        '#!/bin/sh\nwhile [ "$1" != --log-file ]; do shift; done\n'
-        f"cat > \"$2\" <<'END'\n{COUNTERS}END\nexit ${{FAKE_NCU:-0}}\n"
-    )
-    fake.chmod(0o755)
-    monkeypatch.setattr(profile, "cuda_program", lambda name: str(fake))
-    told: dict[str, Any] = {}
-    profile.run(unit, lambda **data: told.update(data))
-    assert [kernel["microseconds"] for kernel in told["kernels"]] == [1234.5, 400.0]
-    assert told["counters 0"]["gpu__time_duration.sum"] == "1,234,500", "all, whatever its name"
-    monkeypatch.setenv("FAKE_NCU", "9")
-    with pytest.raises(RuntimeError, match="exit code 9"):
-        profile.run(unit, lambda **data: None)
-
-
-# --- tests and compute-sanitizer
-
-
-def suite(tmp_path: Path, text: str) -> dict[str, Any]:
-    path = tmp_path / "test_made_up.py"
-    path.write_text(text)
-    return {"name": "made/up", "tests": [str(path)], "scratch": str(tmp_path)}
-
-
-def test_a_lost_context_costs_the_tests_of_one_process_no_more(tmp_path, monkeypatch) -> None:
-    """An error that stays with the process would fail every test behind it."""
-    suites = work("suites")
-    text = (ROOT / "tests" / "gpu" / "conftest.py").read_text()
-    (tmp_path / "conftest.py").write_text(text)
-    body = "import pytest\nLOST = []\n"
-    body += "@pytest.mark.parametrize('n', range(6))\ndef test_a(n):\n"
-    body += "    if n == 1: LOST.append(n)\n"
-    body += "    if LOST: raise RuntimeError('CUDA error: an illegal memory access')\n"
-    unit = suite(tmp_path, body) | {"together": True}
-    monkeypatch.setattr(suites, "PROCESSES", 1)
-    told: dict[str, Any] = {}
-    with pytest.raises(RuntimeError, match="failed"):
-        suites.run(unit, lambda **data: told.update(data))
-    passed = told["tests"] - told["skipped"] - len(told["failed"])
-    assert passed >= 4, told
-
-
-def test_failing_tests_are_named_and_counted(tmp_path) -> None:
-    text = "import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2, 'not alike'\n"
-    text += "@pytest.mark.skip\ndef test_c(): pass\n"
-    told: dict[str, Any] = {}
-    with pytest.raises(RuntimeError, match="1 failed: test_b"):
-        work("suites").run(suite(tmp_path, text), lambda **data: told.update(data))
-    assert (told["tests"], told["skipped"]) == (3, 1)
-    assert told["failed"] == [("test_b", "AssertionError: not alike")]
-    work("suites").run(suite(tmp_path, "def test_a(): pass\n"), lambda **data: told.update(data))
-    assert told["tests"] == 1 and told["failed"] == []
-
-
-def test_what_fails_is_said_before_the_end() -> None:
-    """As pytest -v prints it, alone and in several processes; its summary says it again."""
-    told: dict[str, Any] = {}
-    seen = work("suites").Seen(lambda **data: told.update(data))
-    for _ in range(20):
-        seen.line("[gw3] [ 12%] PASSED tests/gpu/test_gpu_cuda.py::test_a[x y-1] ")
-    seen.line("[gw1] [ 13%] FAILED tests/gpu/test_gpu_cuda.py::test_b[torch.float32]")
-    seen.line("tests/gpu/test_gpu_cuda.py::test_c ERROR                    [ 14%]")
-    seen.line("FAILED tests/gpu/test_gpu_cuda.py::test_b[torch.float32] - AssertionError")
-    seen.line("E   RuntimeError: FAILED to launch")
-    failed = ["test_gpu_cuda.py::test_b[torch.float32]", "test_gpu_cuda.py::test_c"]
-    assert told == {"passed_so_far": 20, "failed_so_far": failed}
-
-
-def test_a_file_without_a_test_is_a_failure(tmp_path) -> None:
-    """A name that was changed must not pass for tests that passed."""
-    with pytest.raises(RuntimeError, match="exit 5"):
-        work("suites").run(suite(tmp_path, "def helper(): pass\n"), lambda **data: None)
-
-
-def test_tests_run_where_a_plugin_of_this_project_is_missing(tmp_path, monkeypatch) -> None:
-    """pyproject.toml has a setting of pytest-timeout, and asks to be strict about settings."""
-    suites = work("suites")
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # may ask for a plugin that is missing
-    monkeypatch.setattr(suites, "installed", lambda name: False)
-    monkeypatch.setattr(suites, "PYTEST", (*suites.PYTEST, "-p", "no:timeout", "-p", "no:xdist"))
-    unit = suite(tmp_path, "def test_a(): pass\n")
-    unit["tests"] += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
-    suites.run(unit, lambda **data: None)
-
-
-def test_checks_cover_the_cuda_kernels_with_three_tools() -> None:
-    suites = work("suites")
-    for available in (True, False):
-        checks = {each["name"]: each for each in suites.checks(available)}
-        names = {"cuda memcheck", "cuda racecheck", "cuda initcheck"} if available else set()
-        others = {"memcheck test_gpu_backends", "memcheck test_gpu_triton_regimes"}
-        assert set(checks) == names | others
-        for name in names:
-            assert name == f"cuda {checks[name]['tool']}"
-            assert suites.CUDA_TESTS in checks[name]["tests"]
-            # Filled memory would hide what initcheck looks for.
-            raw = "MOSO_FAST_RAW_MEMORY" in checks[name]["environment"]
-            assert raw == (checks[name]["tool"] == "initcheck")
-            assert checks[name]["informs"] == (checks[name]["tool"] != "memcheck")
-        assert not any(checks[name]["informs"] for name in others)
-    assert suites.files()[0] == suites.CUDA_TESTS and len(suites.files()) >= 3
-    assert all((ROOT / name).is_file() for name in suites.files())
-
-
-def test_what_the_sanitizer_finds_is_a_failure(tmp_path, monkeypatch) -> None:
-    suites = work("suites")
-    fake = tmp_path / "compute-sanitizer"
-    fake.write_text("#!/bin/sh\nexit 9\n")
-    fake.chmod(0o755)
-    monkeypatch.setattr(suites, "cuda_program", lambda name: str(fake))
-    unit = {**suite(tmp_path, ""), "tool": "memcheck"}
-    with pytest.raises(RuntimeError, match="memcheck has found something"):
-        suites.run(unit, lambda **data: None)
-
-
-# --- the network
-
-
-def test_a_wrong_network_gets_no_number(monkeypatch) -> None:
-    network = work("network")
-    honest = network.authors_loop
-    monkeypatch.setattr(network, "authors_loop", lambda *data: 1.1 * honest(*data))
-    told: dict[str, Any] = {}
-    with pytest.raises(Exception, match=r"^ours"):
-        network.run({"gpu": False}, lambda **data: told.update(data))
-    assert told and "times_loop" not in told
-
-
-def test_resnet_50_has_the_parameters_of_the_published_one() -> None:
-    with torch.device("meta"):
-        model = work("network").ResNet50(classes=1000)
-    count = sum(p.numel() for p in model.parameters())
-    # 25,557,032 with a 7 x 7 stem, which has 64 x 3 x (49 - 9) numbers more.
-    assert count == 25_557_032 - 64 * 3 * 40

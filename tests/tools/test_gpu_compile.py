@@ -15,20 +15,17 @@ import torch
 
 pytest.importorskip("triton", reason="nothing to compile with")
 
-BENCHES = Path(__file__).resolve().parents[2] / "benches"
-
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHES))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    return importlib.import_module("gpu.compile_times")
+    return importlib.import_module("benches.gpu.compile_times")
 
 
 def passes(tool: Any, contender: str, precision: str, data: list[torch.Tensor]) -> list[str]:
     """Compile both passes of a regime; return the names of the kernels."""
-    kernels = importlib.import_module("gpu.check.work.kernels")
+    kernels = importlib.import_module("benches.gpu.check.work.kernels")
     with tool.compile_only(90) as compiled:
         job = kernels.Passes(contender, precision, data)
         job.first()
@@ -55,14 +52,14 @@ def passes(tool: Any, contender: str, precision: str, data: list[torch.Tensor]) 
     ],
 )
 def test_a_regime_compiles_and_is_launched_again(tool, contender, head, dtype, precision) -> None:
-    smoke = importlib.import_module("gpu.check.work.smoke")
+    smoke = importlib.import_module("benches.gpu.check.work.smoke")
     data = smoke._data(600, head, getattr(torch, dtype), torch.device("cpu"))
     assert passes(tool, contender, precision, list(data))
 
 
 def test_other_losses_compile(tool) -> None:
-    problem = importlib.import_module("moso_fast.problem")
-    kernels = importlib.import_module("gpu.check.work.kernels")
+    problem = importlib.import_module("moso_fast.core.problem")
+    kernels = importlib.import_module("benches.gpu.check.work.kernels")
     g = torch.Generator().manual_seed(0)
     features, weight = (torch.randn(n, 64, generator=g) for n in (50, 7))
     targets = torch.rand(50, 7, generator=g)

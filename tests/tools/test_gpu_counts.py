@@ -16,16 +16,14 @@ pytest.importorskip("triton", reason="its kernels, compiler and disassembler are
 
 from moso_fast.util.native import build_info, load_native
 
-BENCHES = Path(__file__).resolve().parents[2] / "benches"
 compiles = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="starts or compiles what is not interpreted"
 )
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCHES))
-    return lambda name: importlib.import_module(f"gpu.{name}")
+def load():
+    return lambda name: importlib.import_module(f"benches.gpu.{name}")
 
 
 @pytest.fixture
@@ -49,7 +47,9 @@ def test_instructions_are_those_that_the_compiler_makes(load) -> None:
     version = instructions.installed()
     committed = occupancy._counted().get(version)
     if committed is None:
-        pytest.skip(f"nobody has counted with Triton {version}: python benches/gpu predict --count")
+        pytest.skip(
+            f"nobody has counted with Triton {version}: python -m benches.gpu predict --count"
+        )
     case = "first-16x16x512-bf16-bf16-full"
     (found,) = instructions.count(case).values()
     for phase, (length, barriers) in found.items():
@@ -88,7 +88,7 @@ def test_loops_of_cuda_kernels_are_those_that_were_counted(load, built, tmp_path
 
 
 def test_issue_cycles_of_a_tile_are_what_they_were(load, built) -> None:
-    """Some 2,972 for 64 rows of 512 bfloat16 numbers and 10 classes, by the loops of the kernel.
+    """Some 2,972 for 64 rows of 512 bfloat16 elements and 10 classes, by the loops of the kernel.
 
     The kernel before it, with one block a multiprocessor, took 4,600.
     """

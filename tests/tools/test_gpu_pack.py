@@ -10,22 +10,17 @@ import tarfile
 from typing import Any
 
 import pytest
-from test_gpu_check import BENCHES, SUPPORT, environment
-
-
-@pytest.fixture(autouse=True)
-def benches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHES))
+from test_gpu_check import ROOT, SUPPORT, environment
 
 
 @pytest.fixture
 def pack() -> Any:
-    return importlib.import_module("gpu.pack")
+    return importlib.import_module("benches.gpu.pack")
 
 
 @pytest.fixture
 def build() -> Any:
-    return importlib.import_module("gpu.build")
+    return importlib.import_module("benches.gpu.build")
 
 
 def test_an_interpreter_is_asked_for_its_suffix(pack) -> None:
@@ -144,8 +139,8 @@ def test_a_build_that_fails_or_hangs_is_said(build, monkeypatch, tmp_path) -> No
 
 def test_a_failed_build_fails_the_check_and_costs_no_stage(tmp_path) -> None:
     script = (
-        f"import sys; sys.path[:0] = [{str(BENCHES)!r}]\n"
-        "from gpu.check import main as check\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n"
+        "from benches.gpu.check import main as check\n"
         "check.LAYER = 'fake_gpu_layer'\n"
         "check.build_where_missing = lambda: 'the build ended with exit code 1'\n"
         "sys.exit(check.main(sys.argv[1:], check.LAYER))"
@@ -168,9 +163,9 @@ def test_packages_of_the_pack_are_found_behind_the_machines_own(monkeypatch, tmp
     (site / "only_in_the_pack.py").write_text("")
     (site / "json.py").write_text("raise ImportError('not this one')")
     script = (
-        f"import sys; sys.path[:0] = [{str(BENCHES)!r}, {str(SUPPORT)!r}]\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(SUPPORT)!r}]\n"
         "from pathlib import Path\n"
-        "from gpu.check import worker\n"
+        "from benches.gpu.check import worker\n"
         f"worker.SITE = Path({str(site)!r})\n"
         "worker.serve = lambda layer, pipe: None\n"
         "worker.Connection = lambda descriptor: None\n"

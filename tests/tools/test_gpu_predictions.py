@@ -29,9 +29,8 @@ ROW = re.compile(r"\| ([\d,]+); ([\d,]+); ([\d,]+) \|")
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCHES))
-    return lambda name: importlib.import_module(f"gpu.{name}")
+def load():
+    return lambda name: importlib.import_module(f"benches.gpu.{name}")
 
 
 @pytest.fixture
@@ -156,15 +155,15 @@ def test_products_of_ten_classes_are_made_with_sixteen(model) -> None:
 def test_slabs_by_cublas_go_in_groups(load, roofline, monkeypatch, rows, batch, groups) -> None:
     """As ``moso_fast.backends.common.gradient_sum`` has them: five of 512 rows, and 440 more."""
     library, outline = load("model.library_steps"), load("outline").outline
-    numbers = 7 * 64
-    monkeypatch.setattr(library, "_BATCH_BYTES", batch * 4 * numbers)
+    elements = 7 * 64
+    monkeypatch.setattr(library, "_BATCH_BYTES", batch * 4 * elements)
     problem = outline((rows, 7, 64), torch.float32, "highest")
     found = library.LibrarySteps(problem, rows, True, roofline.H200, (3, 9))._slabs()
     if not groups:
-        assert found == (4 * numbers, 0.0)
+        assert found == (4 * elements, 0.0)
         return
     adding = sum(20 if slabs == 1 else 4 * slabs + 8 + 24 for slabs in groups) + 20
-    assert found == (4 * numbers * 6, numbers * (8 + adding))
+    assert found == (4 * elements * 6, elements * (8 + adding))
 
 
 def test_chunks_are_cut_as_on_the_gpu_that_is_predicted(model, roofline) -> None:
@@ -248,7 +247,7 @@ def test_a_block_on_its_own_does_one_thing_after_the_other(roofline) -> None:
 
 def test_steps_with_one_block_are_sums(model, roofline, built) -> None:
     gpu = roofline.H200
-    # 16 rows of 2,048 float32 numbers beside the weights leave no room for a second stage.
+    # 16 rows of 2,048 float32 elements beside the weights leave no room for a second stage.
     found = model.predict_cuda((1_280_000, 10, 2048), torch.float32, "high")
     (sweep,) = found.steps[0].sweeps
     assert "1 stages" in found.steps[0].note and found.steps[0].blocks == 1

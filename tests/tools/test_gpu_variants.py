@@ -1,4 +1,4 @@
-"""The timing of tiles, `python benches/gpu variants`, on a few rows in Triton's interpreter."""
+"""The timing of tiles, `python -m benches.gpu variants`, on a few rows in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 def variants(*arguments: str, interpret: bool = True) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
-    command = [sys.executable, str(ROOT / "benches" / "gpu"), "variants", *arguments]
+    command = [sys.executable, "-m", "benches.gpu", "variants", *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from pathlib import Path
 
 import pytest
 
@@ -12,13 +11,10 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-BENCHES = Path(__file__).resolve().parents[2] / "benches"
-
 
 @pytest.fixture
-def resources(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCHES))
-    return importlib.import_module("triton_resources")
+def resources():
+    return importlib.import_module("benches.triton_resources")
 
 
 def test_table_is_made_of_the_figures(resources) -> None:

@@ -14,10 +14,9 @@ from moso_fast.backends import backends
 backends()  # imports Triton and the native modules, without a look at the GPU's state
 
 Emit = Callable[..., None]
-_PACKAGE = __package__ or "gpu.check"
 
 
 def run(unit: Mapping[str, Any], emit: Emit) -> None:
     """Run one unit; raise whatever is wrong."""
-    module = importlib.import_module(f"{_PACKAGE}.work.{unit['work']}")
+    module = importlib.import_module(f"{__package__}.work.{unit['work']}")
     module.run(unit, emit)

@@ -1,7 +1,7 @@
 """All that needs a GPU, in runs of five minutes and without network.
 
-    make gpu-check                          (or: python benches/gpu check [--help])
-    python benches/gpu check --stage smoke --stage kernels
+    make gpu-check                          (or: python -m benches.gpu check [--help])
+    python -m benches.gpu check --stage smoke --stage kernels
 
 Ten stages, what says the most first: smoke, ceilings, kernels, profile, calls, tests, compile,
 sanitizer, network, pruning. Each has a share of the time, what is left goes round again. Every
@@ -41,7 +41,7 @@ from .run import Check
 from .sources import ROOT
 from .stages import CLOSING_SECONDS, PLAN, RUN_SECONDS, STAGES, Stage
 
-LAYER = "gpu.check.layer"
+LAYER = "benches.gpu.check.layer"
 
 
 def main(arguments: Sequence[str], layer: str = LAYER) -> int:
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str], layer: str = LAYER) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python benches/gpu check",
+        prog="python -m benches.gpu check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

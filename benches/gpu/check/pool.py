@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
 from typing import Any
 
 from .log import Log, Pump
+from .sources import ROOT
 
-GPU = Path(__file__).resolve().parents[1]  # the folder that python runs
 STARTUP = 30.0  # seconds that importing torch, Triton and the package may take
 SHORTEST = 2.0  # no unit is begun with less time than this
 SOUND = ("done", "wrong", "skipped")  # outcomes that leave the process as it was
@@ -37,9 +36,10 @@ class Worker:
     def __init__(self, layer: str, log: Log) -> None:
         self.pipe, theirs = Pipe()
         self.ready = False
-        command = [sys.executable, "-u", str(GPU), "worker", layer, str(theirs.fileno())]
+        command = [sys.executable, "-u", "-m", "benches.gpu", "worker", layer]
         self.process = subprocess.Popen(
-            command,
+            [*command, str(theirs.fileno())],
+            cwd=ROOT,  # where Python finds the package `benches`
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

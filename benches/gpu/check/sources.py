@@ -116,7 +116,7 @@ def _module(name: str, root: Path) -> str | None:
     path = name.replace(".", "/")
     if path.startswith("moso_fast/kernels"):
         path = path.removeprefix("moso_fast/")  # where setup.py maps it
-    for place in (path, f"benches/{path}", f"tests/support/{path}", f"tests/gpu/{path}"):
+    for place in (path, f"tests/support/{path}", f"tests/gpu/{path}"):
         for file in (f"{place}.py", f"{place}/__init__.py"):
             if (root / file).is_file():
                 return file

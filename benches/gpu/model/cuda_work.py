@@ -120,7 +120,7 @@ def second_phase(kernel: Kernel, row_tiles: float, grad_terms: int, flops: float
     # Loads ahead, then for each class tile of a group the operand and its products; at the end
     # residuals of all classes.
     issued = batches * 100 + groups * (8 + split + 23 * tiles) + 150 + 110 * tiles
-    # 16 bytes a lane and term of G, or the float32 numbers of a step: four cycles.
+    # 16 bytes a lane and term of G, or the float32 elements of a step: four cycles.
     shared = groups * tiles * (4 * grad_terms if kernel.item == 2 and grad_terms < 3 else 4)
     cycles = row_tiles * max(issued / _SCHEDULERS, shared)
     return Phase("product", flops, "bfloat16", "HMMA", cycles)

@@ -112,7 +112,7 @@ def count(only: str = "") -> dict[str, dict[str, list[int]]]:
     """
     from moso_fast.kernels.few_classes_tiles import FIRST_TILES
 
-    from moso_fast.backends.triton.regimes.regime import triton_version
+    from moso_fast.backends.triton.regime import triton_version
 
     sass = importlib.import_module("aot_products").sass
     found = {}

@@ -20,15 +20,16 @@ from moso_fast.backends.cuda import backend as cuda
 from moso_fast.backends.cuda import device as cuda_device
 from moso_fast.backends.cuda import jobs as cuda_jobs
 from moso_fast.backends.triton.choice import choose_regime
-from moso_fast.backends.triton.regimes import few_classes as triton_few_classes
-from moso_fast.backends.triton.regimes.regime import (
+from moso_fast.backends.triton.regime import (
     _CHUNK_SHARE,
     CHUNK_BYTES,
     SLAB_ROWS,
-    Regime,
     triton_version,
 )
-from moso_fast.core.engine import _CUDA_RESIDUAL_SHARE, _LARGE_HEAD
+from moso_fast.backends.triton.regimes import few_classes as triton_few_classes
+from moso_fast.core.engine import _LARGE_HEAD
+from moso_fast.core.memory import _CUDA_RESIDUAL_SHARE
+from moso_fast.core.passes import Plan
 from moso_fast.core.problem import Problem
 from moso_fast.util.native import load_native
 
@@ -72,10 +73,11 @@ def predict_triton(
     kept = 4 * problem.rows * problem.classes <= _CUDA_RESIDUAL_SHARE * free
     with as_if_compiled_by(triton_version):
         choice = choose_regime(problem, kept, regime)
-        chosen: Regime = choice.regime
-        described = f"{chosen.name}: {chosen.describe(problem)}"
+        plan = Plan(None, kept, 4 * problem.rows * problem.classes, 0)
+        chosen = choice.regime(problem, plan)
+        described = f"{chosen.name}: {chosen.kernels()}"
         stored = kept and chosen.stores_residuals
-        rows = max(1, _chunk_bytes(gpu) // max(1, chosen.row_bytes(problem)))
+        rows = max(1, _chunk_bytes(gpu) // max(1, chosen.row_bytes()))
         chunks = -(-problem.rows // rows)
         model = TritonSteps(problem, min(rows, problem.rows), stored, gpu, triton_version)
         single = chosen.name == "blas" and problem.rows <= SLAB_ROWS[precision]
@@ -85,7 +87,7 @@ def predict_triton(
 
 
 def _chunk_bytes(gpu: Gpu) -> int:
-    """As ``regimes.regime.chunk_bytes`` has it on that GPU."""
+    """As ``triton.regime.chunk_bytes`` has it on that GPU."""
     share = int(gpu.memory_bytes) // _CHUNK_SHARE
     return min(CHUNK_BYTES["cuda"], 1 << max(0, share.bit_length() - 1))
 
@@ -222,12 +224,12 @@ def _around(problem: Problem, chunks: int, single: bool = False) -> Step:
 
     ``single``: the sum of an only chunk comes in float32.
     """
-    numbers = float(problem.weight.numel())
+    elements = float(problem.weight.numel())
     # Sums of later chunks added, the mean, its norm, its float32 form. The float32 sum that cuBLAS
     # makes of an only chunk stays as it is where the head is large.
-    sums = numbers * (24 * (chunks - 1) + 16 + 8 + 12)
-    if chunks == 1 and numbers >= _LARGE_HEAD and single:
-        sums = numbers * (8 + 4)
+    sums = elements * (24 * (chunks - 1) + 16 + 8 + 12)
+    if chunks == 1 and elements >= _LARGE_HEAD and single:
+        sums = elements * (8 + 4)
     sweeps = (Sweep(60.0 * problem.rows), Sweep(sums))
     return Step("rows and mean gradient, by PyTorch", "around", sweeps)
 

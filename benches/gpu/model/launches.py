@@ -1,7 +1,7 @@
 """Count what a job launches under graph capture; prints JSON.
 
-Run with TRITON_INTERPRET=1 and the repository on the path: ``python benches/gpu predict --count``
-does.
+Run with TRITON_INTERPRET=1 and the repository on the path, as
+``python -m benches.gpu predict --count`` does.
 
 For every regime of the Triton backend and for the CUDA backend: [launches of a job, launches of
 each chunk]. Every operation of PyTorch that is no view and no allocation counts as one launch, as
@@ -23,11 +23,12 @@ from triton.runtime import interpreter
 from moso_fast.backends import Backend
 from moso_fast.backends.cuda import backend as cuda
 from moso_fast.backends.cuda import device as cuda_device
+from moso_fast.backends.triton import regime as triton_regime
 from moso_fast.backends.triton.backend import TritonBackend
 from moso_fast.backends.triton.choice import REGIMES
 from moso_fast.backends.triton.regimes import blas as triton_blas
-from moso_fast.backends.triton.regimes import regime as triton_regime
 from moso_fast.core import engine
+from moso_fast.core.passes import Plan
 from moso_fast.core.problem import build_problem
 from moso_fast.util.native import load_native
 
@@ -94,7 +95,7 @@ def launches(backend: Backend, chunks: int) -> int:
     weight = torch.randn(CLASSES, DIM, generator=g).bfloat16()
     labels = torch.randint(CLASSES, (ROWS,), generator=g)
     problem = build_problem(features, weight, labels, weight[:, 0])
-    plan = engine.Plan(ROWS // chunks, True, 0, 2**40)
+    plan = Plan(ROWS // chunks, True, 0, 2**40)
     counter = _Count()
     with _captured(), _as_one(counter), patch.object(engine, "make_plan", lambda *given: plan):
         engine.run(problem, backend)  # first calls do more

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moso_fast.backends.triton.regime import SLAB_ROWS, operand_name
 from moso_fast.backends.triton.regimes.blas import _BATCH_BYTES, narrow_ones
-from moso_fast.backends.triton.regimes.regime import SLAB_ROWS, operand_name
 from moso_fast.core.problem import Problem
 
 from .occupancy import fit
@@ -73,13 +73,13 @@ class LibrarySteps:
         return 2 * self.residuals if self.narrow else self.logits
 
     @property
-    def numbers(self) -> float:
-        """Numbers of the head, and of its gradient."""
+    def elements(self) -> float:
+        """Elements of the head, and of its gradient."""
         return float(self.problem.weight.numel())
 
     @property
     def rounded(self) -> bool:
-        """Whether cuBLAS multiplies bfloat16 numbers."""
+        """Whether cuBLAS multiplies bfloat16 elements."""
         return operand_name(self.problem) == "bfloat16"
 
     def gemm(self, factor: float = 1.0) -> float:
@@ -89,7 +89,7 @@ class LibrarySteps:
 
     def operands_of_gradient(self, matrices: int = 1) -> Sweep:
         """Sweep that rounds so many matrices of the head's size for every chunk."""
-        return Sweep(6.0 * self.numbers * self.calls * matrices if self.rounded else 0.0)
+        return Sweep(6.0 * self.elements * self.calls * matrices if self.rounded else 0.0)
 
     def norms(self) -> Step:
         """Norm of every row, and which of them are finite."""
@@ -182,19 +182,19 @@ class LibrarySteps:
     def _slabs(self) -> tuple[float, float]:
         """Bytes of partial sums that the product writes, and of adding them up in float64."""
         rows = SLAB_ROWS[self.problem.precision]
-        whole, rest = divmod(self.chunk_rows, rows)
+        whole, tail = divmod(self.chunk_rows, rows)
         columns = self.products / self.logits  # behind the classes of narrow residuals are more
         if self.chunk_rows <= rows:  # taken as it is
-            return 4 * self.numbers * self.calls * columns, 0.0
-        numbers = self.numbers * self.chunks * columns
-        together = max(1, int(_BATCH_BYTES / (4 * self.numbers * columns)))
+            return 4 * self.elements * self.calls * columns, 0.0
+        elements = self.elements * self.chunks * columns
+        together = max(1, int(_BATCH_BYTES / (4 * self.elements * columns)))
         groups, left = divmod(whole, together)
         # The total is cleared. Slabs of a group are read and their sum is written; that, or a slab
         # on its own, is read, and the total with it, which is written again.
         added = 8.0
-        for slabs in (*[together] * groups, *[left] * bool(left), *[1] * bool(rest)):
+        for slabs in (*[together] * groups, *[left] * bool(left), *[1] * bool(tail)):
             added += 20.0 if slabs == 1 else 4 * slabs + 8 + 24
-        return 4 * numbers * (whole + bool(rest)), numbers * added
+        return 4 * elements * (whole + bool(tail)), elements * added
 
     def _narrow_alignment(self) -> list[Step]:
         """H G^T or R [G | gb] by cuBLAS, and the kernel behind it."""

@@ -30,7 +30,7 @@ class Fit:
     blocks: int  # that a multiprocessor holds
     turns: int  # blocks that the busiest multiprocessor works through
     note: str
-    in_flight: float | None = None  # bytes asked for at a time, all blocks of a multiprocessor
+    in_flight: float | None = None  # bytes requested at a time by all blocks of a multiprocessor
 
 
 def aligned(problem: Problem, padded: bool = False) -> bool:
@@ -43,15 +43,20 @@ def aligned(problem: Problem, padded: bool = False) -> bool:
 
 
 def case_of(
-    kernel: str, tile: Any, problem: Problem, *, straight: bool | None = None, narrow: bool = False
+    kernel: str,
+    tile: Any,
+    problem: Problem,
+    *,
+    aligned_rows: bool | None = None,
+    narrow: bool = False,
 ) -> str:
     """Return the name of a product kernel's case in the compiler's report.
 
-    ``straight``: rows as in ``aligned``, whose answer is the default.
+    ``aligned_rows``: rows as in ``aligned``, whose answer is the default.
     """
     dtype = "bf16" if problem.features.dtype == torch.bfloat16 else "fp32"
     kind = f"{dtype}-narrow" if narrow else dtype
-    odd = "" if (aligned(problem) if straight is None else straight) else "-unaligned"
+    odd = "" if (aligned(problem) if aligned_rows is None else aligned_rows) else "-unaligned"
     return f"{kernel}-{tile.rows}x{tile.classes}x{tile.dim}-{kind}{odd}"
 
 
@@ -65,7 +70,7 @@ def fit(
 ) -> Fit:
     """Say how many blocks fit, by the compiler's report, and in how many rounds they are done.
 
-    ``staged``: bytes that a block has asked for at a time; None: not looked at.
+    ``staged``: bytes that a block has requested at a time; None: not looked at.
     """
     registers, _, shared, instruction = _report(case, version)
     threads = 32 * tile.num_warps
@@ -118,11 +123,11 @@ def _report(case: str, version: tuple[int, ...]) -> list[Any]:
 def _of_version(figures: dict[str, Any], version: tuple[int, ...]) -> dict[str, Any]:
     """Figures of this Triton, else of the newest."""
 
-    def numbers(name: str) -> tuple[int, ...]:
+    def parts(name: str) -> tuple[int, ...]:
         return tuple(int(part) for part in name.split("."))
 
-    same = [name for name in figures if numbers(name)[:2] == tuple(version)[:2]]
-    newest = max(same or figures, key=numbers, default=None)
+    same = [name for name in figures if parts(name)[:2] == tuple(version)[:2]]
+    newest = max(same or figures, key=parts, default=None)
     return {} if newest is None else dict(figures[newest])
 
 

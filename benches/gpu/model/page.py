@@ -20,8 +20,8 @@ DETAILED = TABLE[:5]
 
 _HEAD = """# What every job should take on an H200 and on an H100
 
-Predicted, not measured. Made by `python benches/gpu predict`, which asks the backends for regime,
-tiles, slabs and splits.
+Predicted, not measured. Made by `python -m benches.gpu predict`, which asks the backends for
+regime, tiles, slabs and splits.
 
 | ceiling | {names} |
 |---|{dashes}
@@ -34,18 +34,18 @@ and {launch:.0f} us for each launch. That is for CUDA graphs; a call from Python
 {host:.0f} us a launch. One kernel takes the longest of
 
 - **memory**: its bytes, from and to device memory, counted in full where the L2 cache may have
-  them; slower where too few are asked for at a time to cover a latency of {latency:.0f} ns.
+  them; slower where too few are in flight to cover a latency of {latency:.0f} ns.
 - **products**: FLOPs as executed (classes padded to the tile, three tf32 products for a float32
   one). mma.sync, which the compiler's report calls HMMA, has {share:g} of the rate of wgmma.
 - **issue**: instructions, or loads of shared memory, of the loops that are counted: the first pass
   of Triton's few classes, both passes of CUDA C++.
 - **phases**: what one block does one after the other, divided by the blocks that share a
   multiprocessor. Where that is one block, nothing hides its barriers ({barrier} cycles each), loads
-  that are asked for only when they are wanted (labels), or the first and last loads of a program.
+  that are issued only when they are needed (labels), or the first and last loads of a program.
 
 Not counted: dependent instructions, bank conflicts, operands shared by several programs that miss
 the L2 cache. Not taken off either: what the pass before left there (all features at 50,000 rows of
-512 bfloat16 numbers, 51 MB).
+512 bfloat16 elements, 51 MB).
 
 ## Jobs
 

@@ -1,7 +1,7 @@
 """Predicted bytes, FLOPs and times of every job of the table, on an H200 and on an H100.
 
-    python benches/gpu predict            write benches/results/gpu_predictions.md and .json
-    python benches/gpu predict --count    before that, count launches (interpreter) and the
+    python -m benches.gpu predict            write benches/results/gpu_predictions.md and .json
+    python -m benches.gpu predict --count    before that, count launches (interpreter) and the
                                           instructions of loops (compiler) anew
 
 No GPU is used and nothing here is a measurement: jobs.py has the model, the backends make the
@@ -132,19 +132,19 @@ def dump(found: dict[str, Any]) -> str:
 
 def count() -> dict[str, list[int]]:
     """Count the launches of every way, in an interpreter of their own."""
-    found: dict[str, list[int]] = _child("gpu.model.launches", interpreted=True)
+    found: dict[str, list[int]] = _child("benches.gpu.model.launches", interpreted=True)
     return found
 
 
 def count_instructions() -> dict[str, Any]:
     """Count the instructions of kernels' loops as the installed Triton compiles them."""
-    found: dict[str, Any] = _child("gpu.model.instructions", interpreted=False)
+    found: dict[str, Any] = _child("benches.gpu.model.instructions", interpreted=False)
     return found
 
 
 def _child(module: str, interpreted: bool) -> Any:
     """Return what a module prints as JSON, run with the repository's folders on the path."""
-    folders = (ROOT, ROOT / "benches", ROOT / "tests" / "support")
+    folders = (ROOT, ROOT / "tests" / "support")
     path = os.pathsep.join(map(str, folders))
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)
@@ -165,7 +165,7 @@ def _pairs(found: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write both files."""
     parser = argparse.ArgumentParser(
-        prog="python benches/gpu predict", description=str(__doc__).splitlines()[0]
+        prog="python -m benches.gpu predict", description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("--count", action="store_true", help="count launches and instructions anew")
     if parser.parse_args(argv).count:

@@ -102,7 +102,7 @@ class Sweep:
 
     bytes: float  # from and to device memory
     phases: tuple[Phase, ...] = ()
-    in_flight: float | None = None  # bytes asked for at a time a multiprocessor; None: enough
+    in_flight: float | None = None  # bytes requested at a time a multiprocessor; None: enough
     blocks: int | None = None
     staged: bool = True
     idle: float = 0.0

@@ -107,10 +107,10 @@ class TritonSteps(LibrarySteps):
 
         p, (rate, times) = self.problem, self.rate
         products = triton_row_tiles._products(p)
-        straight = triton_products.straight_rows(p)
-        tile = triton_row_tiles._tile(p, straight)
+        aligned_rows = triton_products.straight_rows(p)
+        tile = triton_row_tiles._tile(p, aligned_rows)
         dtype = "bf16" if p.features.dtype == torch.bfloat16 else "fp32"
-        odd = "" if straight else "-unaligned"
+        odd = "" if aligned_rows else "-unaligned"
         # Of tiles for class ids alone the report has that variant.
         choices = [choice for choice in TILES if choice.tile == tile]
         ids = "" if any("soft" in choice.losses for choice in choices) else "-ids"
@@ -148,25 +148,25 @@ class TritonSteps(LibrarySteps):
 
         p = self.problem
         rate, times = self.rate
-        straight = aligned(p, padded)
-        tile = kernel.choose_tile(p.classes, p.dim, rate == "bfloat16", straight, narrow)
+        aligned_rows = aligned(p, padded)
+        tile = kernel.choose_tile(p.classes, p.dim, rate == "bfloat16", aligned_rows, narrow)
         tiles = -(-p.classes // tile.classes) * -(-p.dim // tile.dim)
         slab = kernel.slab_rows(self.chunk_rows, tiles, tile.rows, p.precision)
         slabs = -(-self.chunk_rows // slab)
-        numbers = float(p.classes) * (p.dim + 1)
+        elements = float(p.classes) * (p.dim + 1)
         at_once = max(1, min(slabs, kernel.PARTIAL_BYTES // (4 * p.classes * p.dim)))
         rounds = -(-slabs // at_once)
         item = 2 if narrow else 4
         staged = (tile.num_stages - 1) * tile.rows * (item * tile.classes + self.item * tile.dim)
-        case = case_of("gradient_sum", tile, p, straight=straight, narrow=narrow)
+        case = case_of("gradient_sum", tile, p, aligned_rows=aligned_rows, narrow=narrow)
         found = self._fit(case, tile, min(slabs, at_once) * tiles, staged)
         filled = tile.classes * -(-p.classes // tile.classes) / p.classes
         filled *= tile.dim * -(-p.dim // tile.dim) / p.dim
         # Which rows count, then the first of them.
         work = self._work(found, self.gemm(times * filled), rate, 2 * rounds * MEMORY_SECONDS)
-        partials = 4.0 * numbers * slabs * self.chunks
+        partials = 4.0 * elements * slabs * self.chunks
         # The first launch's sum is the total; those of others are written, read and added to it.
-        totals = numbers * self.calls * (8.0 + 32.0 * (rounds - 1))
+        totals = elements * self.calls * (8.0 + 32.0 * (rounds - 1))
         return _kernel(
             "gradient_sum",
             "first",
@@ -193,8 +193,8 @@ class TritonSteps(LibrarySteps):
         from moso_fast.kernels import stored_alignment as kernel
 
         p, (rate, times) = self.problem, self.rate
-        project, straight = p.classes <= p.dim, aligned(p, narrow)
-        tile = kernel.choose_tile(p.classes, project, rate == "bfloat16", straight, 9)
+        project, aligned_rows = p.classes <= p.dim, aligned(p, narrow)
+        tile = kernel.choose_tile(p.classes, project, rate == "bfloat16", aligned_rows, 9)
         if project:
             splits = kernel.class_splits(self.chunk_rows, 1, p.classes, p.dim * self.item, tile)
             tiles = -(-p.classes // tile.classes)
@@ -208,7 +208,7 @@ class TritonSteps(LibrarySteps):
         programs = -(-self.chunk_rows // tile.rows) * splits
         item = self.item if project else 2 if narrow else 4
         staged = (tile.num_stages - 1) * tile.rows * k * item
-        case = case_of(order, tile, p, straight=straight, narrow=narrow)
+        case = case_of(order, tile, p, aligned_rows=aligned_rows, narrow=narrow)
         found = self._fit(case, tile, programs, staged)
         return _kernel(
             "stored_alignment, " + ("H G^T" if project else "R G"),

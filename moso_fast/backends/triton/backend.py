@@ -20,7 +20,7 @@ from ...core.passes import Plan
 from ...core.problem import Problem
 from ..base import Availability, Backend
 from .choice import choose_regime, forced_refusal, forced_regime
-from .regimes.regime import PROVEN_MAJORS, Regime, interpreted, operand_dtype
+from .regime import PROVEN_MAJORS, Regime, interpreted, operand_dtype
 
 __all__ = ["TritonBackend", "operand_dtype"]
 

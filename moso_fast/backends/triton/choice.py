@@ -1,7 +1,7 @@
 """Which regime of the Triton backend a problem gets, and why: one table, read from the top.
 
 A rule applies where the problem lies within its bounds, a regime runs where ``fits`` says so.
-Every line says what its bounds come from: times on an H200 (benches/NOTES.md), or a work model
+Every line says what its bounds come from: times on an H200 (docs/tuning-notes.md), or a work model
 (bytes at the memory's rate, products at the tensor cores' rate), where nobody has timed them.
 
 The capability decides what is proven (8, 9 and 10, see ``triton.py``) and how much shared memory
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from ...core.problem import Problem
+from .regime import Regime, operand_dtype
 from .regimes.blas import BlasRegime
 from .regimes.few_classes import FewClassesRegime
 from .regimes.recompute import RecomputeRegime
-from .regimes.regime import Regime, operand_dtype
 from .regimes.row_tiles import RowTilesRegime
 from .regimes.stored import StoredRegime
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core.passes import RowBuffers
 from ...core.problem import Problem
 from .autotune import kind, tile_for
-from .regimes.regime import Regime, limits_of, operand_dtype, tile_shape
+from .regime import Regime, limits_of, operand_dtype, tile_shape
 
 
 class Sums(NamedTuple):

@@ -45,8 +45,8 @@ def vmap_job(
 ) -> Job:
     """``vmap(grad_and_value)`` over as many samples as a gigabyte of gradients allows."""
     gradients = torch.func.vmap(torch.func.grad_and_value(loss_of), in_dims=(None, 0, 0))
-    numbers = sum(p.numel() for p in point.values())
-    step = max(1, _GRADIENT_BYTES // (4 * numbers))
+    elements = sum(p.numel() for p in point.values())
+    step = max(1, _GRADIENT_BYTES // (4 * elements))
     parts = [slice(start, start + step) for start in range(0, len(labels), step)]
 
     def run() -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from ...scorer import MoSoScorer
+from ...util.forward_mode import load_forward_mode
 from ..cases import Case
 from ..inputs import Inputs
 from ..networks import per_sample_gradient
@@ -67,6 +68,8 @@ def _jvp(case: Case, inputs: Inputs) -> Job:
     def losses(p: dict[str, Tensor]) -> Tensor:
         logits = torch.func.functional_call(model, (p, buffers), inputs.features)
         return F.cross_entropy(logits, inputs.labels, reduction="none")
+
+    load_forward_mode()
 
     def run() -> dict[str, Tensor]:
         grads = torch.autograd.grad(losses(point).mean(), list(point.values()))

@@ -1,4 +1,4 @@
-"""The honest opponents: the same numbers in plain PyTorch, none with a per-sample gradient.
+"""The honest opponents: the same results in plain PyTorch, none with a per-sample gradient.
 
 The functions on one head take ``(features (N, D), weight (C, D), labels (N,), bias (C,))`` and
 return ``(loss, alignment, grad_sqnorm)``, each (N,), for cross-entropy with class ids. Features
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...util.forward_mode import load_forward_mode
 from ..cases import Case
 from ..inputs import Inputs
 from .base import Job, Provider
@@ -123,6 +124,7 @@ def compiled(rows: int) -> Opponent:
 
 def jvp(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor) -> Scores:
     """Mean gradient by one backward pass, alignments as one forward-mode derivative along it."""
+    load_forward_mode()
     features = features.to(weight.dtype)
     head = (weight.detach().requires_grad_(), bias.detach().requires_grad_())
 
@@ -142,7 +144,7 @@ def jvp(features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor) -> Score
 def fused_mean_gradient(
     features: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, rows: int = 2048
 ) -> Scores:
-    """Mean gradient by ``F.linear_cross_entropy``, the rest chunk by chunk.
+    """Mean gradient by ``F.linear_cross_entropy``, everything else chunk by chunk.
 
     Its own documentation recommends chunks where N >= D and C > D; elsewhere it takes none.
     """

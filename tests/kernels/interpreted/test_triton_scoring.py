@@ -22,12 +22,12 @@ from core_support import (
 from moso_fast import backends
 from moso_fast.backends import common
 from moso_fast.backends.triton import products as triton_products
+from moso_fast.backends.triton import regime as triton_regime
 from moso_fast.backends.triton.choice import REGIME_VARIABLE, REGIMES
+from moso_fast.backends.triton.regime import Regime
 from moso_fast.backends.triton.regimes import blas as triton_blas
 from moso_fast.backends.triton.regimes import few_classes as triton_few_classes
 from moso_fast.backends.triton.regimes import recompute as triton_recompute
-from moso_fast.backends.triton.regimes import regime as triton_regime
-from moso_fast.backends.triton.regimes.regime import Regime
 from moso_fast.core import memory
 from moso_fast.core.reference import closed_form_stats, explicit_stats
 from moso_fast.functional import explain, last_layer_stats, moso_scores

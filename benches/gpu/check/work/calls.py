@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moso_fast.bench.energy import gpu_energy_counter, joules_per_call
-from moso_fast.core import engine
+from moso_fast.core import memory
 
 from ...table import OURS
 from ..worker import Skipped, Wrong
@@ -137,8 +137,8 @@ def streamed(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
     data = [host, *data[1:]]
     crossings = unit["crossings"]
     budget = 2**62 if crossings == 1 else 0
-    before = engine._resident_budget
-    engine._resident_budget = lambda *given: budget
+    before = memory.resident_budget
+    memory.resident_budget = lambda *given: budget
     try:
         error = relative_error(call(*data), truth)
         emit(relative_error=error)
@@ -146,7 +146,7 @@ def streamed(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
             raise Wrong(f"relative error {error:.2g}")
         seconds = [clock.time(lambda: call(*data)) for _ in range(ROUNDS)]
     finally:
-        engine._resident_budget = before
+        memory.resident_budget = before
     emit(
         milliseconds=1e3 * statistics.median(seconds),
         floor_milliseconds=1e3 * crossings * copy,

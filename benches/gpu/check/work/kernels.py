@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moso_fast.backends import get
 from moso_fast.core import engine
+from moso_fast.core.memory import make_plan, rows_at_a_time
 from moso_fast.core.precision import own_precision
 from moso_fast.core.problem import Problem, build_problem
 
@@ -45,18 +46,17 @@ class Passes:
     """Both passes of one backend over one set of inputs; ``backend`` may be "triton/REGIME"."""
 
     def __init__(self, contender: str, precision: str, data: list[Tensor]) -> None:
-        name, _, self.regime = contender.partition("/")
+        name, _, regime = contender.partition("/")
         features, weight, labels, bias = data
-        self.backend = get(name)
         self.problem: Problem = build_problem(features, weight, labels, bias, precision=precision)
         self.rows = slice(0, self.problem.rows)
         self.out = engine._allocate(self.problem)
-        with forced(self.regime):
-            plan = engine.make_plan(self.problem, self.backend, None)
-        self.keep = plan.keep_residual
+        plan = make_plan(self.problem, None)
+        with forced(regime or None):
+            self.passes = get(name).prepare(self.problem, plan)
+        step = rows_at_a_time(self.problem, plan, self.passes)
         self.chunks = [
-            slice(at, min(at + plan.chunk_rows, self.problem.rows))
-            for at in range(0, self.problem.rows, plan.chunk_rows)
+            slice(at, min(at + step, self.problem.rows)) for at in range(0, self.problem.rows, step)
         ]
         self.residuals: list[Tensor | None] = []
         dtype = self.problem.compute_dtype
@@ -68,25 +68,18 @@ class Passes:
         """Every chunk's first pass; its sums are the mean gradient that the second one takes."""
         self.residuals = []
         for chunk in self.chunks:
-            with forced(self.regime), own_precision(self.problem):
-                part = self.backend.first_pass(self.problem, chunk, self.out, self.keep)
+            with own_precision(self.problem):
+                part = self.passes.first(chunk, self.out)
             self.residuals.append(part.residual)
             self.grad.copy_(part.grad_sum)
             self.bias_grad.copy_(part.bias_grad_sum)
 
     def second(self) -> None:
         """Every chunk's second pass."""
-        for chunk, residual in zip(self.chunks, self.residuals, strict=True):
-            with forced(self.regime), own_precision(self.problem):
-                self.backend.second_pass(
-                    self.problem,
-                    chunk,
-                    self.out,
-                    self.grad,
-                    self.bias_grad,
-                    residual,
-                    self.alignment[:, chunk],
-                )
+        with own_precision(self.problem):
+            self.passes.begin_second(self.grad, self.bias_grad)
+            for chunk, residual in zip(self.chunks, self.residuals, strict=True):
+                self.passes.second(chunk, self.out, residual, self.alignment[:, chunk])
 
 
 def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_full_gradient import Ours, authors_loop, check
 from torch import Tensor, nn
 
 from moso_fast.bench.measure import timed
 
+from ....suites.bench_full_gradient import Ours, authors_loop, check
 from ..worker import Wrong
 from .timing import device
 

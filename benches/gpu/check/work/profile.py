@@ -1,6 +1,6 @@
 """Why a kernel takes what it takes: Nsight Compute's counters of both passes, as numbers.
 
-``ncu`` runs this module in a process of its own (``python benches/gpu profiled``) and writes one
+``ncu`` runs this module in a process of its own (``python -m benches.gpu profiled``) and writes one
 line a kernel; what is kept of it: time, share of the memory's and of the tensor cores' peak, and
 what warps wait for most. Clocks are left as they are.
 """
@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...build import cuda_program
+from ...build import ROOT, cuda_program
 from ..worker import Skipped, run_child
 
-GPU = Path(__file__).resolve().parents[2]
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "ComputeWorkloadAnalysis", "Occupancy", "LaunchStats")
 _STALL = re.compile(r"issue_stalled_(\w+?)(?:_not_issued)?(?:_per_\w+_active)?\.(?:ratio|pct)$")
 _TENSOR = re.compile(r"^sm__\w*pipe_tensor\w*\..*pct_of_peak_sustained_(?:active|elapsed)$")
@@ -39,7 +38,7 @@ def run(unit: Mapping[str, Any], emit: Callable[..., None]) -> None:
         raise Skipped("Nsight Compute (ncu) is not installed")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "counters.csv")
-        code = run_child(command(program, unit, path))
+        code = run_child(command(program, unit, path), cwd=ROOT)
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     rows = kernels(text)
     emit(kernels=rows)
@@ -61,7 +60,7 @@ def command(program: str, unit: Mapping[str, Any], out: Path) -> list[str]:
         *("--csv", "--page", "raw", "--print-units", "base", "--log-file", str(out)),
         *("--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all"),
         *sections,
-        *(sys.executable, str(GPU), "profiled", json.dumps(dict(unit))),
+        *(sys.executable, "-m", "benches.gpu", "profiled", json.dumps(dict(unit))),
     ]
 
 

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from moso_fast.backends import _PREFERENCE, backends, get
 from moso_fast.backends.triton.choice import REGIME_VARIABLE, REGIMES
+from moso_fast.backends.triton.regime import Regime
 from moso_fast.bench.providers.plain import naive
+from moso_fast.core.memory import make_plan
 from moso_fast.core.problem import Problem
 from moso_fast.functional import last_layer_stats
 
@@ -74,8 +76,9 @@ def contenders(shape: Shape, dtype: str, precision: str, where: torch.device) ->
 
 def chosen_regime(problem: Problem) -> str:
     """Return the regime that the Triton backend takes for a problem."""
-    name: str = get("triton")._regime(problem).name  # asked of the backend, not chosen again
-    return name
+    passes = get("triton").prepare(problem, make_plan(problem, None))
+    assert isinstance(passes, Regime)
+    return passes.name
 
 
 def sources(contender: str, shape: Shape, dtype: str, precision: str, where: torch.device) -> str:

@@ -23,7 +23,7 @@ from ....core.problem import Problem
 from ....core.status import STATUS_FEATURE, STATUS_LOGITS
 from ...common import alignments, gradient_sum, logits_of, note, product, safe_features
 from ..products import features_and_norms, kernel_features, sum_narrow_gradients
-from .regime import (
+from ..regime import (
     SLAB_ROWS,
     Regime,
     capturing,

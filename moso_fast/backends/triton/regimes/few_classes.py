@@ -17,7 +17,7 @@ from ....core.passes import FirstPass, RowBuffers
 from ....core.problem import Problem
 from ..autotune import kind, tile_for
 from ..products import kernel_features, row_outputs, self_term, straight_rows
-from .regime import (
+from ..regime import (
     Regime,
     interpreted,
     kernel_targets,

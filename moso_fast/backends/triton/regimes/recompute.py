@@ -26,14 +26,14 @@ from ..products import (
     sum_gradients,
     sum_tile,
 )
-from .blas import note_norms, residual_tile, residuals
-from .regime import (
+from ..regime import (
     Regime,
     kernel_weights,
     limits_of,
     operand_name,
     tile_shape,
 )
+from .blas import note_norms, residual_tile, residuals
 
 
 class RecomputeRegime(Regime):

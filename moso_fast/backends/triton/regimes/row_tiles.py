@@ -25,7 +25,7 @@ from ..products import (
     sum_bytes,
     sum_narrow_gradients,
 )
-from .regime import (
+from ..regime import (
     Regime,
     kernel_targets,
     kernel_weights,

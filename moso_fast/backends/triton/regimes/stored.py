@@ -22,6 +22,7 @@ from ..products import (
     sum_narrow_gradients,
     sum_tile,
 )
+from ..regime import Regime, operand_name
 from .blas import (
     column_sums,
     narrow_ones,
@@ -30,7 +31,6 @@ from .blas import (
     residual_tile,
     residuals,
 )
-from .regime import Regime, operand_name
 
 
 class StoredRegime(Regime):

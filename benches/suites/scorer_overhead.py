@@ -1,6 +1,6 @@
 """What scoring costs beside plain inference: ResNet-18 on 32 x 32 images, interleaved, medians.
 
-    python benches/scorer_overhead.py [--images 512] [--checkpoints 3] [--rounds 5] [--threads 2]
+    python -m benches.suites.scorer_overhead [--images 512] [--checkpoints 3] [--rounds 5]
 
 Plain inference is ``load_state_dict`` and one forward pass over the same loader per checkpoint, in
 inference mode, outputs thrown away. The ratio is taken round by round, so that a machine that is
@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moso_fast.scorer import MoSoScorer
 from moso_fast.sources.checkpoints.checkpoint import Checkpoint

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cases import Case
-from ..inputs import Inputs
-from .base import Job, Provider
+from moso_fast.bench.cases import Case
+from moso_fast.bench.inputs import Inputs
+from moso_fast.bench.providers import Job, Provider
 
 __all__ = ["PROVIDERS"]
 

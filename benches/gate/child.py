@@ -1,8 +1,8 @@
 """Runs both passes of the C++ module some number of times, without PyTorch, to be counted.
 
-    python -S _gate_child.py MODULE.so '{"classes": 10, ...}'
+    python -S child.py MODULE.so '{"classes": 10, ...}'
 
-Started by :mod:`.gate` under an instruction counter: PyTorch would take a minute to load there.
+Started by :mod:`.counts` under an instruction counter: PyTorch would take a minute to load there.
 Prints the instruction set that ran.
 """
 

@@ -1,12 +1,25 @@
-"""Two runs side by side, and whether the second reproduces the ratios of the first."""
+"""Two runs side by side, and whether the second reproduces the ratios of the first.
+
+    python -m benches compare A.json B.json
+
+Says also where the machine was too noisy to tell.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from .runner import NOISE_LIMIT
+from moso_fast.bench import store
+from moso_fast.bench.runner import NOISE_LIMIT
+from moso_fast.cli.bench_output import emit, print_table
+
+from .arguments import bad_input, parser
 
 __all__ = ["compare", "verdict"]
+
+COLUMNS = ("case", "provider", "ratio A", "ratio B", "change", "spread in a run")
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
@@ -71,3 +84,27 @@ def _noise(record: dict[str, Any]) -> float:
 def _spread(row: dict[str, Any]) -> float:
     low, high = row["quartiles"]
     return (high - low) / row["seconds"]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compare two results files and print the rows and the verdict."""
+    made = parser("compare", __doc__)
+    made.add_argument("first", type=Path, metavar="A.json")
+    made.add_argument("second", type=Path, metavar="B.json")
+    options = made.parse_args(arguments)
+    with bad_input():
+        rows = compare(store.load(options.first), store.load(options.second))
+    agreed, text = verdict(rows)
+    if options.json:
+        found = {"agreed": agreed, "verdict": text, "rows": rows}
+        emit(found, as_json=True, quiet=options.quiet)
+        return 0
+    if not options.quiet:
+        print_table(COLUMNS, [_cells(row) for row in rows])
+    print(text)
+    return 0
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    shown = [row[name] for name in ("case", "provider", "a", "b")]
+    return [*shown, f"{row['change']:+.0%}", f"{row['noise']:.0%}"]

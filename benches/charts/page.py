@@ -1,16 +1,27 @@
-"""One self-contained HTML page of a results file: conditions, charts inline, a table a case."""
+"""Draw the charts of a results file, and write a page: conditions, charts inline, a table a case.
+
+    python -m benches page benches/results/MACHINE/full.json
+
+The page is one HTML file that needs no other. Without matplotlib it has no charts.
+"""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..util.files import atomic_path
-from .charts import subtitle
+from moso_fast.bench import store
+from moso_fast.cli.bench_output import emit
+from moso_fast.util.files import atomic_path
 
-__all__ = ["write_page"]
+from ..arguments import bad_input, parser
+from .figures import draw_all, subtitle
+
+__all__ = ["draw", "write_page"]
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; }
@@ -22,6 +33,26 @@ img { max-width: 100%; }
 .quiet { color: #666; }
 """
 _HEAD = ("provider", "ms", "quartiles", "x ours", "% of floor", "peak MiB", "error", "notes")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draw one file and say what was written."""
+    made = parser("page", __doc__)
+    made.add_argument("results", type=Path, metavar="RESULTS.json")
+    options = made.parse_args(arguments)
+    with bad_input():
+        store.load(options.results)
+    emit({"wrote": draw(options.results)}, as_json=options.json, quiet=options.quiet)
+    return 0
+
+
+def draw(path: Path) -> list[str]:
+    """Write charts and page beside a results file; return the paths."""
+    results = store.load(path)
+    drawable = find_spec("matplotlib") is not None
+    charts = draw_all(results, path.parent) if drawable else []
+    html = write_page(results, charts, path.with_suffix(".html"))
+    return [str(written) for written in (*charts, html)]
 
 
 def write_page(results: dict[str, Any], charts: list[Path], path: Path) -> Path:

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ..cases import Case
-from ..inputs import Inputs
-from .base import Job, Provider
+from moso_fast.bench.cases import Case
+from moso_fast.bench.inputs import Inputs
+from moso_fast.bench.providers import Job, Provider
+
 from .captum import head_module
 
 __all__ = ["PROVIDERS"]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....core.passes import Passes, Plan
-from ....core.problem import Problem
+from ...core.passes import Passes, Plan
+from ...core.problem import Problem
 
 # Bytes of one chunk's logits, products and copies, at most. Large on a GPU, where a chunk costs
 # some thirty launches, and with many classes a sweep over gradients of the size of the head; small

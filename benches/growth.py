@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from .cases import Case
-from .inputs import make_inputs
-from .measure import interleaved
-from .memory import peak_bytes_in_child
-from .providers import PROVIDERS
-from .providers.ours import OURS
+from moso_fast.bench.cases import Case
+from moso_fast.bench.inputs import make_inputs
+from moso_fast.bench.measure import interleaved
+from moso_fast.bench.memory import peak_bytes_in_child
+from moso_fast.bench.providers import PROVIDERS
+from moso_fast.bench.providers.ours import OURS
 
 __all__ = ["AXES", "fit_exponent", "measure_growth"]
 

@@ -1,6 +1,6 @@
 """The CPU path against the best plain PyTorch, whole job: loss, alignment, self norm.
 
-    pytest benches/bench_cpu.py --benchmark-enable --save-results benches/results/cpu.json
+    pytest benches/suites/bench_cpu.py --benchmark-enable --save-results benches/results/cpu.json
 
 Ratios are medians of interleaved runs in one process, float32 against float32 with the checks of
 labels and features on. ``floor_ms`` is the larger of 6 N C D FLOPs over the rate of ``torch.mm``

@@ -1,6 +1,8 @@
 """The chart of a saved CPU run: how many times faster than plain PyTorch, case by case.
 
-python benches/chart_cpu.py benches/results/cpu.json benches/results/cpu.png
+    python -m benches.charts.cpu benches/results/cpu.json benches/results/cpu.png
+
+The run is one of ``pytest benches/suites/bench_cpu.py --save-results``.
 """
 
 from __future__ import annotations

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..util.plot import COLOURS, GREY, MARKERS, new_axes, new_figure, save_png
-from .growth import AXES
-from .providers.ours import OURS
-from .runner import best_plain, find_row
+from moso_fast.bench.providers.ours import OURS
+from moso_fast.bench.runner import best_plain, find_row
+from moso_fast.util.plot import COLOURS, GREY, MARKERS, new_axes, new_figure, save_png
 
-__all__ = ["draw_all", "growth", "memory", "roofline", "speed"]
+from ..growth import AXES
+
+__all__ = ["draw_all", "growth", "memory", "roofline", "speed", "subtitle"]
 
 _SHOWN = {
     "naive": "naive closed form",
@@ -199,7 +200,8 @@ def growth(results: dict[str, Any]) -> Any:
             axes.set_xlabel(axis)
             axes.set_ylabel(unit)
             axes.grid(True, alpha=0.25, linewidth=0.6)
-            axes.legend(fontsize=6, facecolor="white", edgecolor=GREY)
+            if axes.lines:  # memory may not have been measured
+                axes.legend(fontsize=6, facecolor="white", edgecolor=GREY)
         fixed = ", ".join(f"{n}={s:,}" for n, s in sweep["fixed"].items())
         panels[0][column].set_title(fixed, fontsize=8)
     figure.suptitle(subtitle(results), fontsize=9)

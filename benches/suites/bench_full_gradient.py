@@ -1,8 +1,8 @@
 """Whole-network MoSo: speed against what else is exact, memory, and what the last layer gives up.
 
-    python benches/bench_full_gradient.py speed [--save FILE.json] [--threads 2] [--rounds 5]
-    python benches/bench_full_gradient.py memory [--save FILE.json]
-    python benches/bench_full_gradient.py study [--data-root MNIST_FOLDER] [--save FOLDER]
+    python -m benches.suites.bench_full_gradient speed [--save FILE.json] [--threads 2] [--rounds 5]
+    python -m benches.suites.bench_full_gradient memory [--save FILE.json]
+    python -m benches.suites.bench_full_gradient study [--data-root MNIST_FOLDER] [--save FOLDER]
 
 speed: samples a second of two passes over the data for one checkpoint, against the authors' loop
 (batch size 1, two backward passes a sample) and against two passes of vmap(grad) at the best of
@@ -15,7 +15,6 @@ import argparse
 import json
 import platform
 import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from scorer_overhead import ResNet18
-
 from moso_fast.bench.measure import interleaved, medians
 from moso_fast.full.batches import Batch
 from moso_fast.full.engine import FullGradient, choose_parameters
 from moso_fast.full.loss import OutputLoss
 from moso_fast.full.passes import Network, alignment_forward
+
+from .scorer_overhead import ResNet18
 
 CHUNKS = (1, 4, 16, 64, 256)
 
@@ -286,7 +282,7 @@ def main() -> None:
         part.add_argument("--save", type=Path)
     options = parser.parse_args()
     if options.part == "study":
-        from full_gradient_study import study
+        from .full_gradient_study import study
 
         study(options)
         return

@@ -27,7 +27,7 @@ from moso_fast.sources.checkpoints.checkpoint import Checkpoint
 MOMENTS = {"early": 0.05, "middle": 0.5, "late": 1.0}
 KEEPS = (0.2, 0.5, 0.8)
 STEPS, BATCH, RATE = {"digits": 600, "MNIST": 900}, 64, 0.05
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 class Network(nn.Module):
@@ -201,7 +201,7 @@ def study(options: argparse.Namespace) -> None:
     """Run the study, print its table and save table, numbers and plot."""
     torch.set_num_threads(options.threads)
     sets = {"digits": read_digits()}
-    command = "python benches/bench_full_gradient.py study"
+    command = "python -m benches.suites.bench_full_gradient study"
     if options.data_root is not None:
         sets["MNIST"] = read_mnist(options.data_root, options.samples)
         command += f" --data-root MNIST_FOLDER --samples {options.samples}"

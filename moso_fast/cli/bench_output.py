@@ -1,12 +1,12 @@
-"""Tables of ``moso-fast bench``."""
+"""What ``moso-fast bench`` prints; ``python -m benches`` of a source tree prints by it too."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ._common import print_table
+from ._common import caption_bar, emit, print_table
 
-__all__ = ["print_cases", "print_registry"]
+__all__ = ["caption_bar", "emit", "print_cases", "print_registry", "print_table"]
 
 
 def print_cases(cases: dict[str, Any], machine: dict[str, Any]) -> None:
@@ -42,13 +42,13 @@ def _rounded(value: float | None) -> Any:
     return "-" if value is None else f"{value:.3g}"
 
 
-def print_registry(profile: str) -> None:
-    """Print the cases and how many providers each has."""
+def print_registry(profile: str, registry: str = "moso_fast.bench.providers") -> None:
+    """Print the cases and how many of the registered providers each has."""
     from ..bench.cases import CASES
     from ..bench.providers import providers_for
 
     rows = [
-        [c.name, c.title, c.rows(profile), c.classes, c.dim, len(providers_for(c, peers=True))]
+        [c.name, c.title, c.rows(profile), c.classes, c.dim, len(providers_for(c, registry))]
         for c in CASES.values()
     ]
     print_table(("case", "what", "N", "C", "D", "providers"), rows)

@@ -1,10 +1,10 @@
 """Every case and provider of the suite under pytest-benchmark.
 
-    pytest benches/bench_suite.py --benchmark-enable -k c10-d512
+    pytest benches/suites/bench_suite.py --benchmark-enable -k c10-d512
 
 Results are compared with float64 first: a wrong one fails and gets no number. With
---benchmark-disable only that comparison runs, on few rows. `moso-fast bench` is the same suite
-with interleaved rounds, ratios, memory and charts.
+--benchmark-disable only that comparison runs, on few rows. `python -m benches run` is the same
+suite with interleaved rounds, ratios, memory and charts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moso_fast.bench.providers import Provider, providers_for
 
 CHECK_ROWS = 64  # whole sequences in every token case
 
-PAIRS = [(case, p) for case in CASES.values() for p in providers_for(case, peers=True)]
+PAIRS = [(case, p) for case in CASES.values() for p in providers_for(case, "benches.peers")]
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,1 @@
+"""Charts and pages of results files; see ``page`` and ``cpu``."""

@@ -1,0 +1,1 @@
+"""Files for pytest-benchmark (``bench_*.py``), and scripts that measure one thing."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path as _Path
 
-__version__ = "0.1.0"
-
 # A wheel maps kernels/ to moso_fast/kernels; in a source tree it lies beside this package. setup.py
 # shows that the folder above is the source tree: in site-packages, appending it would let
 # `moso_fast.kernels` mean whatever unrelated `kernels` is installed there.
@@ -17,11 +15,13 @@ from .backends import Availability, backends
 from .core.formulas import FORMULAS
 from .functional import LastLayerStats, explain, last_layer_stats, moso_scores
 from .scorer import MoSoScorer
+from .scoring.from_files import score_files
 from .scoring.partition import partition_ids
 from .sources.checkpoints.checkpoint import Checkpoint
 from .surrogate.training import Surrogate, score_surrogates, train_surrogates
 from .tables.select import select
 from .tables.table import ScoreTable
+from .version import __version__
 
 __all__ = [
     "FORMULAS",
@@ -37,6 +37,7 @@ __all__ = [
     "last_layer_stats",
     "moso_scores",
     "partition_ids",
+    "score_files",
     "score_surrogates",
     "select",
     "train_surrogates",

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .backends import backends
-from .core.formulas import check_formula
-from .core.problem import build_problem
-from .core.sequences import check_per
-from .full.engine import choose_parameters
-from .full.loss import check_loss
-from .scoring.combine import check_combine, combine_checkpoints
-from .scoring.features import find_head
-from .scoring.last_layer import ScoringJob, with_scores
-from .scoring.parts import PartStats
-from .scoring.row_weights import RowWeights, check_class_weight, check_sample_weight
-from .scoring.whole_network import FullJob
-from .sources.data.arguments import Arguments
+from .scoring.run import score_model
+from .scoring.settings import Call, ScoredModel, Settings
 from .tables.table import ScoreTable
-from .util.array_like import as_tensor
 
 __all__ = ["MoSoScorer"]
-
-GRADIENTS = ("last_layer", "full")
-FEATURE_CACHES = ("auto", "float32", "bfloat16")
 
 
 class MoSoScorer:
@@ -146,65 +130,44 @@ class MoSoScorer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        _one_of("gradient", gradient, GRADIENTS)
-        if gradient == "last_layer" and callable(loss):
-            raise ValueError(
-                "loss must be the name of a loss for gradient='last_layer' (cross_entropy, "
-                f"binary_cross_entropy, mse), got {type(loss).__name__} (a callable)"
-            )
-        _one_of("feature_cache", feature_cache, FEATURE_CACHES)
-        _one_of("backend", backend, ("auto", *backends()))
-        if shift_labels != "auto" and not isinstance(shift_labels, bool):
-            raise ValueError(f"shift_labels must be 'auto', True or False, got {shift_labels!r}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
-        if isinstance(views, bool) or not isinstance(views, int) or views < 1:
-            raise ValueError(f"views must be a positive int, got {views!r}")
-        if autocast not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"autocast must be None, bfloat16 or float16, got {autocast!r}")
-        _only_with(
-            gradient,
-            full={"scope": scope is not None, "views": views > 1, "autocast": autocast is not None},
-            last_layer={
-                "head": head is not None,
-                "precision": precision is not None,
-                "backend": backend != "auto",
-                "feature_cache": feature_cache != "auto",
-                "class_weight": class_weight is not None,
-            },
+        self.settings = Settings(
+            gradient=gradient,
+            scope=scope,
+            views=views,
+            autocast=autocast,
+            loss=loss,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            class_weight=class_weight,
+            device=device,
+            dtype=dtype,
+            precision=precision,
+            backend=backend,
+            feature_cache=feature_cache,
+            shift_labels=shift_labels,
+            per=per,
+            batch_size=batch_size,
+            columns=columns,
+            chunk_size=chunk_size,
+            nonfinite=nonfinite,
+            progress=progress,
         )
-        self.model = model
-        self.head_name, self.head = "", None
-        if gradient == "last_layer":
-            self.head_name, self.head = find_head(model, head)
-        else:
-            check_loss(loss)
-            choose_parameters(model, scope)
-        self.gradient, self.scope, self.views, self.autocast = gradient, scope, views, autocast
-        self.device = None if device is None else torch.device(device)
-        self.dtype = dtype
-        self.feature_cache, self.batch_size, self.progress = feature_cache, batch_size, progress
-        self.per = check_per(per)
-        self.class_weight = check_class_weight(class_weight, loss, label_smoothing)
-        self.columns = columns
-        Arguments(model, columns)  # refuses columns that are no names
-        self.shift_labels = shift_labels
-        self.options: dict[str, Any] = {
-            "loss": loss,
-            "label_smoothing": label_smoothing,
-            "ignore_index": ignore_index,
-            "precision": precision,
-            "nonfinite": nonfinite,
-        }
-        self.backend, self.chunk_size = backend, chunk_size
-        # An empty problem has every check of the options and none of the data.
-        soft = not callable(loss) and loss in ("binary_cross_entropy", "mse")
-        labels = torch.zeros(0, 1) if soft else torch.zeros(0)
-        labels = labels if labels.dim() == 2 else labels.long()
-        checked = {**self.options, "loss": "cross_entropy" if callable(loss) else loss}
-        build_problem(torch.zeros(0, 1), torch.zeros(1, 1), labels, **checked)
+        self._scored = ScoredModel.of(model, head, self.settings)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network that is scored."""
+        return self._scored.network
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The last layer; None where the gradient is that of the whole network."""
+        return self._scored.head
+
+    @property
+    def head_name(self) -> str:
+        """Name of the last layer in the model; empty where there is no `head`."""
+        return self._scored.head_name
 
     def score(
         self,
@@ -272,80 +235,16 @@ class MoSoScorer:
             Bad arguments or data (before any forward pass where they show it), checkpoints that do
             not fit the model, a ``resume`` folder of a different run.
         """
-        check_formula(formula)
-        check_combine(combine, num_steps)
-        index = _check_index(index)
-        weights = check_sample_weight(sample_weight, self.gradient)
-        # Results that an inference-mode caller can still use anywhere afterwards.
-        with torch.inference_mode(False), torch.no_grad():
-            call = (self, data, checkpoints, formula, partition, seed, index, resume)
-            job: ScoringJob | FullJob
-            if self.gradient == "last_layer":
-                job = ScoringJob(*call, RowWeights(self.class_weight, weights))
-            else:
-                job = FullJob(*call)
-            job.combine = combine
-            groups = job.run()
-            job.warn_if_noise(groups)
-            stats = [one for group in groups for one in with_scores(group, formula, job.ids)]
-            provenance = self._provenance(job, groups[0])
-            provenance |= {"index": job.index_source()}
-            provenance |= {"formula": formula, "combine": combine, "num_steps": num_steps}
-            return combine_checkpoints(
-                stats,
-                lr=[1.0 if lr is None else lr for lr in job.rates],
-                partition=job.ids,
-                combine=combine,
-                num_steps=num_steps,
-                index=job.table_index(),
-                provenance=provenance,
-            )
-
-    def _provenance(self, job: ScoringJob | FullJob, stats: PartStats) -> dict[str, Any]:
-        from . import __version__
-
-        with_rates = job.rates[0] is not None
-        loss = self.options["loss"]
-        return {
-            "moso_fast": __version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-            "backend": stats.backend,
-            "gradient": self.gradient,
-            **job.describe(),
-            **self.options,
-            "loss": getattr(loss, "__qualname__", type(loss).__name__) if callable(loss) else loss,
-            "precision": self.options["precision"] or job.precision,
-            "features": job.feature_dtype,
-            "shift_labels": job.shift.describe(),
-            "samples": job.samples,
-            "counted": sum(stats.counts.values()),
-            "seed": job.seed,
-            "partition": job.describe_partition(),
-            "learning_rates": "given" if with_rates else "none given, 1.0 used",
-            "checkpoints": job.described,
-        }
-
-
-def _check_index(index: Any) -> Tensor | None:
-    if index is None:
-        return None
-    # A copy: the table may be written to, and the caller's array must stay as it is.
-    index = as_tensor("index", index).clone()
-    if index.dim() != 1:
-        raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}")
-    # With the checks of the table, before any work.
-    return ScoreTable(torch.zeros(len(index)), index=index).index
-
-
-def _only_with(gradient: str, full: dict[str, bool], last_layer: dict[str, bool]) -> None:
-    """Raise ValueError for an argument that was given and belongs to the other gradient."""
-    refused, other = (full, "full") if gradient == "last_layer" else (last_layer, "last_layer")
-    for name, given in refused.items():
-        if given:
-            raise ValueError(f"{name} goes with gradient={other!r}, not with {gradient!r}")
-
-
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        call = Call(
+            data=data,
+            checkpoints=checkpoints,
+            formula=formula,
+            combine=combine,
+            num_steps=num_steps,
+            partition=partition,
+            seed=seed,
+            resume=resume,
+            index=index,
+            sample_weight=sample_weight,
+        )
+        return score_model(self._scored, self.settings, call.checked(self.settings.gradient))

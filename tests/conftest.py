@@ -40,15 +40,53 @@ def generator() -> torch.Generator:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where there is no CUDA device; leave out models unless asked for."""
-    if "models" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("models")]
-        if left_out:
-            config.hook.pytest_deselected(items=left_out)
-            items[:] = [item for item in items if not item.get_closest_marker("models")]
+    """Skip what needs a GPU where there is none; leave out tiers that nobody has asked for.
+
+    Plain ``pytest`` is quick: of a test with many parameter sets it runs as many as it takes to see
+    every value of every parameter once, and none that is marked exhaustive. ``-m exhaustive`` runs
+    those and all other sets, ``-m models`` the layouts of other libraries. A test that is named
+    ("file.py::test") always runs.
+    """
+    _mark_other_sets(items)
+    if not config.option.markexpr:
+        asked = [argument for argument in config.args if "::" in argument]
+        _leave_out(config, items, ("models", "exhaustive"), asked)
+    elif "models" not in config.option.markexpr:
+        _leave_out(config, items, ("models",), [])
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def _mark_other_sets(items: list[pytest.Item]) -> None:
+    """Mark the parameter sets of a test that hold no value which an earlier one has not."""
+    seen: dict[str, set[tuple[str, int]]] = {}
+    for item in items:
+        sets = getattr(item, "callspec", None)
+        if sets is None or item.get_closest_marker("exhaustive"):
+            continue
+        known = seen.setdefault(item.nodeid.partition("[")[0], set())
+        values = {(name, id(value)) for name, value in sets.params.items()}
+        if values <= known:
+            item.add_marker("exhaustive")
+        known |= values
+
+
+def _leave_out(
+    config: pytest.Config, items: list[pytest.Item], tiers: tuple[str, ...], named: list[str]
+) -> None:
+    """Deselect the tests of some tiers, but for those that were named on the command line."""
+    names = [argument.rpartition("/")[2] for argument in named]
+    left_out = [
+        item
+        for item in items
+        if any(item.get_closest_marker(tier) for tier in tiers)
+        and not any(item.nodeid.rpartition("/")[2].startswith(name) for name in names)
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(map(id, left_out))
+        items[:] = [item for item in items if id(item) not in gone]

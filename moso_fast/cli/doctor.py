@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..version import __version__
 from ._common import Json, jsonable, print_pairs, print_table
 
 # Distribution -> what it is for; torch and numpy are required, the others optional.
@@ -28,7 +29,15 @@ PACKAGES = {
     "scikit-learn": "moso-fast demo",
     "safetensors": ".safetensors checkpoints",
 }
-_MODULES = ("functional", "scorer", "table", "select", "surrogate", "report", "checkpoints")
+_MODULES = (
+    "functional",
+    "scorer",
+    "tables.table",
+    "tables.select",
+    "tables.report",
+    "surrogate",
+    "sources.checkpoints.checkpoint",
+)
 _SECONDS_FOR_A_TOOL = 10
 _USUAL_NVCC = "/usr/local/cuda/bin/nvcc"  # where the build looks last
 
@@ -56,8 +65,6 @@ def doctor(
 
 def examine() -> dict[str, Any]:
     """Collect all facts; JSON-able but for what the build recorded."""
-    import moso_fast
-
     from ..backends import backends
     from ..util import native as util_native
 
@@ -68,8 +75,8 @@ def examine() -> dict[str, Any]:
             problems.append(f"{native.reason}; {native.how}")
     return {
         "moso_fast": {
-            "version": moso_fast.__version__,
-            "folder": str(Path(moso_fast.__file__).parent),
+            "version": __version__,
+            "folder": str(Path(__file__).resolve().parents[1]),
         },
         "backends": {
             name: {"available": a.available, "reason": a.reason, "how": a.how}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ._common import Json, Quiet, describe, emit
+
+if TYPE_CHECKING:
+    from ..tables.table import ScoreTable
 
 
 def score(
@@ -115,8 +118,8 @@ def score(
     from ..core.formulas import check_formula
     from ..scoring.combine import check_combine
     from ..tables.files import SUFFIXES
+    from ..util.devices import usable_device
     from ..util.files import check_folder
-    from ._sources import table_from_files, table_from_model
 
     if output.suffix not in SUFFIXES:
         raise ValueError(f"--output must end in {', '.join(SUFFIXES)}; got {output.name!r}")
@@ -132,8 +135,8 @@ def score(
     sources, option = (head, "--head") if features is not None else (checkpoint, "--checkpoint")
     rates = _check_rates(lr, sources or [], option)
     full = _full_options(gradient, scope, views, autocast, from_files=features is not None)
-    _check_device(device)
     options: dict[str, Any] = {
+        "device": None if device is None else usable_device(device, "--device"),
         "loss": loss,
         "label_smoothing": label_smoothing,
         "ignore_index": ignore_index,
@@ -141,6 +144,7 @@ def score(
         "backend": backend,
         "chunk_size": chunk_size,
         "nonfinite": nonfinite,
+        "progress": not quiet,
     }
     how: dict[str, Any] = {
         "formula": formula,
@@ -151,21 +155,13 @@ def score(
     }
     start = time.perf_counter()
     if features is not None and labels is not None and head is not None:
-        table = table_from_files(
-            features, labels, head, rates, options, how, device=device, progress=not quiet
-        )
+        from ..scoring.from_files import score_files
+
+        table = score_files(features, labels, head, lr=rates, lr_option="--lr", **options, **how)
     else:
         assert model is not None and data is not None
-        table = table_from_model(
-            model,
-            data,
-            checkpoint or [],
-            entry,
-            rates,
-            {**options, **full, "batch_size": batch_size, "device": device},
-            how,
-            progress=not quiet,
-        )
+        options |= {**full, "batch_size": batch_size}
+        table = _score_model(model, data, checkpoint or [], entry, rates, options, how)
     seconds = time.perf_counter() - start
     table.save(output)
     facts = table.provenance
@@ -236,17 +232,33 @@ def _full_options(
     }
 
 
-def _check_device(name: str | None) -> None:
-    """Raise ValueError where torch knows no such device or has none here."""
-    if name is None:
-        return
-    import torch
+def _score_model(
+    model_path: str,
+    data_path: str,
+    checkpoints: list[str],
+    entry: str | None,
+    rates: list[float] | None,
+    options: dict[str, Any],
+    how: dict[str, Any],
+) -> ScoreTable:
+    """Hand a network and a data set to MoSoScorer, which are given by their import paths."""
+    from torch import nn
 
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here: {reason}") from error
+    from ..scorer import MoSoScorer
+    from ..sources.checkpoints.checkpoint import Checkpoint
+    from ..sources.import_path import import_object
+
+    model = import_object(model_path, "--model", finished=nn.Module)
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise ValueError(f"--model {model_path} must give an nn.Module; got {kind}")
+    data = import_object(data_path, "--data")
+    scorer = MoSoScorer(model, **options)
+    given: list[float | None] = list(rates) if rates else [None] * len(checkpoints)
+    points = [
+        Checkpoint(path, lr, entry=entry) for path, lr in zip(checkpoints, given, strict=True)
+    ]
+    return scorer.score(data, points or None, **how)
 
 
 def _partition(text: str | None) -> Any:

@@ -20,7 +20,7 @@ from ..full.batches import Batch
 from ..full.engine import FullGradient, choose_parameters, only_these_require_grad
 from ..full.loss import OutputLoss
 from ..full.passes import Network
-from ..scoring.features import evaluating
+from ..scoring.eval_mode import evaluating
 from ..sources.data.batch_parts import parts_of
 from ..sources.data.batches import SampleBatches, make_loader, split_batch
 from ..sources.find_head import unwrapped

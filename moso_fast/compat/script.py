@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from ..core.errors import DataError
 from ..sources.checkpoints.checkpoint import Checkpoint
+from ..sources.import_path import import_object
+from ..util.devices import usable_device
 from ..util.files import atomic_path
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -126,15 +129,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from ..cli._sources import import_object
     from ..scorer import MoSoScorer
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here: {reason}") from error
+    device = usable_device(
+        options.device or ("cuda" if torch.cuda.is_available() else "cpu"), "--device"
+    )
     data: Any
     if ":" in options.data and not Path(options.data).exists():
         data = import_object(options.data, "--data")
@@ -147,17 +146,18 @@ def _run(options: argparse.Namespace) -> None:
     files = checkpoint_files(options.path / "checkpoint", options.num_trails)
     epochs = draw_epochs(files, options.samples, options.seed)
     _point_out_sorted(data, parts)
-    scorer = MoSoScorer(
-        model.to(device), gradient="full", device=torch.device(device), batch_size=options.bs
-    )
+    scorer = MoSoScorer(model.to(device), gradient="full", device=device, batch_size=options.bs)
     scores = torch.empty(len(data))
     for number, part in enumerate(parts):
-        table = scorer.score(
-            Subset(data, list(part)),
-            [Checkpoint(files[number][epoch]) for epoch in epochs],
-            formula=options.formula,
-            resume=None if options.resume is None else options.resume / f"trial_{number}",
-        )
+        try:
+            table = scorer.score(
+                Subset(data, list(part)),
+                [Checkpoint(files[number][epoch]) for epoch in epochs],
+                formula=options.formula,
+                resume=None if options.resume is None else options.resume / f"trial_{number}",
+            )
+        except DataError as error:
+            raise error.moved(part[error.row], f"part {number}: ") from error
         # Theirs is a sum over the epochs, each weighted by its learning rate.
         scores[part.start : part.stop] = table.scores.float() * len(epochs)
         print(f"part {number}: {len(part)} samples, {len(epochs)} epochs", file=sys.stderr)

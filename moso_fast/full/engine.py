@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import DataError
 from ..core.precision import exact_products
 from . import explicit
 from .batches import Batch
@@ -266,10 +267,10 @@ class FullGradient:
 
     def _refuse(self, kept: Batch, finite: Tensor) -> None:
         if self.nonfinite == "raise":
-            row = int(kept.index[int((~finite).nonzero()[0])])
-            raise ValueError(
-                f"the loss or gradient of sample {row} is not finite; it is the first such sample "
-                "(nonfinite='exclude' scores the others)"
+            raise DataError(
+                "the loss or gradient of sample {row} is not finite; it is the first such sample "
+                "(nonfinite='exclude' scores the others)",
+                row=int(kept.index[int((~finite).nonzero()[0])]),
             )
 
     def _check_same(self, before: Tensor, again: Tensor) -> None:

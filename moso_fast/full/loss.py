@@ -10,6 +10,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from ..core.errors import DataError
 from ..core.labels import fit_labels
 from ..core.losses import LOSSES, SOFT_LABEL_TOLERANCE, row_statistics
 
@@ -176,10 +177,11 @@ class OutputLoss:
             wrong = (ids != self.ignore_index) & ((ids < 0) | (ids >= classes))
             if bool(wrong.any()):
                 row = int(wrong.reshape(len(ids), -1).any(1).nonzero()[0])
-                label = int(ids[row][wrong[row]].flatten()[0])
-                raise ValueError(
-                    f"labels[{int(index[row // views])}] is {label}, outside [0, {classes}) "
-                    f"and not ignore_index ({self.ignore_index})"
+                raise DataError(
+                    f"labels[{{row}}] is {{value}}, outside [0, {classes}) "
+                    f"and not ignore_index ({self.ignore_index})",
+                    row=int(index[row // views]),
+                    value=int(ids[row][wrong[row]].flatten()[0]),
                 )
             return
         if self.loss == "mse" or labels.dim() < 2:
@@ -190,9 +192,10 @@ class OutputLoss:
             wrong |= ((total - 1).abs() > SOFT_LABEL_TOLERANCE).any(1)
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"labels[{int(index[row // views])}] must hold probabilities"
-                + (" that sum to 1" if self.loss == "cross_entropy" else "")
+            raise DataError(
+                "labels[{row}] must hold probabilities"
+                + (" that sum to 1" if self.loss == "cross_entropy" else ""),
+                row=int(index[row // views]),
             )
 
 

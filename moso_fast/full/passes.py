@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..util.forward_mode import load_forward_mode
 from .batches import Batch
 from .chunks import out_of_memory
 from .loss import OutputLoss, RowLosses
@@ -178,9 +179,9 @@ def new_trace(
 ) -> tuple[Trace, Tape]:
     """Make a trace for a pass of ``batch``, and the tape that it writes to (see `Tape`)."""
     given = network.enough(batch)
-    tape = Tape(plan, given.rows, given.samples, network.device, probing)
+    tape = Tape(plan, given.rows, given.samples, network.device, probing, expanding)
     tape.marks = {} if marked else None
-    trace = Trace(tape, expanding)
+    trace = Trace(tape)
     trace.know_packed((given.args, given.kwargs))
     return trace, tape
 
@@ -240,6 +241,7 @@ def missed(plan: Plan, total: Tensor) -> bool:
 
 def alignment_forward(network: Network, batch: Batch, tangents: Gradients) -> RowLosses:
     """Losses and their derivatives along ``tangents`` by one forward-mode pass."""
+    load_forward_mode()
     with torch.no_grad(), network.context(True), forward_ad.dual_level():
         duals = {
             id(p): forward_ad.make_dual(p.detach(), tangents[id(p)]) for p in network.parameters

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from ..tables.table import ScoreTable
-from .parts import FIELDS, PartStats, score_parts, split_parts
-
-__all__ = ["COMBINE", "FIELDS", "PartStats", "check_combine", "combine_checkpoints", "score_parts"]
+from .parts import FIELDS, split_parts
 
 COMBINE = ("mean", "zscore")
 
@@ -35,8 +33,8 @@ def combine_checkpoints(
     Parameters
     ----------
     stats
-        K mappings as returned by :func:`score_parts`: alignment, grad_sqnorm, loss, el2n, margin,
-        entropy, score, each (N,).
+        K mappings as returned by :func:`parts.with_scores`: alignment, grad_sqnorm, loss, el2n,
+        margin, entropy, score, each (N,).
     lr
         K learning rates eta_k, in units of the optimiser's step.
     partition

@@ -1,9 +1,8 @@
-"""Finding the last layer of a network and collecting what goes into it, for every sample."""
+"""Collecting what goes into the last layer of a network, for every sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader
 
+from ..core.errors import DataError
 from ..core.labels import document_rows, fit_labels, token_rows
 from ..sources.data.batches import SampleBatch, SampleBatches, batch_count, sample_count, to_device
-from ..sources.find_head import find_head, predicts_next_token
+from .eval_mode import evaluating
 from .head.capture import HeadCapture
 from .head.shift import LabelShift
-
-__all__ = ["FeatureCapture", "Features", "evaluating", "find_head", "predicts_next_token"]
 
 # A cache on a GPU leaves this share of its free memory to the model.
 _GPU_CACHE_SHARE = 0.6
@@ -51,32 +49,14 @@ class Features:
         running = torch.cat([torch.zeros(1, dtype=torch.int64), counted.long().cumsum(0)])
         return running[self.cu_seqlens.cpu()].diff() > 0
 
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode without gradients; then every module has its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    was_training = model.training
-    try:
-        model.eval()
-        # Not inference_mode: what a model caches in it during a forward pass (rotary tables, say)
-        # could never be used in training again.
-        with torch.no_grad(), _eager(model):
-            yield
-    finally:
-        # First the method, for modules that act on the change (merged adapters), then each flag.
-        model.train(was_training)
-        for module, mode in modes:
-            module.training = mode
-
-
-def _eager(model: nn.Module) -> Any:
-    """Run a compiled model as it was written: compiled code may ignore a hook that came later."""
-    compiled = any(
-        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
-        for m in model.modules()
-    )
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    def of_a_sample(self, error: DataError) -> DataError:
+        """Return an error about a row of the features as one about a sample of the data set."""
+        if self.cu_seqlens is None:
+            return error
+        offsets = self.cu_seqlens.cpu()
+        sample = int(torch.searchsorted(offsets, error.row, right=True)) - 1
+        token = error.row - int(offsets[sample])
+        return error.moved(sample, f"token {token} of those that count in sample {sample}: ")
 
 
 class FeatureCapture:

@@ -1,95 +1,91 @@
-"""The last layer's job: features once for all heads that share them, and its epilogue."""
+"""The last layer's job: features once for all heads that share them, and their statistics."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.formulas import check_count
-from ..core.formulas import score as formula_score
+from ..core.errors import DataError
 from ..core.logit_map import LogitMap
-from ..core.problem import default_precision
 from ..sources.checkpoints.weights import Snapshot, digest
 from ..sources.find_head import describe_head
-from .features import FeatureCapture, Features, evaluating
-from .head.linear_check import HeadReading, read_again
+from ..sources.heads import check_finite
+from .eval_mode import evaluating
+from .features import FeatureCapture, Features
+from .head.linear_check import read_again
+from .head.weights import HeadReading
 from .job import Job
+from .mapped import head_problem
 from .noise import cancellation, warn_if_noise
-from .parts import PartStats, score_parts, split_parts
+from .parts import PartStats, part_stats
 from .resume import Group
 from .row_weights import RowWeights
-
-if TYPE_CHECKING:
-    from ..scorer import MoSoScorer
+from .settings import Call, ScoredModel, Settings
 
 # Heads over the same features are scored together up to this size of their weights.
 _HEADS_BYTES = 1 << 30
 
 
-class ScoringJob(Job):
+class LastLayerJob(Job):
     """Scores checkpoints by their heads, in groups that share their features.
 
     Only one checkpoint's weights, one cache of features and the heads of one group are in memory
     at a time, besides the statistics.
     """
 
-    def __init__(
-        self,
-        scorer: MoSoScorer,
-        data: Any,
-        checkpoints: Any,
-        formula: str,
-        partition: Any,
-        seed: int,
-        index: Tensor | None,
-        resume: str | os.PathLike[str] | None,
-        row_weights: RowWeights,
-    ) -> None:
-        head = scorer.head
-        assert head is not None
-        super().__init__(scorer, head, data, checkpoints, formula, partition, seed, index)
-        self.head, self.row_weights = head, row_weights
+    def __init__(self, model: ScoredModel, settings: Settings, call: Call) -> None:
+        super().__init__(model, settings, call)
+        assert model.head is not None
+        self.head = model.head
+        self.row_weights = RowWeights(settings.class_weight, call.sample_weight)
         self.notes: list[dict[str, str]] = []  # of every group: what lies behind its heads
         samples = self.samples if self.samples >= 0 else None
-        row_weights.check(samples, getattr(head, "out_features", None))
+        self.row_weights.check(samples, getattr(self.head, "out_features", None))
         self.capture = FeatureCapture(
-            scorer.model,
-            scorer.head_name,
-            head,
+            model.network,
+            model.head_name,
+            self.head,
             self.data,
-            cache=scorer.feature_cache,
-            loss=scorer.options["loss"],
+            cache=settings.feature_cache,
+            loss=settings.loss,
             shift=self.shift,
-            ignore_index=scorer.options["ignore_index"],
-            device=scorer.device,
-            dtype=scorer.dtype,
+            ignore_index=settings.ignore_index,
+            device=settings.device,
+            dtype=settings.dtype,
         )
-        self.resume(resume)
-
-    def _facts(self) -> dict[str, Any]:
-        scorer = self.scorer
-        return {
-            "backend": scorer.backend,
-            "chunk_size": scorer.chunk_size,
-            "head": scorer.head_name,
-            "feature_cache": scorer.feature_cache,
-            "per": scorer.per,
-            **self.row_weights.describe(),
-        }
 
     def describe(self) -> dict[str, Any]:
         """Say for the record which weights were scored, and what lies behind them."""
         return {
-            "head": self.scorer.head_name,
-            "per": self.scorer.per,
+            "head": self.model.head_name,
+            "per": self.settings.per,
             **self.row_weights.describe(),
-            **describe_head(self.scorer.model, self.head),
+            **describe_head(self.model.network, self.head),
             **joined(self.notes),
+            **super().describe(),
+        }
+
+    def warn_if_noise(self, groups: list[PartStats]) -> None:
+        """Warn once where the products were too coarse for what is left of the scores."""
+        precision = self.settings.precision or self.precision
+        # The torch backend computes in float32 whatever is allowed.
+        rounded = [group for group in groups if group.backend != "torch"]
+        if precision == "medium" and rounded and self.call.formula != "alignment":
+            warn_if_noise(max(cancellation(g[-1], g.counts, self.ids) for g in rounded))
+
+    def _facts(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "backend": settings.backend,
+            "chunk_size": settings.chunk_size,
+            "head": self.model.head_name,
+            "feature_cache": settings.feature_cache,
+            "per": settings.per,
+            **self.row_weights.describe(),
         }
 
     def _run(self, on_batch: Callable[[], None]) -> list[PartStats]:
@@ -98,7 +94,7 @@ class ScoringJob(Job):
         pending: HeadGroup | None = None
         features: Features | None = None
         snapshot: Snapshot | None = None
-        for k, (tensors, copy) in enumerate(self._weights_in_order()):
+        for k, (tensors, copy) in enumerate(self.checkpoints):
             name = "" if self.store is None else digest(tensors)
             backbone = self.weights.backbone(tensors)
             # Known since features were made: nothing is shared before that.
@@ -123,6 +119,7 @@ class ScoringJob(Job):
                 features, reading = self._features(tensors, on_batch)
             else:
                 reading = self._read_again(tensors, features)
+            check_finite(self.checkpoints.name(k), reading.weight, reading.bias)
             if pending is not None and pending.input_scale != reading.input_scale:
                 results.append(self._finish(pending))
                 pending = None
@@ -134,14 +131,6 @@ class ScoringJob(Job):
             results.append(self._finish(pending))
         self._check_end(stored)
         return results
-
-    def warn_if_noise(self, groups: list[PartStats]) -> None:
-        """Warn once where the products were too coarse for what is left of the scores."""
-        precision = self.scorer.options["precision"] or self.precision
-        # The torch backend computes in float32 whatever is allowed.
-        rounded = [group for group in groups if group.backend != "torch"]
-        if precision == "medium" and rounded and self.formula != "alignment":
-            warn_if_noise(max(cancellation(g[-1], g.counts, self.ids) for g in rounded))
 
     def _features(
         self, tensors: Mapping[str, Tensor], on_batch: Callable[[], None]
@@ -161,7 +150,7 @@ class ScoringJob(Job):
         """Read the weights of another checkpoint's head for the features that are there."""
         inputs = self.capture.inputs
         assert inputs.sample is not None
-        with self.weights.lent(tensors, head_only=True), evaluating(self.scorer.model):
+        with self.weights.lent(tensors, head_only=True), evaluating(self.model.network):
             reading = read_again(inputs.name, self.head, inputs.sample, inputs.plain)
             return self._own(reading, features)
 
@@ -173,33 +162,30 @@ class ScoringJob(Job):
         return reading.copied(weight.device if weight.is_cuda else features.features.device)
 
     def _finish(self, heads: HeadGroup) -> PartStats:
-        scorer, features = self.scorer, heads.features
+        features, settings = heads.features, self.settings
         self.notes.append(heads.notes)
         weight, bias = heads.stacked()
-        inputs = heads.inputs()
-        self.precision = default_precision(inputs)
-        stats = score_parts(
-            inputs,
+        job = head_problem(
+            heads.inputs(),
             weight,
             features.labels,
             bias,
-            partition=self.ids,
-            # Scores are computed from the statistics, so that stored ones give every formula.
-            formula="alignment",
             cu_seqlens=features.cu_seqlens,
             sample_weight=self.row_weights.of(features, weight.shape[-2]),
-            per=scorer.per,
-            backend=scorer.backend,
-            chunk_size=scorer.chunk_size,
+            options=settings.options,
             **heads.to_logits(),
-            **scorer.options,
         )
-        if self.store is not None:
-            facts = (
-                *(self._labels, self.precision, self.feature_dtype),
-                *(self.shift.stored(), json.dumps(heads.notes)),
+        self.precision = job.problem.precision
+        try:
+            stats = part_stats(
+                job,
+                partition=self.ids,
+                backend=settings.backend,
+                chunk_size=settings.chunk_size,
             )
-            self.store.save(Group(heads.first, heads.digests, *facts, stats))
+        except DataError as error:
+            raise features.of_a_sample(error) from error
+        self._save(heads.first, heads.digests, stats, json.dumps(heads.notes))
         return stats
 
 
@@ -235,7 +221,7 @@ class HeadGroup:
         self.digests.append(name)
 
     def to_logits(self) -> dict[str, Any]:
-        """Arguments of `mapped.head_stats`: what lies between weights and logits."""
+        """Arguments of `mapped.head_problem`: what lies between weights and logits."""
         if self.logit_map is None or self.logit_map.kind != "scale":
             return {"logit_map": self.logit_map, "logit_scale": self.scales}
         factor = float(self.logit_map.values[0])
@@ -270,26 +256,3 @@ def joined(notes: Sequence[Mapping[str, str]]) -> dict[str, str]:
         seen = dict.fromkeys(one.get(name, found.get(name, "")) for one in notes)
         found[name] = "; ".join(value for value in seen if value)
     return found
-
-
-def with_scores(stats: PartStats, formula: str, ids: Tensor | None) -> list[dict[str, Tensor]]:
-    """Statistics of each head with its ``score``, computed from the statistics alone."""
-    samples = stats[0]["alignment"].shape[0]
-    parts: list[tuple[int, Any]] = [(0, slice(None))]
-    if ids is not None:
-        parts = list(split_parts(ids, samples))
-    result = []
-    for count in stats.counts.values():
-        check_count(formula, count)
-    for k, fields in enumerate(stats):
-        scores = torch.empty_like(fields["alignment"])
-        for part, rows in parts:
-            scores[rows] = formula_score(
-                formula,
-                fields["alignment"][rows],
-                fields["grad_sqnorm"][rows],
-                torch.tensor(stats.mean_grad_sqnorm[part][k : k + 1], dtype=torch.float64),
-                torch.tensor(stats.counts[part]),
-            )
-        result.append({**fields, "score": scores})
-    return result

@@ -1,14 +1,13 @@
-"""Statistics of heads whose output goes through a known map before the loss is taken of it.
+"""Heads whose output goes through a known map before the loss is taken of it, as one problem.
 
 A factor s changes nothing but the weights: the logits are those of the head s W, and a gradient by
-W is s times the one by s W. Any other map is applied within the passes (see `problem.logit_map`).
+W is s times the one by s W. Any other map is applied within the passes (see `core.logit_map`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,89 +16,113 @@ from ..backends import choose
 from ..core import engine
 from ..core.logit_map import LogitMap
 from ..core.losses import row_statistics
+from ..core.options import Options
+from ..core.passes import Results
 from ..core.precision import own_precision
 from ..core.problem import Problem, build_problem
 from ..core.sequences import segment_sum
-from ..functional import LastLayerStats, last_layer_stats
 
 _BLOCK_NUMBERS = 2**22
 
 
-def head_stats(
+@dataclass(frozen=True)
+class HeadProblem:
+    """The checked problem of heads over the same features, and a factor behind each of them.
+
+    ``problem`` has the factors in its weights; ``scales`` (K,) float64 are those by which its
+    gradients are still to be multiplied, None where all are 1.
+    """
+
+    problem: Problem
+    scales: Tensor | None = None
+
+    def of(self, problem: Problem) -> HeadProblem:
+        """Return the same heads over the rows of another ``problem``."""
+        return replace(self, problem=problem)
+
+    def solve(self, backend: str = "auto", chunk_size: int | None = None) -> tuple[Results, str]:
+        """Score the problem: statistics (K, samples) with gradients by W and b, and the backend.
+
+        ``backend`` and ``chunk_size`` are those of `last_layer_stats`. EL2N is the norm of the
+        derivative by the logits.
+
+        Raises
+        ------
+        ValueError
+            Data that cannot be scored; see `core.engine.run`.
+        """
+        problem = self.problem
+        chosen = choose(problem, backend)[0]
+        with own_precision(problem):
+            found = engine.run(problem, chosen, chunk_size)
+            if problem.logit_map is not None:
+                found.el2n = _logit_residuals(problem, found.alignment)
+        return found if self.scales is None else _scaled(found, self.scales), chosen.name
+
+
+def head_problem(
     features: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None = None,
     *,
+    sample_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     logit_map: LogitMap | None = None,
     logit_scale: Sequence[float] | None = None,
-    **options: Any,
-) -> LastLayerStats:
-    """`last_layer_stats` of the loss of m(s (W h + b)), with gradients by W and b.
+    options: Options | None = None,
+) -> HeadProblem:
+    """Check the problem of the loss of m(s (W h + b)), once for all that is done with it.
 
     Parameters
     ----------
+    features, weight, labels, bias, sample_weight, cu_seqlens
+        As in `last_layer_stats`.
     logit_map
         m, the same for all heads; None = none.
     logit_scale
         s of each of the K heads; None = 1.
-    **options
-        As in `last_layer_stats`, which also says what is returned and raised. EL2N is the norm of
-        the derivative by the logits m.
+    options
+        Loss and precision; None = the defaults.
+
+    Raises
+    ------
+    TypeError, ValueError
+        What shapes and dtypes show to be wrong.
     """
+    options = Options() if options is None else options
     # log_softmax leaves cross-entropy as it is.
-    if options.get("loss", "cross_entropy") == "cross_entropy" and logit_map is not None:
+    if options.loss == "cross_entropy" and logit_map is not None:
         logit_map = None if logit_map.keeps_cross_entropy() else logit_map
     scales = None
     if logit_scale is not None and any(s != 1.0 for s in logit_scale):
         wide = torch.float64 if features.dtype == torch.float64 else torch.float32
         scales = torch.tensor(logit_scale, dtype=torch.float64, device=weight.device)
-        if weight.dim() == 2:
-            scales = scales[0]
-        weight = (weight.double() * scales[..., None, None]).to(wide)
-        bias = None if bias is None else (bias.double() * scales[..., None]).to(wide)
-    if logit_map is None:
-        stats = last_layer_stats(features, weight, labels, bias, **options)
-    else:
-        stats = _mapped_stats(features, weight, labels, bias, logit_map, **options)
-    return stats if scales is None else _scaled(stats, scales)
+        by_head = scales if weight.dim() == 3 else scales[0]
+        weight = (weight.double() * by_head[..., None, None]).to(wide)
+        bias = None if bias is None else (bias.double() * by_head[..., None]).to(wide)
+    problem = build_problem(
+        features,
+        weight,
+        labels,
+        bias,
+        sample_weight=sample_weight,
+        cu_seqlens=cu_seqlens,
+        logit_map=logit_map,
+        options=options,
+    )
+    return HeadProblem(problem, scales)
 
 
-def _scaled(stats: LastLayerStats, scales: Tensor) -> LastLayerStats:
+def _scaled(found: Results, scales: Tensor) -> Results:
     """Statistics by W from those by s W: gradients are s times as long."""
     square = scales.square()
-    by_head = square[..., None].to(stats.alignment.device)
+    by_head = square[:, None].to(found.alignment.device)
     return replace(
-        stats,
-        alignment=(stats.alignment * by_head).to(stats.alignment.dtype),
-        grad_sqnorm=(stats.grad_sqnorm * by_head).to(stats.grad_sqnorm.dtype),
-        _mean_grad_sqnorm=stats._mean_grad_sqnorm * square.to(stats._mean_grad_sqnorm.device),
-    )
-
-
-def _mapped_stats(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    logit_map: LogitMap,
-    *,
-    backend: str = "auto",
-    chunk_size: int | None = None,
-    **options: Any,
-) -> LastLayerStats:
-    problem = build_problem(features, weight, labels, bias, logit_map=logit_map, **options)
-    chosen = choose(problem, backend)[0]
-    with own_precision(problem):
-        found = engine.run(problem, chosen, chunk_size)
-        found.el2n = _logit_residuals(problem, found.alignment)
-    shape = found.alignment.shape if problem.stacked else found.alignment.shape[1:]
-    names = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")
-    return LastLayerStats(
-        **{name: getattr(found, name).reshape(shape) for name in names},
-        backend=chosen.name,
-        _mean_grad_sqnorm=found.mean_grad_sqnorm,
-        _count=found.count,
+        found,
+        alignment=(found.alignment * by_head).to(found.alignment.dtype),
+        grad_sqnorm=(found.grad_sqnorm * by_head).to(found.grad_sqnorm.dtype),
+        mean_grad_sqnorm=found.mean_grad_sqnorm * square.to(found.mean_grad_sqnorm.device),
     )
 
 

@@ -51,5 +51,5 @@ def warn_if_noise(ratio: float) -> None:
             f"precision='medium': the scores are differences of terms {ratio:.0f} times their size "
             f"(many classes, few samples of each), so about {min(1.0, 2e-4 * ratio):.0%} of each "
             "may be rounding; precision='high' or 'highest' scores them exactly",
-            stacklevel=4,
+            stacklevel=5,  # whoever called MoSoScorer.score
         )

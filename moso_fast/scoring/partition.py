@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ..util.array_like import as_tensor
 
-__all__ = ["check_part_sizes", "partition_digest", "partition_ids", "resolve_partition"]
+__all__ = [
+    "check_part_sizes",
+    "describe_partition",
+    "partition_digest",
+    "partition_ids",
+    "resolve_partition",
+]
 
 
 def partition_ids(num_samples: int, parts: int, seed: int = 0) -> Tensor:
@@ -137,6 +143,17 @@ def partition_digest(ids: Tensor | None) -> str:
     if ids is None:
         return "none"
     return hashlib.blake2b(ids.contiguous().numpy().tobytes(), digest_size=12).hexdigest()
+
+
+def describe_partition(ids: Tensor | None, given: Any, seed: int) -> str:
+    """Return a partition in words: number of parts, where it is from, the digest of its ids.
+
+    ``given`` is the argument that `resolve_partition` made ``ids`` of, with ``seed``.
+    """
+    if ids is None:
+        return "one part"
+    how = f"split by seed {seed}" if isinstance(given, int) else "given ids"
+    return f"{len(torch.unique(ids))} parts, {how}, digest {partition_digest(ids)}"
 
 
 def _integer(name: str, value: Any) -> int:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
-import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..functional import LastLayerStats
+from ..core.errors import DataError
+from ..core.formulas import check_count, score
+from ..core.passes import Results
+from ..core.problem import Problem
+from ..core.status import sequence_offsets
+from .mapped import HeadProblem
 
 FIELDS = ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy")
 
 # A part above this size is gathered into a temporary file instead of memory.
 GATHER_BYTES = 1 << 30
 _GATHER_BLOCK_ROWS = 1 << 16
-
-# What says how a problem is computed, and is not checked with its data.
-_NOT_OF_A_PROBLEM = ("backend", "chunk_size", "logit_map", "logit_scale", "per")
 
 
 class PartStats(list[dict[str, Tensor]]):
@@ -33,93 +35,98 @@ class PartStats(list[dict[str, Tensor]]):
     mean_grad_sqnorm: dict[int, list[float]]
 
 
-def score_parts(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = None,
+def part_stats(
+    heads: HeadProblem,
     *,
     partition: Tensor | None = None,
-    formula: str = "moso",
-    progress: Callable[[int, int], None] | None = None,
-    **kwargs: Any,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> PartStats:
-    """Row statistics and formula scores of every head, each part against its own mean gradient.
+    """Row statistics of every head, those of each part against its own mean gradient.
 
     Parameters
     ----------
-    features
-        (N, D); rows of a part that are not adjacent are gathered one part at a time, above 1 GiB
-        into a temporary file, so that a memory-mapped array is never read whole.
-    weight, bias
-        (C, D) and (C,), or (K, C, D) and (K, C) for K heads.
-    labels
-        (N,) class ids or (N, C) targets.
+    heads
+        The problem of the whole data set. Rows of a part that are not adjacent are gathered one
+        part at a time, above 1 GiB into a temporary file, so that a memory-mapped array is never
+        read whole.
     partition
-        (N,) integer ids, one a sample (a sequence where ``cu_seqlens`` is given); None = one part.
-    formula
-        One of ``moso_fast.core.formulas.FORMULAS``.
+        (N,) integer ids, one a sample (a sequence where the problem has them); None = one part.
+    backend, chunk_size
+        As in `last_layer_stats`.
     progress
-        Called with (parts done, parts) after every part.
-    **kwargs
-        Further arguments of ``last_layer_stats``, and of ``mapped.head_stats``.
+        Called after every part.
 
     Returns
     -------
     PartStats
-        K dicts with the keys alignment, grad_sqnorm, loss, el2n, margin, entropy and score (the
-        formula before the learning rate), each (N,) on the CPU; NaN where a sample is ignored.
+        K dicts with the keys alignment, grad_sqnorm, loss, el2n, margin and entropy, each (N,) on
+        the CPU; NaN where a sample is ignored. `with_scores` makes scores of them.
 
     Raises
     ------
     ValueError
-        Ids of the wrong shape, a part with fewer than 2 counted samples (named), and whatever
-        ``last_layer_stats`` refuses, with the row numbers of the whole data set.
+        Ids of the wrong shape, a part with fewer than 2 counted samples (named), and whatever the
+        engine refuses, with the row numbers of the whole data set.
     TypeError
         Ids that are not integers.
     """
-    from ..core.formulas import check_formula
-    from ..core.problem import build_problem, sequence_offsets
-
-    check_formula(formula)
-    parts: list[tuple[int | None, Tensor | None]] = [(None, None)]
-    if partition is not None:
-        # Shapes are checked on the whole, where the message shows the shapes that the caller knows.
-        options = {k: v for k, v in kwargs.items() if k not in _NOT_OF_A_PROBLEM}
-        problem = build_problem(features, weight, labels, bias, **options)
-        if problem.cu_seqlens is not None:
-            sequence_offsets(problem)
-        parts = list(split_parts(partition, problem.samples))
-        for part, samples in parts:
-            if samples is not None and samples.numel() < 2:
-                raise ValueError(_too_small(part, samples.numel()))
-    heads = weight.shape[0] if weight.dim() == 3 else 1
-    result = PartStats()
+    problem, result = heads.problem, PartStats()
     result.counts, result.mean_grad_sqnorm = {}, {}
-    out: dict[str, Tensor] = {}
-    for done, (part, samples) in enumerate(parts):
-        stats = _part_stats(part, samples, features, weight, labels, bias, kwargs)
-        if part is not None and stats.count < 2:
-            raise ValueError(_too_small(part, stats.count))
-        values = {name: getattr(stats, name) for name in FIELDS}
-        values["score"] = stats.scores(formula=formula)
-        for name, tensor in values.items():
-            block = tensor.detach().cpu().reshape(heads, -1)
-            if samples is None:
-                out[name] = block
-                continue
-            assert partition is not None
-            if name not in out:
-                shape = (heads, partition.shape[0])
-                out[name] = torch.full(shape, torch.nan, dtype=block.dtype)
-            out[name][:, samples] = block
-        result.backend = stats.backend
-        result.counts[part or 0] = stats.count
-        squared = torch.as_tensor(stats.mean_grad_sqnorm, dtype=torch.float64)
-        result.mean_grad_sqnorm[part or 0] = squared.reshape(-1).tolist()
-        if progress is not None:
-            progress(done + 1, len(parts))
-    result.extend({name: out[name][k] for name in out} for k in range(heads))
+    if partition is None:
+        found, result.backend = heads.solve(backend, chunk_size)
+        fields = _note(result, 0, found)
+        result.extend({n: values[k] for n, values in fields.items()} for k in range(problem.heads))
+        progress()
+        return result
+    offsets = None if problem.cu_seqlens is None else sequence_offsets(problem)
+    parts = split_parts(partition, problem.samples)
+    for part, samples in parts:
+        if samples.numel() < 2:
+            raise ValueError(_too_small(part, samples.numel()))
+    whole: dict[str, Tensor] = {}
+    for part, samples in parts:
+        with _part_of(problem, part, samples, offsets) as own:
+            found, result.backend = heads.of(own).solve(backend, chunk_size)
+        for name, values in _note(result, part, found).items():
+            if name not in whole:
+                shape = (problem.heads, problem.samples)
+                whole[name] = torch.full(shape, torch.nan, dtype=values.dtype)
+            whole[name][:, samples] = values
+        if result.counts[part] < 2:
+            raise ValueError(_too_small(part, result.counts[part]))
+        progress()
+    result.extend({n: values[k] for n, values in whole.items()} for k in range(problem.heads))
+    return result
+
+
+def with_scores(stats: PartStats, formula: str, ids: Tensor | None) -> list[dict[str, Tensor]]:
+    """Statistics of each head with its ``score``, computed from the statistics alone.
+
+    Raises
+    ------
+    ValueError
+        One counted sample where ``formula`` divides by N - 1.
+    """
+    samples = stats[0]["alignment"].shape[0]
+    parts: list[tuple[int, Any]] = [(0, slice(None))]
+    if ids is not None:
+        parts = list(split_parts(ids, samples))
+    result = []
+    for count in stats.counts.values():
+        check_count(formula, count)
+    for k, fields in enumerate(stats):
+        scores = torch.empty_like(fields["alignment"])
+        for part, rows in parts:
+            scores[rows] = score(
+                formula,
+                fields["alignment"][rows],
+                fields["grad_sqnorm"][rows],
+                torch.tensor(stats.mean_grad_sqnorm[part][k : k + 1], dtype=torch.float64),
+                torch.tensor(stats.counts[part]),
+            )
+        result.append({**fields, "score": scores})
     return result
 
 
@@ -145,64 +152,51 @@ def split_parts(partition: Tensor, num_samples: int) -> list[tuple[int, Tensor]]
     return list(zip(ids.tolist(), order.split(counts.tolist()), strict=True))
 
 
-def _part_stats(
-    part: int | None,
-    samples: Tensor | None,
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    options: dict[str, Any],
-) -> LastLayerStats:
-    """Statistics of some samples (None = all) against their own mean."""
-    from .mapped import head_stats
+def _note(result: PartStats, part: int, found: Results) -> dict[str, Tensor]:
+    """Keep what is known of a part as a whole; its statistics (K, samples) on the CPU."""
+    result.counts[part] = int(found.count)
+    result.mean_grad_sqnorm[part] = found.mean_grad_sqnorm.double().tolist()
+    return {name: getattr(found, name).detach().cpu() for name in FIELDS}
 
-    if samples is None:
-        return head_stats(features, weight, labels, bias, **options)
-    rows, options = _rows_of(samples, options)
+
+@contextmanager
+def _part_of(
+    problem: Problem, part: int, samples: Tensor, offsets: Tensor | None
+) -> Iterator[Problem]:
+    """Yield the problem of some samples; errors of the block speak of the rows of the whole."""
+    rows, lengths = _rows_of(samples, offsets)
     with tempfile.TemporaryDirectory(prefix="moso_fast_") as folder:
-        taken = [
-            _gather(source, rows, Path(folder) / f"{number}.bin")
-            for number, source in enumerate((features, labels))
-        ]
-        if options.get("sample_weight") is not None:
-            weights = options["sample_weight"]
-            options["sample_weight"] = _gather(weights, rows, Path(folder) / "weight.bin")
+        taken: dict[str, Tensor] = {}
+        for name in ("features", "labels", "sample_weight"):
+            source = getattr(problem, name)
+            if source is not None:
+                taken[name] = _gather(source, rows, Path(folder) / f"{name}.bin")
+        if lengths is not None:
+            assert problem.cu_seqlens is not None
+            taken["cu_seqlens"] = lengths.to(problem.cu_seqlens)
         try:
-            return head_stats(taken[0], weight, taken[1], bias, **options)
-        except ValueError as error:
-            raise ValueError(f"part {part} of partition: {_renumber(str(error), rows)}") from error
+            yield replace(problem, **taken)  # type: ignore[arg-type]
+        except DataError as error:
+            where = f"part {part} of partition: "
+            raise error.moved(int(rows[error.row]), where) from error
 
 
-def _renumber(message: str, rows: Tensor) -> str:
-    """Replace row numbers within a part by those of the whole data set."""
-
-    def whole(match: re.Match[str]) -> str:
-        row = int(match[2])
-        return match[1] + str(int(rows[row]) if row < rows.numel() else row)
-
-    return re.sub(r"(\b(?:labels\[|features\[|row ))(\d+)", whole, message)
-
-
-def _too_small(part: int | None, count: int) -> str:
+def _too_small(part: int, count: int) -> str:
     return (
         f"part {part} of partition has {count} counted sample{'' if count == 1 else 's'}; "
         "every part needs at least 2, so use fewer parts"
     )
 
 
-def _rows_of(samples: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Rows of some samples, which are sequences with ``cu_seqlens``, and a copy of the options."""
-    options = dict(options)
-    if options.get("cu_seqlens") is None:
-        return samples, options
-    given = options["cu_seqlens"]
-    offsets = given.cpu().long()
+def _rows_of(samples: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows of some samples, and where these are sequences, the offsets among those rows."""
+    if offsets is None:
+        return samples, None
     lengths = offsets.diff()[samples]
     ends = lengths.cumsum(0)
     shift = (offsets[samples] - (ends - lengths)).repeat_interleave(lengths)
-    options["cu_seqlens"] = torch.cat([ends.new_zeros(1), ends]).to(given)
-    return torch.arange(int(ends[-1])) + shift, options
+    own = torch.cat([ends.new_zeros(1), ends])
+    return torch.arange(int(ends[-1])) + shift, own
 
 
 def _gather(source: Tensor, rows: Tensor, path: Path) -> Tensor:

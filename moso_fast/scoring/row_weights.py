@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..core.errors import DataError
 from ..util.array_like import as_tensor
 
 if TYPE_CHECKING:
@@ -130,5 +131,9 @@ def _finite_numbers(name: str, value: Any, length: str) -> Tensor:
     wrong = (~weights.isfinite()).nonzero()
     if wrong.numel():
         at = int(wrong[0])
-        raise ValueError(f"{name}[{at}] is {float(weights[at])}; weights must be finite")
+        entry = float(weights[at])
+        if name == "sample_weight":
+            text = "sample_weight[{row}] is {value}; weights must be finite"
+            raise DataError(text, row=at, value=entry)
+        raise ValueError(f"{name}[{at}] is {entry}; weights must be finite")
     return weights.to(torch.float64, copy=True)

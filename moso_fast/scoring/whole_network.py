@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.formulas import check_count
 from ..full.batches import Batch, batches, seeded_views
@@ -22,13 +21,10 @@ from ..full.loss import OutputLoss
 from ..full.passes import Network
 from ..sources.checkpoints.weights import digest
 from ..sources.find_head import unwrapped
-from .features import evaluating
+from .eval_mode import evaluating
 from .job import Job
 from .parts import PartStats, split_parts
-from .resume import Group
-
-if TYPE_CHECKING:
-    from ..scorer import MoSoScorer
+from .settings import Call, ScoredModel, Settings
 
 
 class FullJob(Job):
@@ -36,52 +32,52 @@ class FullJob(Job):
 
     passes = 2
 
-    def __init__(
-        self,
-        scorer: MoSoScorer,
-        data: Any,
-        checkpoints: Any,
-        formula: str,
-        partition: Any,
-        seed: int,
-        index: Tensor | None,
-        resume: str | os.PathLike[str] | None,
-    ) -> None:
-        super().__init__(scorer, None, data, checkpoints, formula, partition, seed, index)
-        if scorer.views > 1:
-            self.loader = seeded_views(self.loader, scorer.views, seed)
-        options = scorer.options
-        self.parameters = choose_parameters(scorer.model, scorer.scope)
-        first = next(iter(self.parameters.values()))
-        network = Network(
-            unwrapped(scorer.model),
-            OutputLoss(
-                options["loss"],
-                options["label_smoothing"],
-                options["ignore_index"],
-                per=scorer.per,
-            ),
-            self.parameters,
-            scorer.device or first.device,
-            scorer.dtype,
-            scorer.autocast,
+    def __init__(self, model: ScoredModel, settings: Settings, call: Call) -> None:
+        super().__init__(model, settings, call)
+        if settings.views > 1:
+            self.loader = seeded_views(self.loader, settings.views, call.seed)
+        loss = OutputLoss(
+            settings.loss, settings.label_smoothing, settings.ignore_index, per=settings.per
         )
-        self.engine = FullGradient(network, scorer.chunk_size, options["nonfinite"])
+        network = Network(
+            unwrapped(model.network),
+            loss,
+            self.parameters,
+            settings.device or next(iter(self.parameters.values())).device,
+            settings.dtype,
+            settings.autocast,
+        )
+        self.engine = FullGradient(network, settings.chunk_size, settings.nonfinite)
         self.precision = "highest"
-        self.resume(resume)
+
+    def describe(self) -> dict[str, Any]:
+        """Say for the record which parameters were scored, and how."""
+        total = sum(p.numel() for p in self.parameters.values())
+        scope = "all that require grad" if self.settings.scope is None else "chosen by the caller"
+        return {
+            "parameters": f"{len(self.parameters)} ({total} numbers), {scope}",
+            "views": self.settings.views,
+            "per": self.settings.per,
+            "autocast": self._autocast(),
+            **self.engine.describe(),
+            **super().describe(),
+        }
+
+    def _in_scope(self) -> Mapping[str, nn.Parameter]:
+        return choose_parameters(self.model.network, self.settings.scope)
 
     def _facts(self) -> dict[str, Any]:
-        scorer, names = self.scorer, sorted(self.parameters)
-        loss = scorer.options["loss"]
+        settings, names = self.settings, sorted(self.parameters)
+        loss, views = settings.loss, settings.views
         kind = getattr(loss, "__qualname__", type(loss).__name__)
         return {
             **({"loss": f"callable {kind}"} if callable(loss) else {}),
             "gradient": "full",
             "parameters": digest({name: torch.zeros(0) for name in names}),
-            "chunk_size": scorer.chunk_size,
-            "views": f"{scorer.views}, seed {self.seed}" if scorer.views > 1 else "1",
+            "chunk_size": settings.chunk_size,
+            "views": f"{views}, seed {self.call.seed}" if views > 1 else "1",
             "autocast": self._autocast(),
-            "per": scorer.per,
+            "per": settings.per,
         }
 
     def _autocast(self) -> str | None:
@@ -90,14 +86,14 @@ class FullJob(Job):
 
     def _run(self, on_batch: Callable[[], None]) -> list[PartStats]:
         results: list[PartStats] = []
-        for k, (tensors, _) in enumerate(self._weights_in_order()):
+        for k, (tensors, _) in enumerate(self.checkpoints):
             name = "" if self.store is None else digest(tensors)
             stored = self._load(k)
             if stored is not None:
                 self._check_digest(stored, k, name)
                 results.append(stored.stats)
                 continue
-            model = self.scorer.model
+            model = self.model.network
             with (
                 self.weights.lent(tensors),
                 evaluating(model),
@@ -105,16 +101,13 @@ class FullJob(Job):
             ):
                 stats = self._score(on_batch)
             results.append(stats)
-            if self.store is not None:
-                facts = (self._labels, self.precision, self.feature_dtype, self.shift.stored(), "")
-                self.store.save(Group(k, [name], *facts, stats))
-        if self.store is not None and self.store.beyond(len(self.rates)):
-            self._check_end(None)
+            self._save(k, [name], stats)
+        self._check_end(None)
         return results
 
     def _score(self, on_batch: Callable[[], None]) -> PartStats:
         """Statistics with the weights that the model has now."""
-        if self.samples < 0 and self.partition is not None:
+        if self.samples < 0 and self.call.partition is not None:
             # How the samples fall into parts depends on their number.
             self._know_samples(sum(batch.samples for batch in self._batches(None)))
         parts: list[tuple[int, Tensor | None]] = [(0, None)]
@@ -150,7 +143,7 @@ class FullJob(Job):
         return stats
 
     def _batches(self, members: Tensor | None, seen: list[Tensor] | None = None) -> Iterable[Batch]:
-        for batch in batches(self.loader, members, self.scorer.views, self.data, self._ready):
+        for batch in batches(self.loader, members, self.settings.views, self.data, self._ready):
             if seen is not None:
                 seen.append(batch.labels)
             yield batch
@@ -179,22 +172,9 @@ class FullJob(Job):
 
     def _check_part(self, part: int, count: int) -> None:
         if self.ids is None:
-            check_count(self.formula, count)
+            check_count(self.call.formula, count)
         elif count < 2:
             raise ValueError(
                 "partition: every part needs at least 2 samples that are not ignored to be scored "
                 f"against its own mean, part {part} has {count}"
             )
-
-    def describe(self) -> dict[str, Any]:
-        """Facts for the provenance of the table."""
-        scorer = self.scorer
-        total = sum(p.numel() for p in self.parameters.values())
-        scope = "all that require grad" if scorer.scope is None else "chosen by the caller"
-        return {
-            "parameters": f"{len(self.parameters)} ({total} numbers), {scope}",
-            "views": scorer.views,
-            "per": scorer.per,
-            "autocast": self._autocast(),
-            **self.engine.describe(),
-        }

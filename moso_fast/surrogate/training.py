@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from ..core.errors import DataError
 from ..scorer import MoSoScorer
 from ..scoring.partition import partition_ids
 from ..sources.checkpoints.checkpoint import Checkpoint
@@ -212,15 +213,18 @@ def score_surrogates(
     scorer = MoSoScorer(model_factory(), **scorer_kwargs)
     tables = []
     for surrogate in surrogates:
-        tables.append(
-            scorer.score(
+        try:
+            table = scorer.score(
                 Subset(dataset, surrogate.index.tolist()),
                 [surrogate.checkpoints[i] for i in positions],
                 index=surrogate.index,
                 resume=None if resume is None else Path(resume) / f"part_{surrogate.part}",
                 **score_kwargs,
             )
-        )
+        except DataError as error:
+            row = int(surrogate.index[error.row])
+            raise error.moved(row, f"part {surrogate.part}: ") from error
+        tables.append(table)
     return ScoreTable.concat(tables)
 
 

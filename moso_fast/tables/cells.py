@@ -6,15 +6,12 @@ import csv
 import itertools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .files import DIRECTION, not_a_table
-
-if TYPE_CHECKING:
-    from .csv_files import Layout
+from .content import DIRECTION, not_a_table
 
 _BLOCK_ROWS = 1 << 16
 _MISSING = frozenset(("", "na", "n/a", "#n/a", "nan", "null", "none", "<na>"))
@@ -27,6 +24,14 @@ _TRUTH = {"true": 1.0, "false": 0.0}
 _PLAIN = re.compile(r"[0-9+\-eE.,\n]*")  # many cells at once that Python's float reads alike
 
 NamedColumns = list[tuple[str, npt.NDArray[Any]]]
+
+
+class Layout(NamedTuple):
+    """How a .csv file is written: what stands between its cells, its names, lines before data."""
+
+    delimiter: str
+    names: list[str]
+    skip: int
 
 
 class Column:

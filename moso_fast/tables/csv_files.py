@@ -14,19 +14,17 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..util.files import atomic_path
-from .cells import NamedColumns, read_cells
-from .files import DIRECTION, Columns, Content, check_names, damaged, not_a_table
+from .cells import Layout, NamedColumns, read_cells
+from .content import DIRECTION, NAMELESS, Columns, Content, check_names, damaged, not_a_table
 
 _BLOCK_ROWS = 1 << 16
 _DELIMITERS = (",", ";", "\t", "|")
-# How pandas names a column that had no name: written, read back, and from parquet files.
-NAMELESS = re.compile(r"|Unnamed: \d+(\.\d+)?|__index_level_\d+__")
 
 
 def save_csv(path: Path, columns: Columns, text: str) -> None:
@@ -73,14 +71,6 @@ def load_csv(path: Path) -> Content:
             known = dtypes.get(name)
             found[name] = values.astype(known) if known else narrowest(values)
     return Content(found, text, notes)
-
-
-class Layout(NamedTuple):
-    """How a .csv file is written: what stands between its cells, its names, lines before data."""
-
-    delimiter: str
-    names: list[str]
-    skip: int
 
 
 def _layout(path: Path) -> Layout:

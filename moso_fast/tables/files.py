@@ -10,70 +10,43 @@ comment or another first line would break whoever reads the file, and be dropped
 from __future__ import annotations
 
 import json
-import warnings
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from ..util.files import atomic_path, check_folder
-
-if TYPE_CHECKING:
-    from .table import ScoreTable
+from .content import DIRECTION, Columns, Content, Stored, check_names, damaged, not_a_table
+from .csv_files import load_csv, save_csv
+from .parquet_files import load_parquet, save_parquet
 
 SUFFIXES = (".parquet", ".csv", ".npz")
 VERSION = 1
-DIRECTION = "higher_is_better"  # no metric can have this name
 _NPZ_META = "@meta"  # no column can have this name
 
-Columns = dict[str, npt.NDArray[Any]]
 
-
-@dataclass
-class Content:
-    """What a file holds: columns, the JSON text that describes them, what was left out and why."""
-
-    columns: Columns
-    text: str | None
-    notes: list[str] = field(default_factory=list)
-
-
-def save(table: ScoreTable, path: Path) -> Path:
-    """Write ``table`` in the format that the suffix of ``path`` names."""
-    from .csv_files import save_csv
-    from .parquet_files import save_parquet
-
+def save(stored: Stored, path: Path) -> Path:
+    """Write a table in the format that the suffix of ``path`` names."""
     suffix = _suffix(path)
     meta = {
         "version": VERSION,
-        "higher_is_better": table.higher_is_better,
-        "provenance": table.provenance,
+        "higher_is_better": stored.higher_is_better,
+        "provenance": stored.provenance,
     }
     try:
         text = json.dumps(meta)
     except (TypeError, ValueError) as error:
         raise TypeError(f"provenance must be JSON-able: {error}") from error
-    columns: Columns = {"index": table.index.numpy(), "score": table.scores.numpy()}
-    columns |= {name: values.numpy() for name, values in table.metrics.items()}
-    if suffix != ".npz":  # nobody writes one anew without its description
-        columns[DIRECTION] = np.full(len(table), table.higher_is_better, dtype=np.bool_)
-    for name, values in table.per_checkpoint.items():
-        columns |= {f"{name}@{k}": row.numpy() for k, row in enumerate(values)}
+    # Nobody writes an .npz anew without its description: there the direction is safe.
+    columns = stored.columns(with_direction=suffix != ".npz")
     check_folder(path)
     {".parquet": save_parquet, ".csv": save_csv, ".npz": _save_npz}[suffix](path, columns, text)
     return path
 
 
-def load(path: Path, higher_is_better: bool | None = None) -> ScoreTable:
+def load(path: Path, higher_is_better: bool | None = None) -> Stored:
     """Read the table at ``path``; ``higher_is_better`` is what the caller says of it."""
-    from .csv_files import load_csv
-    from .parquet_files import load_parquet
-
     suffix = _suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"no score table at {path}: there is no such file")
@@ -91,10 +64,9 @@ def load(path: Path, higher_is_better: bool | None = None) -> ScoreTable:
             f"the file does not say whether high or low scores mean keep, and high is assumed; "
             f"a column {DIRECTION!r} of 1 or 0 says it, or load(..., {DIRECTION}=...)"
         )
-    table = _from_columns(path, content.columns, direction, provenance)
-    for note in content.notes:
-        warnings.warn(f"{path}: {note}", stacklevel=3)
-    return table
+    stored = Stored.of_columns(path, content.columns, direction, provenance)
+    stored.notes = content.notes
+    return stored
 
 
 def _suffix(path: Path) -> str:
@@ -148,72 +120,6 @@ def _one_direction(path: Path, said: dict[str, bool]) -> bool | None:
         words = ", ".join(f"{who} says {word}" for who, word in said.items())
         raise ValueError(f"{path}: is a higher score better? {words}; correct what is wrong")
     return next(iter(said.values()), None)
-
-
-def _from_columns(
-    path: Path, columns: Columns, direction: bool, provenance: dict[str, Any]
-) -> ScoreTable:
-    from .table import ScoreTable
-
-    metrics: dict[str, torch.Tensor] = {}
-    checkpoints: dict[str, dict[int, npt.NDArray[Any]]] = {}
-    for name, values in columns.items():
-        if name in ("index", "score"):
-            continue
-        base, mark, number = name.partition("@")
-        if not mark:
-            metrics[name] = torch.from_numpy(values)
-        elif number.isdecimal():
-            checkpoints.setdefault(base, {})[int(number)] = values
-        else:
-            raise not_a_table(path, f"the column {name!r} is unknown")
-    for base, rows in checkpoints.items():
-        if sorted(rows) != list(range(len(rows))):
-            raise not_a_table(path, f"a column of {base}@0 .. {base}@{max(rows)} is missing")
-    try:
-        return ScoreTable(
-            scores=torch.from_numpy(columns["score"]),
-            metrics=metrics,
-            per_checkpoint={
-                base: torch.from_numpy(np.stack([rows[k] for k in range(len(rows))]))
-                for base, rows in checkpoints.items()
-            },
-            index=torch.from_numpy(columns["index"]),
-            higher_is_better=direction,
-            provenance=provenance,
-        )
-    except (ValueError, TypeError) as error:
-        raise not_a_table(path, str(error)) from error
-
-
-def check_names(path: Path, names: list[str], nameless: Sequence[str] = (), why: str = "") -> None:
-    """Raise unless ``names`` hold what a table needs, each once; ``nameless`` were left out.
-
-    ``why`` begins the message where something is missing.
-    """
-    for name in ("index", "score"):
-        if name not in names:
-            hint = ""
-            if name == "index" and nameless:
-                hint = (
-                    f"; the column {nameless[0]!r} counts rows of pandas: if it holds the "
-                    "data-set indices, give it the name 'index'"
-                )
-            raise not_a_table(path, f"{why}the column {name!r} is missing{hint}")
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise not_a_table(path, f"a column stands there twice: {twice[0]!r}")
-
-
-def not_a_table(path: Path, reason: str) -> ValueError:
-    """Return the error for a file that can be read and is no score table."""
-    return ValueError(f"{path} is not a score table: {reason}")
-
-
-def damaged(path: Path, error: Exception) -> ValueError:
-    """Return the error for a file that cannot be read."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{path} is not a score table, or is damaged: {reason}")
 
 
 def _save_npz(path: Path, columns: Columns, text: str) -> None:

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..util.files import atomic_path
-from .csv_files import NAMELESS
-from .files import DIRECTION, Columns, Content, check_names, damaged, not_a_table
+from .content import DIRECTION, NAMELESS, Columns, Content, check_names, damaged, not_a_table
 
 _META_KEY = b"moso_fast"
 

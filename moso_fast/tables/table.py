@@ -10,6 +10,7 @@ without an origin.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from ..util.array_like import as_tensor
+from . import files
+from .content import DIRECTION, Stored, not_a_table
 
 METRICS = (
     "alignment",
@@ -96,7 +99,7 @@ class ScoreTable:
         }
 
     def _column(self, kind: str, name: str, values: Tensor, rank: int) -> Tensor:
-        reserved = kind == "metrics" and name in ("index", "score", "higher_is_better")
+        reserved = kind == "metrics" and name in ("index", "score", DIRECTION)
         if not name or reserved or any(mark in name for mark in '@,/"\n\r'):
             raise ValueError(f"{kind} cannot have the name {name!r}")
         values = _floats(f"{kind}[{name!r}]", values, rank)
@@ -149,9 +152,15 @@ class ScoreTable:
         ModuleNotFoundError
             .parquet without pyarrow (``pip install "moso-fast[table]"``).
         """
-        from . import files
-
-        return files.save(self, Path(path))
+        stored = Stored(
+            scores=self.scores.numpy(),
+            index=self.index.numpy(),
+            metrics={name: values.numpy() for name, values in self.metrics.items()},
+            per_checkpoint={name: values.numpy() for name, values in self.per_checkpoint.items()},
+            higher_is_better=self.higher_is_better,
+            provenance=self.provenance,
+        )
+        return files.save(stored, Path(path))
 
     @classmethod
     def load(
@@ -183,9 +192,24 @@ class ScoreTable:
         ModuleNotFoundError
             .parquet without pyarrow (``pip install "moso-fast[table]"``).
         """
-        from . import files
-
-        return files.load(Path(path), higher_is_better)
+        path = Path(path)
+        stored = files.load(path, higher_is_better)
+        try:
+            table = ScoreTable(
+                scores=torch.from_numpy(stored.scores),
+                metrics={n: torch.from_numpy(values) for n, values in stored.metrics.items()},
+                per_checkpoint={
+                    n: torch.from_numpy(values) for n, values in stored.per_checkpoint.items()
+                },
+                index=torch.from_numpy(stored.index),
+                higher_is_better=stored.higher_is_better,
+                provenance=stored.provenance,
+            )
+        except (ValueError, TypeError) as error:
+            raise not_a_table(path, str(error)) from error
+        for note in stored.notes:
+            warnings.warn(f"{path}: {note}", stacklevel=2)
+        return table
 
     @classmethod
     def concat(cls, tables: Sequence[ScoreTable]) -> ScoreTable:

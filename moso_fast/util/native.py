@@ -56,7 +56,10 @@ def load_native(name: str) -> NativeModule:
     again = (
         "`make build`" if in_tree else "the installation again (`pip install --force-reinstall`)"
     )
-    how = f"install {_COMPILER[name]} and run {again} with MOSO_FAST_BUILD={_MODE[name]}"
+    how = f"run {again} with MOSO_FAST_BUILD={_MODE[name]}"
+    # An nvcc that was found and not used, for want of a GPU, need not be installed.
+    if name == "_cpu" or not build_info().get("nvcc"):
+        how = f"install {_COMPILER[name]} and {how}"
     return NativeModule(None, reason, how)
 
 

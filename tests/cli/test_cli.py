@@ -515,3 +515,146 @@ def test_a_closed_pipe_is_no_traceback(folder):
     finally:
         os.close(write_end)
     assert result.returncode == 1 and result.stderr == b""
+
+
+def test_another_column_keeps_its_direction_in_a_table_that_low_scores_lead(folder, capsys):
+    """The table says of its score that low means keep; top of a metric is still its highest."""
+    table = ScoreTable(torch.arange(6.0), {"el2n": torch.arange(6.0)}, higher_is_better=False)
+    table.save("low.npz")
+    for words, kept in (
+        ("--by el2n", [4, 5]),
+        ("--by el2n --method bottom", [0, 1]),
+        ("--by score", [0, 1]),
+        ("--by score --method bottom", [4, 5]),
+    ):
+        run(capsys, f"prune low.npz --keep 2 -o kept.npy {words}")
+        assert np.load("kept.npy").tolist() == kept
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("prune s.npz --keep 1 -o k.npy --balance equal --labels {}", "labels"),
+        ("report s.npz -o r --labels {}", "labels"),
+        ("report s.npz -o r --images {}", "images"),
+        ("report s.npz -o r --errors {}", "flags"),
+    ],
+)
+def test_a_file_of_the_data_set_that_is_one_entry_short(scored, capsys, words, what, monkeypatch):
+    from moso_fast.tables import report as plots
+
+    drawings = ("score_histogram", "metric_panels", "checkpoint_bands", "extremes")
+    for name in (*drawings, "label_error_curve"):
+        monkeypatch.setattr(plots, name, lambda *given, **how: Path("r"))
+    last = int(scored.index.max())
+    entries = np.arange(last + 1) % 2
+    if what == "images":
+        entries = np.random.default_rng(0).random((last + 1, 4, 4))
+    np.save("whole.npy", entries)
+    np.save("short.npy", entries[:-1])
+    run(capsys, words.format("whole.npy"))
+    error = run(capsys, words.format("short.npy"), code=2).err
+    said = f"the scores refer to index {last}, the file has {last}"
+    assert f"short.npy must hold {what} of the whole data set: {said}" in error
+
+
+def test_no_image_is_drawn_twice_where_there_are_few(folder, capsys, monkeypatch):
+    from moso_fast.tables import report as plots
+
+    np.save("images.npy", np.random.default_rng(0).random((60, 4, 4)))
+    given = []
+    monkeypatch.setattr(plots, "score_histogram", lambda _, path, **how: path)
+    monkeypatch.setattr(
+        plots, "extremes", lambda pictures, captions, scores, path: given.append(captions) or path
+    )
+    for count in (1, 2, 9, 10, 11, 19, 20, 21, 40):
+        index = torch.randperm(60, generator=torch.Generator().manual_seed(count))[: count + 1]
+        scores = torch.randperm(count + 1, generator=torch.Generator().manual_seed(0)).float()
+        scores[count // 2] = torch.nan
+        ScoreTable(scores, index=index).save("few.npz")
+        run(capsys, "report few.npz --images images.npy -o r")
+        order = index[scores.nan_to_num(-1).argsort()[1:]].tolist()
+        expected = order if count <= 20 else order[:10] + order[-10:]
+        assert sorted(given.pop().tolist()) == sorted(expected)
+
+
+def test_heads_with_and_without_a_bias_are_scored_apart(folder, capsys):
+    """And those of other dtypes: each as if it were the only one."""
+    _, weight, _, bias = inputs()
+    save_file({"fc.weight": weight[0]}, "plain.safetensors")
+    save_file({"fc.weight": weight[1].double(), "fc.bias": bias[1].double()}, "wide.safetensors")
+    heads = ["h0", "plain", "h2", "wide"]
+    words = "score --features F.npy --labels y.npy -o o.npz " + " ".join(
+        f"--head {name}.safetensors" for name in heads
+    )
+    run(capsys, words)
+    found = ScoreTable.load("o.npz").per_checkpoint
+    for k, name in enumerate(heads):
+        alone = f"score --features F.npy --labels y.npy -o one.npz --head {name}.safetensors"
+        run(capsys, alone)
+        one = ScoreTable.load("one.npz").per_checkpoint
+        for field, values in one.items():
+            torch.testing.assert_close(found[field][k], values[0], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("parts", ["", " --partition 3"])
+def test_the_record_says_how_many_samples_count(folder, capsys, parts):
+    labels = np.load("y.npy")
+    labels[::9] = -100
+    np.save("y.npy", labels)
+    run(capsys, SCORE + parts)
+    origin = ScoreTable.load("o.parquet").provenance
+    assert (origin["samples"], origin["counted"]) == (N, int((labels >= 0).sum()))
+
+
+def test_doctor_names_a_module_that_is_there_and_cannot_be_loaded(capsys, monkeypatch):
+    """Not one that was not built: that is no fault of the installation."""
+    native = importlib.import_module("moso_fast.util.native")
+    absent = native.NativeModule(None, "moso_fast._cuda has not been built", "install a compiler")
+    broken = native.NativeModule(None, "moso_fast._cpu cannot be loaded: no symbol", "build again")
+    monkeypatch.setattr(native, "load_native", lambda name: absent)
+    assert json.loads(run(capsys, "doctor --json").out)["problems"] == []
+    monkeypatch.setattr(native, "load_native", {"_cpu": broken, "_cuda": absent}.get)
+    facts = json.loads(run(capsys, "doctor --json", code=1).out)
+    assert facts["problems"] == ["moso_fast._cpu cannot be loaded: no symbol; build again"]
+    assert "BROKEN  moso_fast._cpu cannot be loaded" in run(capsys, "doctor", code=1).out
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError("libstdc++.so.6: no such version"), "cannot be loaded: libstdc++.so.6: no"),
+        (ModuleNotFoundError("no module 'x'", name="x"), "cannot be loaded: no module 'x'"),
+        (ModuleNotFoundError("no such", name="moso_fast._cpu"), None),
+    ],
+)
+def test_a_broken_native_module_is_told_from_one_that_is_absent(monkeypatch, error, reason):
+    native = importlib.import_module("moso_fast.util.native")
+
+    def fails(name):
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", fails)
+    found = native.load_native.__wrapped__("_cpu")
+    assert found.module is None and found.how
+    assert ("cannot be loaded" in found.reason) == (reason is not None)
+    assert reason is None or f"moso_fast._cpu {reason}" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--loss x", "loss must be one of"),
+        ("--label-smoothing 2", "label_smoothing must be in"),
+        ("--precision x", "precision must be None or one of"),
+        ("--nonfinite x", "nonfinite must be one of"),
+        ("--formula x", "formula must be one of"),
+        ("--combine x", "combine must be one of"),
+        ("--num-steps 0", "num_steps must be"),
+        ("--ignore-index 9223372036854775808", "ignore_index must fit 64 bits"),
+    ],
+)
+@pytest.mark.parametrize("missing", ["F.npy", "y.npy", "h0.safetensors"])
+def test_a_bad_option_is_found_before_any_file_is_opened(folder, capsys, option, message, missing):
+    Path(missing).unlink()
+    assert message in run(capsys, f"{SCORE} {option}", code=2).err

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moso_fast.backends.triton.choice import REGIME_VARIABLE, REGIMES
+from moso_fast.backends.triton.regime import interpreted
 from moso_fast.backends.triton.regimes import blas as triton_blas
-from moso_fast.backends.triton.regimes.regime import interpreted
 from moso_fast.core import engine
 from moso_fast.core.problem import Problem
 from moso_fast.functional import LastLayerStats, last_layer_stats, moso_scores

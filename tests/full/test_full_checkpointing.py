@@ -89,6 +89,9 @@ def test_releases_that_call_their_generator_by_another_name(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What they drop is kept then, by their hooks."""
+    if way == "nested" and hasattr(torch.utils.checkpoint, "_NoopSaveInputs"):
+        # It has no forward mode. Later releases do without it; the names of earlier ones are known.
+        pytest.skip("a generator of torch 2.9, whose name is known, saves inputs in its own way")
     monkeypatch.setattr(checkpointing, "_GENERATORS", ())
     check(net(WAYS[way]))
 

@@ -502,3 +502,43 @@ def test_command_line(
         assert f"{option} goes with --gradient full" in capsys.readouterr().err
     assert main([*words.split(), "--gradient", "full", "--autocast", "int8"]) == 2
     assert "--autocast must be bfloat16 or float16; got 'int8'" in capsys.readouterr().err
+
+
+def squares(outputs: Tensor, labels: Tensor) -> Tensor:
+    return outputs.square().sum(1)
+
+
+def cubes(outputs: Tensor, labels: Tensor) -> Tensor:
+    return outputs.abs().pow(3).sum(1)
+
+
+class Powers:
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return outputs.square().sum(1)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ({"loss": squares}, {"loss": cubes}, "loss was 'callable squares' and is now 'callable cu"),
+        ({"loss": Powers()}, {"loss": squares}, "loss was 'callable Powers' and is now 'callable"),
+        ({"loss": squares}, {}, "loss was 'callable squares' and is now 'cross_entropy'"),
+        ({}, {"chunk_size": 2}, "chunk_size was None and is now 2"),
+        ({}, {"views": 2}, "views was '1' and is now '2, seed 0'"),
+        ({}, {"per": "sample"}, "per was 'token' and is now 'sample'"),
+        ({}, {"dtype": torch.float32}, r"dtype was None and is now 'torch\.float32'"),
+    ],
+)
+def test_every_setting_that_decides_the_statistics_binds(
+    tmp_path: Path, first: dict, then: dict, message: str
+) -> None:
+    full(build("cnn"), **first).score(samples(), checkpoints(), resume=tmp_path)
+    with pytest.raises(ValueError, match=f"belongs to a different run: .*{message}"):
+        full(build("cnn"), **then).score(samples(), checkpoints(), resume=tmp_path)
+
+
+def test_the_seed_of_the_views_binds(tmp_path: Path) -> None:
+    scorer = full(build("cnn"), views=2)
+    scorer.score(samples(), checkpoints(), resume=tmp_path, seed=1)
+    with pytest.raises(ValueError, match="views was '2, seed 1' and is now '2, seed 5'"):
+        scorer.score(samples(), checkpoints(), resume=tmp_path, seed=5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from moso_fast.core.formulas import FORMULAS
 from moso_fast.functional import last_layer_stats
 from moso_fast.scoring import parts as parts_module
 from moso_fast.scoring.combine import combine_checkpoints
-from moso_fast.scoring.parts import FIELDS, score_parts, split_parts
+from moso_fast.scoring.mapped import head_problem
+from moso_fast.scoring.parts import FIELDS, part_stats, split_parts, with_scores
 
 N, D, C, K = 60, 7, 5, 3
 
@@ -25,6 +28,11 @@ def job(generator):
     return features, weight, labels, bias, partition
 
 
+def stats_of(features, weight, labels, bias, *, partition=None, progress=lambda: None, **more):
+    heads = head_problem(features, weight, labels, bias, **more)
+    return part_stats(heads, partition=partition, progress=progress)
+
+
 def assert_equal(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
@@ -32,42 +40,41 @@ def assert_equal(one, other):
 @pytest.mark.parametrize("formula", FORMULAS)
 def test_each_part_is_scored_as_if_alone(job, formula):
     features, weight, labels, bias, partition = job
-    result = score_parts(features, weight, labels, bias, partition=partition, formula=formula)
-    assert len(result) == K
+    result = stats_of(features, weight, labels, bias, partition=partition)
+    scored = with_scores(result, formula, partition)
+    assert len(result) == len(scored) == K and all(set(one) == set(FIELDS) for one in result)
     for part in (-5, 0, 5):
         rows = partition == part
         alone = last_layer_stats(features[rows], weight, labels[rows], bias)
         assert result.counts[part] == alone.count
         for k in range(K):
-            assert_equal(result[k]["score"][rows], alone.scores(formula)[k])
+            assert_equal(scored[k]["score"][rows], alone.scores(formula)[k])
             for name in FIELDS:
                 assert_equal(result[k][name][rows], getattr(alone, name)[k])
 
 
 def test_one_part_needs_no_partition(job):
     features, weight, labels, bias, _ = job
-    plain = score_parts(features, weight[0], labels, bias[0])
+    plain = stats_of(features, weight[0], labels, bias[0])
     whole = last_layer_stats(features, weight[0], labels, bias[0])
     assert len(plain) == 1 and plain.backend == whole.backend
-    assert_equal(plain[0]["score"], whole.scores())
-    same = score_parts(
-        features, weight[0], labels, bias[0], partition=torch.zeros(N, dtype=torch.int32)
-    )
-    assert_equal(same[0]["score"], plain[0]["score"])
+    assert_equal(with_scores(plain, "moso", None)[0]["score"], whole.scores())
+    ids = torch.zeros(N, dtype=torch.int32)
+    same = stats_of(features, weight[0], labels, bias[0], partition=ids)
+    assert_equal(same[0]["alignment"], plain[0]["alignment"])
+    assert same.counts == plain.counts and same.mean_grad_sqnorm == plain.mean_grad_sqnorm
 
 
 def test_a_part_above_the_budget_goes_through_a_file(job, monkeypatch):
     features, weight, labels, bias, partition = job
     weights = torch.rand(N)
-    expected = score_parts(
-        features, weight, labels, bias, partition=partition, sample_weight=weights
-    )
+    expected = stats_of(features, weight, labels, bias, partition=partition, sample_weight=weights)
     monkeypatch.setattr(parts_module, "GATHER_BYTES", 8)
     monkeypatch.setattr(parts_module, "_GATHER_BLOCK_ROWS", 7)
     mapped = []
     from_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *a, **k: mapped.append(a) or from_file(*a, **k))
-    result = score_parts(features, weight, labels, bias, partition=partition, sample_weight=weights)
+    result = stats_of(features, weight, labels, bias, partition=partition, sample_weight=weights)
     assert len(mapped) == 9  # features, labels and weights of three parts
     for one, other in zip(result, expected, strict=True):
         for name in one:
@@ -79,7 +86,7 @@ def test_parts_of_sequences(job):
     offsets = torch.tensor([0, 3, 10, 20, 33, 50, 60], dtype=torch.int32)
     partition = torch.tensor([0, 1, 0, 1, 0, 1])
     weights = torch.rand(N, dtype=torch.float64)
-    result = score_parts(
+    result = stats_of(
         features,
         weight,
         labels,
@@ -88,6 +95,7 @@ def test_parts_of_sequences(job):
         cu_seqlens=offsets,
         sample_weight=weights,
     )
+    scored = with_scores(result, "moso", partition)
     for part in (0, 1):
         picked = [r for r in range(6) if partition[r] == part]
         rows = torch.cat([torch.arange(offsets[r], offsets[r + 1]) for r in picked])
@@ -101,21 +109,21 @@ def test_parts_of_sequences(job):
             sample_weight=weights[rows],
         )
         for k in range(K):
-            assert_equal(result[k]["score"][picked], alone.scores()[k])
+            assert_equal(scored[k]["score"][picked], alone.scores()[k])
 
 
 def test_progress_counts_parts(job):
     features, weight, labels, bias, partition = job
     seen = []
-    score_parts(
+    stats_of(
         features,
         weight,
         labels,
         bias,
         partition=partition,
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda: seen.append(1),
     )
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert sum(seen) == 3
 
 
 def test_rows_in_errors_are_those_of_the_whole_set(job):
@@ -124,11 +132,11 @@ def test_rows_in_errors_are_those_of_the_whole_set(job):
     wrong[33] = 77
     part = int(partition[33])
     with pytest.raises(ValueError, match=rf"part {part} of partition: labels\[33\] is 77"):
-        score_parts(features, weight, wrong, bias, partition=partition)
+        stats_of(features, weight, wrong, bias, partition=partition)
     broken = features.clone()
     broken[41, 3] = torch.inf
     with pytest.raises(ValueError, match=r"features\[41, 3\] is inf; row 41 is the first"):
-        score_parts(broken, weight, labels, bias, partition=partition)
+        stats_of(broken, weight, labels, bias, partition=partition)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +155,6 @@ def test_rows_in_errors_are_those_of_the_whole_set(job):
             ValueError,
             "part 1 of partition has 1 counted sample;",  # row 4 is ignored
         ),
-        ({"formula": "mosso"}, ValueError, "formula must be one of"),
         ({"labels": torch.zeros(9).long()}, ValueError, r"features \(60, 7\), got \(9,\)"),
     ],
 )
@@ -155,7 +162,7 @@ def test_bad_input(job, change, error, message):
     features, weight, labels, bias, partition = job
     call = {"labels": labels, "partition": partition, **change}
     with pytest.raises(error, match=message):
-        score_parts(features, weight, call.pop("labels"), bias, **call)
+        stats_of(features, weight, call.pop("labels"), bias, **call)
 
 
 def test_split_parts_orders_ids_and_rows():
@@ -221,10 +228,15 @@ def test_zscore_standardises_within_part_and_checkpoint(generator):
     torch.testing.assert_close(table.scores, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
-def test_zscore_of_equal_scores_is_zero():
-    stats = [{name: torch.full((7,), 0.1) for name in (*FIELDS, "score")}]
-    table = combine_checkpoints(stats, lr=[1.0], combine="zscore", index=torch.arange(7))
-    assert table.scores.tolist() == [0.0] * 7
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", range(1, 13))
+def test_zscore_of_equal_scores_is_zero(rows, dtype):
+    """Also where the sum of ``rows`` equal numbers is rounded, so that their mean is another."""
+    stats = [{name: torch.full((rows,), 0.1, dtype=dtype) for name in (*FIELDS, "score")}]
+    table = combine_checkpoints(stats, lr=[1.0], combine="zscore", index=torch.arange(rows))
+    assert table.scores.tolist() == [0.0] * rows
+    if dtype == torch.float64 and rows == 3:
+        assert float(stats[0]["score"].mean()) != 0.1  # else this would show nothing
 
 
 def test_rates_of_zero_are_refused_where_they_decide_the_scores(generator):
@@ -279,3 +291,45 @@ def test_combine_names_the_missing_key(generator):
     del stats[1]["el2n"]
     with pytest.raises(ValueError, match="stats of checkpoint 1 lack 'el2n'"):
         combine_checkpoints(stats, lr=[1.0] * K, index=torch.arange(12))
+
+
+def test_means_over_checkpoints_are_rounded_once(generator):
+    """float32 statistics are combined in float64: the table holds the nearest float32."""
+    depth, rows = 7, 300
+    stats = [
+        {name: torch.rand(rows, generator=generator) * 10.0**k for name in (*FIELDS, "score")}
+        for k in range(depth)
+    ]
+    lr = [0.1 / (k + 1) for k in range(depth)]
+    table = combine_checkpoints(stats, lr=lr, index=torch.arange(rows))
+    wide = {name: torch.stack([one[name] for one in stats]).double() for name in stats[0]}
+    rates = torch.tensor(lr, dtype=torch.float64)[:, None]
+    expected = {name: wide[name].mean(0) for name in FIELDS}
+    expected["grand"] = wide["grad_sqnorm"].sqrt().mean(0)
+    expected["self_influence"] = (rates * wide["grad_sqnorm"]).mean(0)
+    assert set(table.metrics) == set(expected)
+    for name, values in expected.items():
+        assert_equal(table.metrics[name], values.float())
+    assert_equal(table.scores, (rates * wide["score"]).mean(0).float())
+    for k, rate in enumerate(lr):
+        assert_equal(table.per_checkpoint["score"][k], (rate * wide["score"][k]).float())
+
+
+@pytest.mark.parametrize("name", ["features", "labels", "sample_weight"])
+def test_the_budget_of_a_part_is_in_bytes(job, monkeypatch, name):
+    """What is at most the budget stays in memory; one byte more, and it goes through a file."""
+    features, weight, labels, bias, _ = job
+    heads = head_problem(features, weight, labels, bias, sample_weight=torch.rand(N))
+    taken = getattr(heads.problem, name)
+    half = N // 2 * taken[0].numel() * taken.element_size()
+    mapped = []
+    from_file = torch.from_file
+    monkeypatch.setattr(
+        torch, "from_file", lambda path, **k: mapped.append(path) or from_file(path, **k)
+    )
+    for budget in (half, half - 1):
+        mapped.clear()
+        monkeypatch.setattr(parts_module, "GATHER_BYTES", budget)
+        part_stats(heads, partition=torch.arange(N) % 2)
+        names = [Path(path).stem for path in mapped]
+        assert names.count(name) == (2 if budget < half else 0)

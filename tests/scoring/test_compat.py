@@ -217,3 +217,24 @@ def test_help_in_a_process_of_its_own() -> None:
     assert done.returncode == 0
     assert "--num_trails" in done.stdout and "contiguous ranges" in done.stdout
     assert done.stderr == ""
+
+
+class Counting(nn.Module):
+    """A criterion that changes when it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.factor = 0, torch.ones((), dtype=torch.float64)
+
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        return self.factor * nn.functional.cross_entropy(outputs, labels)
+
+
+def test_the_criterion_is_left_as_it_was() -> None:
+    net, (inputs, labels) = build("cnn"), data("cnn", N)
+    criterion = Counting()
+    found = MoSo_scoring(net, [(inputs, labels)], criterion)
+    expected = MoSo_scoring(net, [(inputs, labels)], nn.CrossEntropyLoss())
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert criterion.calls == 0

@@ -22,8 +22,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from moso_fast.scoring.features import FeatureCapture, evaluating, find_head, predicts_next_token
+from moso_fast.scoring.eval_mode import evaluating
+from moso_fast.scoring.features import FeatureCapture
 from moso_fast.sources.data.batches import make_loader, sample_count, split_batch
+from moso_fast.sources.find_head import find_head, predicts_next_token
 
 
 def net(**layers: nn.Module) -> nn.Sequential:
@@ -236,6 +238,9 @@ def test_what_is_no_data_set(data: Any) -> None:
         (TensorDataset(torch.ones(7, 3), torch.ones(7)), 7),
         (DataLoader(ITEMS, generator=torch.Generator()), 6),
         (DataLoader(ITEMS, sampler=range(6)), 6),
+        # Each item is a batch: how many samples it holds shows when it is read.
+        (DataLoader([(torch.ones(2, 3), torch.ones(2))] * 3, batch_size=None), None),
+        (DataLoader(ITEMS, sampler=BatchSampler(range(6), 4, False), batch_size=None), 6),
         (DataLoader(ITEMS, batch_sampler=[[0, 1], [2, 3], [4, 5]]), 6),
         (Stream(), None),
     ],

@@ -16,10 +16,11 @@ from torch.nn.utils import prune
 from torch.utils.data import TensorDataset
 
 from moso_fast.scorer import MoSoScorer
-from moso_fast.scoring.features import FeatureCapture, find_head
-from moso_fast.scoring.head.linear_check import HeadReading
+from moso_fast.scoring.features import FeatureCapture
 from moso_fast.scoring.head.row_match import Match, distinct_share, match_rows, row_keys, same_bits
+from moso_fast.scoring.head.weights import HeadReading
 from moso_fast.sources.data.loaders import make_loader
+from moso_fast.sources.find_head import find_head
 
 D, C = 8, 3
 
@@ -276,8 +277,10 @@ def test_noise_of_16_bit_operands_is_pointed_out() -> None:
     many = TensorDataset(x, torch.randint(3000, (64,), generator=g))
     torch.manual_seed(0)
     model = nn.Linear(32, 3000, bias=False).bfloat16()
-    with pytest.warns(UserWarning, match="precision='medium': the scores are differences of terms"):
+    message = "precision='medium': the scores are differences of terms"
+    with pytest.warns(UserWarning, match=message) as caught:
         score(model, many)
+    assert caught[0].filename == __file__  # it points at whoever called the scorer
     few = TensorDataset(x, torch.randint(3, (64,), generator=g))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from moso_fast.backends import choose
 from moso_fast.core.logit_map import KINDS, LogitMap
+from moso_fast.core.options import Options
 from moso_fast.core.problem import build_problem
 from moso_fast.core.reference import explicit_stats
 from moso_fast.scoring.head.map_search import find_map
-from moso_fast.scoring.mapped import head_stats
+from moso_fast.scoring.mapped import head_problem
 
 C = 5
 
@@ -112,10 +113,11 @@ def test_statistics_through_a_map(kind: str, loss: str, options: dict) -> None:
     options = {k: torch.tensor(v) if k == "cu_seqlens" else v for k, v in options.items()}
     if loss == "cross_entropy":
         given["labels"][3] = -100
-    stats = head_stats(**given, loss=loss, logit_map=MAPS[kind], **options)
-    options.pop("chunk_size", None)
+    chunk = options.pop("chunk_size", None)
+    job = head_problem(**given, logit_map=MAPS[kind], options=Options(loss=loss), **options)
+    stats, backend = job.solve(chunk_size=chunk)
     wanted = explicit_stats(**given, loss=loss, logit_map=MAPS[kind], **options)
-    assert stats.backend in ("torch", "cpu")
+    assert backend in ("torch", "cpu")
     for name in ("alignment", "grad_sqnorm", "loss", "el2n", "margin", "entropy"):
         got, want = getattr(stats, name).double(), getattr(wanted, name)
         scale = want[~want.isnan()].abs().max() if not want.isnan().all() else torch.tensor(1.0)
@@ -140,7 +142,7 @@ def test_reference_through_a_map_is_autograd(kind: str) -> None:
 @pytest.mark.parametrize("logit_map", [None, MAPS["tanh"]])
 def test_a_factor_of_each_head(logit_map: LogitMap | None) -> None:
     given, scales = problem(), [0.5, 3.0]
-    stats = head_stats(**given, logit_map=logit_map, logit_scale=scales)
+    stats, _ = head_problem(**given, logit_map=logit_map, logit_scale=scales).solve()
     for k, scale in enumerate(scales):
         one = {**given, "weight": given["weight"][k], "bias": given["bias"][k]}
         inner = one["weight"].double().mul(scale), one["bias"].double().mul(scale)
@@ -152,8 +154,12 @@ def test_a_factor_of_each_head(logit_map: LogitMap | None) -> None:
             got = getattr(stats, name)[k].double()
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(stats.el2n[k].double(), wanted.el2n[0], rtol=1e-5, atol=1e-6)
-        alone = head_stats(**one, logit_map=logit_map, logit_scale=[scale])
-        torch.testing.assert_close(alone.scores(), stats.scores()[k], rtol=1e-4, atol=1e-5)
+        square = wanted.mean_grad_sqnorm[0] * scale**2
+        torch.testing.assert_close(stats.mean_grad_sqnorm[k], square, rtol=1e-5, atol=0)
+        alone, _ = head_problem(**one, logit_map=logit_map, logit_scale=[scale]).solve()
+        for name in ("alignment", "grad_sqnorm", "mean_grad_sqnorm"):
+            got, want = getattr(alone, name)[0], getattr(stats, name)[k]
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_backends_without_maps_say_so() -> None:

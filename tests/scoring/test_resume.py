@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import moso_fast
 from moso_fast.scorer import MoSoScorer
@@ -289,3 +289,64 @@ def test_a_data_set_that_draws_at_random_is_named_as_the_cause(tmp_path: Path) -
     with pytest.raises(ValueError, match="if the data set draws at random") as caught:
         score(tmp_path, Drawn(9))
     assert "\n" not in str(caught.value)
+
+
+def test_a_group_that_reaches_beyond_the_checkpoints_given(tmp_path: Path) -> None:
+    """Heads over one backbone are stored together: fewer of them are another run too."""
+    steps = checkpoints(frozen=True)
+    score(tmp_path, checkpoints=steps)
+    assert [path.name for path in sorted(tmp_path.glob("group_*"))] == [
+        "group_00000.npz",
+        "group_00003.npz",
+    ]
+    (tmp_path / "group_00003.npz").unlink()
+    for count in (1, 2):
+        with pytest.raises(ValueError, match=f"it holds more checkpoints than the {count} given"):
+            score(tmp_path, checkpoints=steps[:count])
+    assert same(score(tmp_path, checkpoints=steps[:3]), score(None, checkpoints=steps[:3]))
+
+
+class Stream(IterableDataset):
+    """The data set, of which nobody knows beforehand how many samples it has."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter([data()[k] for k in range(N)])
+
+
+def test_parts_of_a_stream_are_those_of_the_folder(tmp_path: Path) -> None:
+    """The ids of parts are not known before the stream was read: number and seed stand for them."""
+    table = score(tmp_path, Stream(), partition=2, seed=3)
+    assert same(score(tmp_path, Stream(), partition=2, seed=3), table)
+    for changes, said in (
+        ({"partition": 3, "seed": 3}, "partition was '2, seed 3' and is now '3, seed 3'"),
+        ({"partition": 2, "seed": 4}, "partition was '2, seed 3' and is now '2, seed 4'"),
+        ({"partition": None, "seed": 3}, "partition was '2, seed 3' and is now 'none'"),
+    ):
+        with pytest.raises(ValueError, match=f"belongs to a different run: {said}"):
+            score(tmp_path, Stream(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": torch.float64}, r"dtype was None and is now 'torch\.float64'"),
+        ({"shift_labels": True}, "shift_labels was False and is now True"),
+        ({"per": "sample"}, "per was 'token' and is now 'sample'"),
+        ({"chunk_size": 3}, "chunk_size was None and is now 3"),
+        ({"backend": "torch"}, "backend was 'auto' and is now 'torch'"),
+        ({"feature_cache": "bfloat16"}, "feature_cache was 'auto' and is now 'bfloat16'"),
+        ({"head": "body"}, "head was 'fc' and is now 'body'"),
+        ({"ignore_index": 1}, "ignore_index was -100 and is now 1"),
+        ({"nonfinite": "exclude"}, "nonfinite was 'raise' and is now 'exclude'"),
+        ({"precision": "high"}, "precision was None and is now 'high'"),
+    ],
+)
+def test_every_setting_that_decides_the_statistics_binds(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
+    """So a folder is not taken up where its numbers would not be those of this run."""
+    given = {"batch_size": 8, "progress": False, "shift_labels": False}
+    MoSoScorer(Net(), **given).score(data(), checkpoints(), resume=tmp_path)
+    other = MoSoScorer(Net(), **{**given, **changes})
+    with pytest.raises(ValueError, match=f"belongs to a different run: {message}"):
+        other.score(data(), checkpoints(), resume=tmp_path)

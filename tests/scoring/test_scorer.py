@@ -28,6 +28,7 @@ from scorer_cases import (
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
+from moso_fast.scorer import MoSoScorer
 from moso_fast.scoring.partition import partition_ids
 
 
@@ -260,3 +261,17 @@ class Stream(IterableDataset):
 def test_iterable_data_set(model: SmallNet, states: list) -> None:
     table = scorer(model).score(Stream(), checkpoints_of(states), partition=2)
     assert same_table(table, scorer(model).score(images(), checkpoints_of(states), partition=2))
+
+
+@pytest.mark.parametrize("gradient", ["last_layer", "full"])
+@pytest.mark.parametrize("partition", [None, 3])
+def test_the_record_says_how_many_samples_count(gradient, partition):
+    inputs, labels = images().tensors
+    labels = labels.clone()
+    labels[[2, 7, 8]] = -100
+    options = {"scope": "fc"} if gradient == "full" else {}
+    table = MoSoScorer(SmallNet(), gradient=gradient, progress=False, **options).score(
+        TensorDataset(inputs, labels), partition=partition
+    )
+    assert (table.provenance["samples"], table.provenance["counted"]) == (N, N - 3)
+    assert int(table.scores.isfinite().sum()) == N - 3

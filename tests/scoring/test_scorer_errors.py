@@ -59,6 +59,12 @@ BAD_SETTINGS: list[tuple[dict, type, str]] = [
         "shift_labels must be 'auto', True or False, got 'yes'",
     ),
     ({"batch_size": 0}, ValueError, "batch_size must be a positive int, got 0"),
+    ({"chunk_size": 0}, ValueError, "chunk_size must be a positive number of rows, got 0"),
+    (
+        {"chunk_size": -1, "gradient": "full"},
+        ValueError,
+        "chunk_size must be a positive number of rows, got -1",
+    ),
     (
         {"dtype": torch.int64},
         TypeError,

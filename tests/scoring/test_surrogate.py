@@ -440,3 +440,50 @@ def test_surrogates_that_do_not_fit_are_refused(data):
         score_surrogates([short, *others], Net, data)
     with pytest.raises(ValueError, match="dataset: has 20 samples, but part 0 holds index"):
         score_surrogates(surrogates, Net, small)
+
+
+def test_every_part_and_every_seed_has_an_order_of_its_own():
+    """Two parts of equal size, whose samples are the same, still see them in another order."""
+    inputs = torch.arange(24.0).reshape(12, 2)[:, :1].expand(12, D)
+    data = TensorDataset(inputs, torch.zeros(12, dtype=torch.int64))
+    orders = {}
+    for seed in (0, 1):
+        watched = Watched(data)
+        surrogates = train_surrogates(
+            Net, watched, parts=3, epochs=2, batch_size=2, progress=False, seed=seed
+        )
+        for part, surrogate in enumerate(surrogates):
+            reads = watched.reads[8 * part : 8 * part + 8]
+            place = {int(at): k for k, at in enumerate(surrogate.index)}
+            orders[seed, part] = [place[at] for at in reads]
+    assert len(set(map(tuple, orders.values()))) == len(orders)
+
+
+def test_dropout_differs_from_part_to_part():
+    """The global generator, which a network draws from, is seeded by the part as well."""
+    drawn = []
+
+    class Drawing(Net):
+        def forward(self, x):
+            if self.training:
+                drawn.append(float(torch.rand(())))
+            return super().forward(x)
+
+    inputs = torch.zeros(12, D)
+    train_surrogates(
+        Drawing, TensorDataset(inputs, torch.zeros(12).long()),
+        parts=3, epochs=1, batch_size=4, progress=False,
+    )  # fmt: skip
+    assert len(drawn) == len(set(drawn)) == 3
+
+
+def test_an_index_just_outside_the_data_set(data):
+    """The first index that is not there, and the last that is."""
+    surrogates = train_surrogates(Net, data, **QUICK)
+    last = next(s for s in surrogates if N - 1 in s.index)
+    short = TensorDataset(*(t[: N - 1] for t in data.tensors))
+    message = f"dataset: has {N - 1} samples, but part {last.part} holds index {N - 1}"
+    with pytest.raises(ValueError, match=message):
+        score_surrogates(surrogates, Net, short)
+    table = score_surrogates(surrogates, Net, data, samples=None)
+    assert table.index.tolist() == list(range(N))

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +93,7 @@ def test_labels_are_widened_and_writable(tmp_path):
     assert labels.dtype == torch.int64 and labels.tolist() == [1, 65535]
     np.save(tmp_path / "y.npy", np.array([1, 2], dtype=np.int64))
     labels = read_labels(tmp_path / "y.npy")
+    assert not mapped(labels, tmp_path / "y.npy")  # else the next line would end the process
     labels[0] = 9
     assert read_labels(tmp_path / "y.npy").tolist() == [1, 2]
     np.save(tmp_path / "y.npy", np.array([2**64 - 1], dtype=np.uint64))
@@ -247,3 +249,25 @@ def test_heads_of_equal_shape_are_stacked(tmp_path):
     numbers, weight, bias = groups[0]
     assert weight.shape == (2, 3, 4) and bias is not None and bias.shape == (2, 3)
     assert torch.equal(weight[1], heads[numbers[1]].weight)
+
+
+def mapped(tensor, path):
+    """Whether a tensor lies in a memory map of the file, to which nobody may write."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        start, stop = (int(address, 16) for address in fields[0].split("-"))
+        if start <= tensor.data_ptr() < stop:
+            return fields[5:] == [str(path)]
+    return False
+
+
+def test_what_may_be_written_to_is_no_map_of_a_file(tmp_path):
+    features, head = tmp_path / "f.npy", tmp_path / "w.npy"
+    np.save(features, np.zeros((3, 4), np.float32))
+    np.save(head, np.zeros((2, 4), np.float32))
+    assert mapped(open_array(features), features)  # so the other lines show something
+    assert not mapped(read_head(str(head)).weight, head)
+    for kind in (np.int64, np.uint16, np.float32):
+        labels = tmp_path / f"{np.dtype(kind).name}.npy"
+        np.save(labels, np.zeros(5, kind))
+        assert not mapped(read_labels(labels), labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +290,17 @@ def test_the_table_has_an_index_of_its_own() -> None:
     locked.flags.writeable = False
     score((X, Y), "last_layer", index=locked).index.zero_()
     assert locked.tolist() == IN_ORDER
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("partition", [None, 3])
+def test_batches_that_were_made_beforehand(gradient: str, partition: Any) -> None:
+    """A data set of batches of several sizes, through a loader that leaves them as they are."""
+    cuts = [0, 5, 7, 13, N]
+    batches = [(X[a:b], Y[a:b]) for a, b in pairwise(cuts)]
+    loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    table = score(loader, gradient, partition=partition)
+    plain = score(TensorDataset(X, Y), gradient, partition=partition)
+    torch.testing.assert_close(table.scores, plain.scores, rtol=1e-5, atol=1e-6)
+    assert table.index.tolist() == IN_ORDER
+    assert table.provenance["samples"] == N

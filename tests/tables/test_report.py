@@ -124,8 +124,9 @@ def test_auroc_is_that_of_scikit_learn(generator):
         suspicion = torch.randint(0, 8, (60,), generator=generator).float()  # many ties
         expected = roc_auc_score(wrong, suspicion)
         assert report.auroc(suspicion, wrong) == pytest.approx(expected, abs=1e-12)
-    # Samples without a score are the last to be inspected.
-    assert report.auroc(torch.tensor([NAN, 1.0]), torch.tensor([True, False])) == 0.0
+    # Samples without a score are the last to be inspected, after those of any other.
+    for other in (1.0, -1.0):
+        assert report.auroc(torch.tensor([NAN, other]), torch.tensor([True, False])) == 0.0
 
 
 def test_panels_of_metrics(tmp_path, drawn, table):
@@ -211,3 +212,26 @@ def test_arrays_and_lists_are_drawn_as_tensors_are(tmp_path, drawn, generator):
     assert lines[0] == lines[1] == lines[2]
     with pytest.raises(TypeError, match=r"groups\['all'\] must hold numbers; it holds text"):
         report.score_histogram({"all": names}, tmp_path / "h.png")
+
+
+@pytest.mark.parametrize(("shown", "scored"), [(1, 1), (1, 3), (2, 5), (9, 19)])
+def test_no_image_is_drawn_among_the_lowest_and_the_highest(tmp_path, drawn, shown, scored):
+    count = scored + 2
+    scores = torch.randperm(count, generator=torch.Generator().manual_seed(1)).float()
+    scores[[0, count - 1]] = NAN
+    labels = list(range(count))
+    report.extremes(torch.rand(count, 4, 4), labels, scores, tmp_path / "e.png", count=10)
+    titles = [axes.get_title() for axes in drawn[0].axes if axes.get_title()]
+    names = [int(title.splitlines()[0]) for title in titles]
+    order = [i for i in scores.argsort().tolist() if 0 < i < count - 1]
+    assert names == order[:shown] + order[::-1][:shown]
+    assert scored == 1 or len(set(names)) == len(names)
+
+
+def test_errors_without_a_score_are_found_last(tmp_path, drawn):
+    suspicion = torch.tensor([NAN, -3.0, -2.0, -1.0])
+    wrong = torch.tensor([True, False, False, False])
+    report.label_error_curve({"x": suspicion}, wrong, tmp_path / "l.png")
+    line = next(a for a in drawn[0].axes[0].lines if a.get_label() == "x: AUROC 0.000")
+    assert line.get_ydata().tolist()[-1] == pytest.approx(100)
+    assert max(line.get_ydata().tolist()[:-1]) == 0

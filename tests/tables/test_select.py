@@ -273,3 +273,11 @@ def test_bad_input_is_named_in_one_line(arguments, error, message):
     with pytest.raises(error, match=message) as caught:
         select(call.pop("scores"), call.pop("keep"), **call)
     assert "\n" not in str(caught.value)
+
+
+def test_sample_gives_tied_scores_the_mean_of_their_ranks():
+    """Nine tied scores have rank 5 each, the one above them 10: it is drawn 10 times in 55."""
+    scores = torch.tensor([0.0] * 9 + [1.0])
+    drawn = Counter(int(select(scores, 1, method="sample", seed=seed)) for seed in range(3000))
+    deviation = (3000 * 10 / 55 * 45 / 55) ** 0.5
+    assert abs(drawn[9] - 3000 * 10 / 55) < 4 * deviation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -241,6 +242,7 @@ def test_provenance_must_be_json(tmp_path):
         ({"metrics": {"loss": torch.zeros(3)}}, ValueError, r"metrics\['loss'\] must have 2"),
         ({"metrics": {"a@b": torch.zeros(2)}}, ValueError, "cannot have the name 'a@b'"),
         ({"metrics": {"score": torch.zeros(2)}}, ValueError, "cannot have the name 'score'"),
+        ({"metrics": {"index": torch.zeros(2)}}, ValueError, "cannot have the name 'index'"),
         ({"metrics": {"higher_is_better": torch.zeros(2)}}, ValueError, "cannot have the name 'hi"),
         ({"per_checkpoint": {"loss": torch.zeros(2)}}, ValueError, r"shape \(K, N\)"),
     ],
@@ -305,3 +307,23 @@ def test_concat_refuses_what_does_not_fit():
     other.higher_is_better = False
     with pytest.raises(ValueError, match="higher_is_better"):
         ScoreTable.concat([one, other])
+
+
+@pytest.mark.parametrize("name", ["", *(f"a{mark}b" for mark in '@,/"\n\r')])
+@pytest.mark.parametrize("kind", ["metrics", "per_checkpoint"])
+def test_names_that_no_file_could_hold(kind, name):
+    values = torch.zeros(2) if kind == "metrics" else torch.zeros(3, 2)
+    with pytest.raises(ValueError, match=re.escape(f"{kind} cannot have the name {name!r}")):
+        ScoreTable(torch.zeros(2), **{kind: {name: values}})
+    allowed = ScoreTable(torch.zeros(2), **{kind: {"a b-c.d": values}})
+    assert list(getattr(allowed, kind)) == ["a b-c.d"]
+
+
+@pytest.mark.parametrize("name", ["index", "score", "higher_is_better"])
+def test_values_per_checkpoint_may_have_any_name_of_a_column(tmp_path, name):
+    """Their columns are name@0, name@1 ...: they cannot be taken for the column itself."""
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    table = ScoreTable(torch.zeros(2), per_checkpoint={name: values})
+    for suffix in (".csv", ".npz", ".parquet"):
+        back = ScoreTable.load(table.save(tmp_path / f"t{suffix}"))
+        assert torch.equal(back.per_checkpoint[name], values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from table_cases import table_of
 
+from moso_fast.tables import cells, csv_files
 from moso_fast.tables.table import ScoreTable
 
 NAN = float("nan")
@@ -187,3 +190,36 @@ def test_numbers_that_float32_cannot_hold_stay_float64(tmp_path, value):
     table = ScoreTable.load(tmp_path / "t.csv")
     assert table.metrics["loss"].dtype == torch.float64 and table.scores.dtype == torch.float32
     assert table.metrics["loss"][0] == float(value)
+
+
+@pytest.mark.parametrize("rows", [3, 4, 9, 11])
+@pytest.mark.parametrize("missing", [False, True])
+def test_files_longer_than_a_block(tmp_path, monkeypatch, rows, missing):
+    """No row is lost or read twice where blocks of rows meet, written and read cell by cell."""
+    monkeypatch.setattr(csv_files, "_BLOCK_ROWS", 3)
+    monkeypatch.setattr(cells, "_BLOCK_ROWS", 3)
+    scores = torch.arange(rows) / 7
+    table = ScoreTable(scores, {"loss": -scores}, index=torch.arange(rows) * 5)
+    path = table.save(tmp_path / "t.csv")
+    if missing:  # an empty cell in the last row makes the reader go through every cell
+        text = path.read_text().splitlines()
+        text[-1] = f"{5 * rows - 5},,1.5,1"
+        path = tmp_path / "by_hand.csv"
+        path.write_text("\n".join(text) + "\n")
+        table.scores[-1], table.metrics["loss"][-1] = NAN, 1.5
+    back = ScoreTable.load(path)
+    assert back.index.tolist() == table.index.tolist()
+    for one, other in ((back.scores, table.scores), (back.metrics["loss"], table.metrics["loss"])):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_digest_covers_the_whole_file(tmp_path):
+    """A file of several blocks of reading, changed in its last byte, is not that of before."""
+    path = ScoreTable(torch.rand(80_000, dtype=torch.float64)).save(tmp_path / "t.csv")
+    content = path.read_bytes()
+    assert len(content) > 2 << 20
+    stated = json.loads((tmp_path / "t.csv.meta.json").read_text())["sha256"]
+    assert stated == hashlib.sha256(content).hexdigest()
+    path.write_bytes(content[:-2] + b"0\n")
+    with pytest.raises(ValueError, match="has changed since t.csv.meta.json was written"):
+        ScoreTable.load(path)

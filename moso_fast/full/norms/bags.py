@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from .factors import Factors
 from .tape import Call, Tape
-
-if TYPE_CHECKING:
-    from .trace import Trace
 
 
 @dataclass(frozen=True)
@@ -210,17 +207,17 @@ def _factors(bags: Bags, gradient: Tensor, sample: Tensor, by_sample: Tensor) ->
     return Factors(rows, cols)
 
 
-def embedding_bag(trace: Trace, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+def embedding_bag(tape: Tape, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Trace ``F.embedding_bag``."""
     bags = bags_of(input, weight, *args, **kwargs)
-    if bags is None or id(bags.each) in trace.tape.plan.names:
+    if bags is None or id(bags.each) in tape.plan.names:
         return NotImplemented
     kind: tuple[Any, ...] = ("matrix", 1, *weight.shape)
     if bags.mode == "max":
         # No sum of outer products: what else uses the table cannot be added to it.
-        kind = ("maxima", len(trace.tape.calls))
+        kind = ("maxima", len(tape.calls))
     rank = input.dim()
-    call = trace.tape.call("embedding_bag", (weight,), (kind,), (bags.count,), 1, rank)
+    call = tape.call("embedding_bag", (weight,), (kind,), (bags.count,), 1, rank)
     if call is None:
         return NotImplemented
-    return _EmbeddingBag.apply(weight, bags.each, bags, trace.tape, call)
+    return _EmbeddingBag.apply(weight, bags.each, bags, tape, call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,6 @@ from torch import Tensor
 
 from .factors import Factors, ghost_is_cheaper
 from .tape import Call, Tape
-
-if TYPE_CHECKING:
-    from .trace import Trace
 
 # Operations of one sample's weight gradient above which a call for each sample pays.
 _ONE_BY_ONE = 4_000_000
@@ -152,7 +149,7 @@ def _patches(
 
 
 def convolution(
-    trace: Trace,
+    tape: Tape,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -175,10 +172,10 @@ def convolution(
     height, width = weight.shape[0] // groups, weight[0].numel()
     kinds = (("matrix", groups, height, width), "vector")
     rank = input.dim()
-    call = trace.tape.call("convolution", (weight, bias), kinds, input.shape[:1], 1, rank)
+    call = tape.call("convolution", (weight, bias), kinds, input.shape[:1], 1, rank)
     if call is None:
         return NotImplemented
-    return _Convolution.apply(input, weight, bias, how, trace.tape, call)
+    return _Convolution.apply(input, weight, bias, how, tape, call)
 
 
 def _each(value: Any, count: int) -> list[int]:

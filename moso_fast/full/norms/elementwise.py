@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .tape import Call, Tape
-
-if TYPE_CHECKING:
-    from .trace import Trace
 
 
 class _OneEach(torch.autograd.Function):
@@ -36,42 +33,42 @@ class _OneEach(torch.autograd.Function):
         return total.to(ctx.parameter.dtype), None, None, None
 
 
-def _one_each(trace: Trace, parameter: Tensor, rank: int) -> Any:
+def _one_each(tape: Tape, parameter: Tensor, rank: int) -> Any:
     """(B, 1, ..., *shape) with ``rank`` dimensions, or NotImplemented."""
     shape = tuple(parameter.shape)
     if parameter.dim() == rank and shape[0] == 1:
         shape = shape[1:]
-    if len(shape) >= rank or not trace.expanding:
+    if len(shape) >= rank or not tape.expanding:
         return NotImplemented
-    full = (trace.tape.rows, *[1] * (rank - 1 - len(shape)), *shape)
-    call = trace.tape.call("elementwise", (parameter,), ("vector",), full, 1, rank)
+    full = (tape.rows, *[1] * (rank - 1 - len(shape)), *shape)
+    call = tape.call("elementwise", (parameter,), ("vector",), full, 1, rank)
     if call is None:
         return NotImplemented
-    return _OneEach.apply(parameter, full, trace.tape, call)
+    return _OneEach.apply(parameter, full, tape, call)
 
 
-def binary(trace: Trace, function: Any, one: Any, other: Any, **kwargs: Any) -> Any:
+def binary(tape: Tape, function: Any, one: Any, other: Any, **kwargs: Any) -> Any:
     """Trace sums, differences, products and quotients of a batch and a parameter."""
-    plan = trace.tape.plan
+    plan = tape.plan
     if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one is other:
         return NotImplemented
     if plan.tracked(one) == plan.tracked(other):
         return NotImplemented
     parameter, batch = (one, other) if plan.tracked(one) else (other, one)
-    if batch.dim() < 1 or batch.shape[0] != trace.tape.rows:
+    if batch.dim() < 1 or batch.shape[0] != tape.rows:
         return NotImplemented
-    each = _one_each(trace, parameter, batch.dim())
+    each = _one_each(tape, parameter, batch.dim())
     if each is NotImplemented:
         return NotImplemented
     return function(each, batch, **kwargs) if parameter is one else function(batch, each, **kwargs)
 
 
-def expand(trace: Trace, function: Any, parameter: Tensor, *sizes: Any) -> Any:
+def expand(tape: Tape, function: Any, parameter: Tensor, *sizes: Any) -> Any:
     """Trace ``parameter.expand(B, ...)``."""
-    if not trace.tape.plan.tracked(parameter):
+    if not tape.plan.tracked(parameter):
         return NotImplemented
     shape = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
-    if not shape or shape[0] != trace.tape.rows or parameter.dim() > len(shape):
+    if not shape or shape[0] != tape.rows or parameter.dim() > len(shape):
         return NotImplemented
-    each = _one_each(trace, parameter, len(shape))
+    each = _one_each(tape, parameter, len(shape))
     return NotImplemented if each is NotImplemented else function(each, *sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,6 @@ from torch import Tensor
 
 from .factors import Factors
 from .tape import Call, Tape
-
-if TYPE_CHECKING:
-    from .trace import Trace
 
 
 class _Embedding(torch.autograd.Function):
@@ -46,7 +43,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def embedding(
-    trace: Trace,
+    tape: Tape,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -64,17 +61,17 @@ def embedding(
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     kinds = (("matrix", 1, *weight.shape),)
-    rows = trace.tape.rows
-    if trace.expanding and input.shape[0] == 1 and input.dim() > 1:
+    rows = tape.rows
+    if tape.expanding and input.shape[0] == 1 and input.dim() > 1:
         # Positions, the same for all samples: looked up for each, so that gradients stay apart.
         input = input.expand(rows, *input.shape[1:])
-    elif trace.expanding and input.dim() == 1 and not _by_sample(trace.tape, input, weight):
+    elif tape.expanding and input.dim() == 1 and not _by_sample(tape, input, weight):
         input = input.expand(rows, *input.shape)
     rank = input.dim()
-    call = trace.tape.call("embedding", (weight,), kinds, input.shape, rank, rank)
+    call = tape.call("embedding", (weight,), kinds, input.shape, rank, rank)
     if call is None:
         return NotImplemented
-    return _Embedding.apply(weight, input.long(), padding_idx, trace.tape, call)
+    return _Embedding.apply(weight, input.long(), padding_idx, tape, call)
 
 
 def _by_sample(tape: Tape, input: Tensor, weight: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,6 @@ from torch import Tensor
 
 from .factors import Factors
 from .tape import Call, Tape
-
-if TYPE_CHECKING:
-    from .trace import Trace
 
 
 class _Linear(torch.autograd.Function):
@@ -53,33 +50,33 @@ class _Linear(torch.autograd.Function):
         return of_input, of_weight, of_bias, None, None, None
 
 
-def linear(trace: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Trace ``F.linear``."""
-    return _product(trace, input, weight, bias, flip=False)
+    return _product(tape, input, weight, bias, flip=False)
 
 
-def matmul(trace: Trace, input: Tensor, mat2: Any = None, **kwargs: Any) -> Any:
+def matmul(tape: Tape, input: Tensor, mat2: Any = None, **kwargs: Any) -> Any:
     """Trace ``input @ mat2`` where ``mat2`` is a parameter."""
     if kwargs or not isinstance(input, Tensor) or not isinstance(mat2, Tensor):
         return NotImplemented
-    return _product(trace, input, mat2, None, flip=True)
+    return _product(tape, input, mat2, None, flip=True)
 
 
-def addmm(trace: Trace, input: Tensor, mat1: Tensor, mat2: Any = None, **kwargs: Any) -> Any:
+def addmm(tape: Tape, input: Tensor, mat1: Tensor, mat2: Any = None, **kwargs: Any) -> Any:
     """Trace ``input + mat1 @ mat2`` where ``mat2`` is a parameter and ``input`` a bias."""
     if kwargs or not isinstance(mat2, Tensor) or input.shape != mat2.shape[1:]:
         return NotImplemented
-    return _product(trace, mat1, mat2, input, flip=True)
+    return _product(tape, mat1, mat2, input, flip=True)
 
 
-def _product(trace: Trace, x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool) -> Any:
+def _product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool) -> Any:
     if weight.dim() != 2 or x.dim() < 2 or x is weight:
         return NotImplemented
     height, width = weight.shape
     shape = [*x.shape[:-1], weight.shape[1 if flip else 0]]
     kinds = (("matrix", 1, height, width), "vector")
     name = "product" if flip else "linear"
-    call = trace.tape.call(name, (weight, bias), kinds, shape, x.dim() - 1, x.dim())
+    call = tape.call(name, (weight, bias), kinds, shape, x.dim() - 1, x.dim())
     if call is None:
         return NotImplemented
-    return _Linear.apply(x, weight, bias, trace.tape, call, flip)
+    return _Linear.apply(x, weight, bias, tape, call, flip)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .tape import Call, Tape
-
-if TYPE_CHECKING:
-    from .trace import Trace
 
 
 def _affine_gradients(
@@ -98,7 +95,7 @@ def with_strides_of(input: Tensor, result: Tensor) -> Tensor:
 
 
 def batch_norm(
-    trace: Trace,
+    tape: Tape,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -115,15 +112,13 @@ def batch_norm(
             "other; it needs running statistics (track_running_stats=True) and eval mode"
         )
     rank = input.dim()
-    call = trace.tape.call(
-        "batch_norm", (weight, bias), ("vector", "vector"), input.shape[:1], 1, rank
-    )
+    call = tape.call("batch_norm", (weight, bias), ("vector", "vector"), input.shape[:1], 1, rank)
     if call is None:
         result = F.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
         return with_strides_of(input, result)
-    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, eps, trace.tape, call)
+    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, eps, tape, call)
 
 
 def _as_autocast_does(x: Tensor) -> Tensor:
@@ -174,7 +169,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def layer_norm(
-    trace: Trace,
+    tape: Tape,
     input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
@@ -189,10 +184,10 @@ def layer_norm(
     if lead < 1 or mixed:
         return NotImplemented
     kinds = ("vector", "vector")
-    call = trace.tape.call("layer_norm", (weight, bias), kinds, input.shape, lead, input.dim())
+    call = tape.call("layer_norm", (weight, bias), kinds, input.shape, lead, input.dim())
     if call is None:
         return NotImplemented
-    return _LayerNorm.apply(input, shape, weight, bias, eps, trace.tape, call)
+    return _LayerNorm.apply(input, shape, weight, bias, eps, tape, call)
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -250,7 +245,7 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def group_norm(
-    trace: Trace,
+    tape: Tape,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -262,12 +257,10 @@ def group_norm(
     if any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
         return NotImplemented
     rank = input.dim()
-    call = trace.tape.call(
-        "group_norm", (weight, bias), ("vector", "vector"), input.shape[:1], 1, rank
-    )
+    call = tape.call("group_norm", (weight, bias), ("vector", "vector"), input.shape[:1], 1, rank)
     if call is None:
         return NotImplemented
-    return _GroupNorm.apply(input, num_groups, weight, bias, eps, trace.tape, call)
+    return _GroupNorm.apply(input, num_groups, weight, bias, eps, tape, call)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -305,7 +298,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(
-    trace: Trace,
+    tape: Tape,
     input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
@@ -316,8 +309,8 @@ def rms_norm(
     lead = input.dim() - len(shape)
     if weight is None or lead < 1 or weight.dtype != input.dtype:
         return NotImplemented
-    call = trace.tape.call("rms_norm", (weight,), ("vector",), input.shape, lead, input.dim())
+    call = tape.call("rms_norm", (weight,), ("vector",), input.shape, lead, input.dim())
     if call is None:
         return NotImplemented
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return _RMSNorm.apply(input, shape, weight, eps, trace.tape, call)
+    return _RMSNorm.apply(input, shape, weight, eps, tape, call)

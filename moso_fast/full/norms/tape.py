@@ -65,12 +65,21 @@ class Tape:
         Where the results are kept.
     probing
         Record the gradients of the calls' outputs instead of norms, to find their layouts.
+    expanding
+        Parameters and look-ups that have no samples are repeated for each of them.
     """
 
     def __init__(
-        self, plan: Plan, rows: int, samples: int, device: torch.device, probing: bool = False
+        self,
+        plan: Plan,
+        rows: int,
+        samples: int,
+        device: torch.device,
+        probing: bool = False,
+        expanding: bool = True,
     ) -> None:
-        self.plan, self.rows, self.samples, self.probing = plan, rows, samples, probing
+        self.plan, self.rows, self.samples = plan, rows, samples
+        self.probing, self.expanding = probing, expanding
         self.norms: dict[int, Tensor] = {}
         self.uses: Counter[int] = Counter()
         self.kinds: dict[int, set[Hashable]] = {}

@@ -51,14 +51,11 @@ _SELECT = {torch.index_select, Tensor.index_select}
 
 
 class Trace(TorchFunctionMode):
-    """Within this mode, calls that use a parameter of the tape's plan write to the tape.
+    """Within this mode, calls that use a parameter of the tape's plan write to the tape."""
 
-    ``expanding``: parameters and look-ups that have no samples are repeated for each of them.
-    """
-
-    def __init__(self, tape: Tape, expanding: bool = True) -> None:
+    def __init__(self, tape: Tape) -> None:
         super().__init__()
-        self.tape, self.expanding = tape, expanding
+        self.tape = tape
         self.bytes = 0
         # Of the last selection of rows: result and row numbers.
         self._selected: tuple[Any, Tensor | None] = (None, None)
@@ -94,11 +91,11 @@ class Trace(TorchFunctionMode):
             inputs = args[1:2] if func is torch.addmm else args[:1]
             if any(id(x) in self.tape.plan.names for x in inputs):
                 return NotImplemented  # its own gradient would not be seen
-            return layer(self, *args, **kwargs)
+            return layer(self.tape, *args, **kwargs)
         if func in _BINARY and len(args) == 2:
-            return binary(self, func, *args, **kwargs)
+            return binary(self.tape, func, *args, **kwargs)
         if func is Tensor.expand and not kwargs:
-            return expand(self, func, *args)
+            return expand(self.tape, func, *args)
         # cuDNN's have no backward in eval mode, traced or not.
         if func in RECURRENT and (args[0].is_cuda or self._any_tracked(weights_of(args))):
             order = self._orders.get(id(args[1]), (None, None))[1] if is_packed(args) else None
@@ -118,7 +115,7 @@ class Trace(TorchFunctionMode):
         return result
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        result = self._marked(linear, self, x, weight, bias)
+        result = self._marked(linear, self.tape, x, weight, bias)
         return F.linear(x, weight, bias) if result is NotImplemented else result
 
     def _any_tracked(self, weights: Sequence[Any]) -> bool:

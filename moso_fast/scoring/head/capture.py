@@ -9,17 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...sources.find_head import FULL_GRADIENT
-from .linear_check import (
-    HeadCall,
-    HeadReading,
-    Sample,
-    autocast_dtype,
-    is_plain,
-    read_head,
-    version,
-)
+from .linear_check import read_head
 from .output_check import OutputCheck
 from .reads import watched
+from .weights import HeadCall, HeadReading, Sample, autocast_dtype, is_plain, version
 
 
 class HeadCapture:

@@ -10,7 +10,6 @@ say). Every batch is then held against what was found. Whatever remains is refus
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 
 from ...core.logit_map import LogitMap
 from ...sources.find_head import FULL_GRADIENT, is_convolution
-from .linear_check import HeadCall, last_dim
 from .map_search import agrees, find_map
-from .outputs import arrangements, describe_outputs, output_tensors
+from .outputs import Logits, arrangements, describe_outputs, output_tensors, same_memory
 from .row_match import Match, distinct_share, match_rows, same_bits
+from .weights import HeadCall, last_dim
 
 Probe = Callable[[Tensor], Any]
 
@@ -36,20 +35,6 @@ _SIZES = (1.0, 8.0, 64.0)
 _ROUNDED = (None, torch.bfloat16, torch.float16)
 
 
-@dataclass
-class _Logits:
-    """Where the logits are in the output, and as what they are read."""
-
-    path: str
-    reading: str
-    rounded: torch.dtype | None = None  # the format that the head's output went through
-
-    def of(self, outputs: Any, shape: torch.Size) -> Tensor | None:
-        """(..., C) logits in another output of the same model, if it has them."""
-        tensor = output_tensors(outputs).get(self.path)
-        return None if tensor is None else arrangements(tensor, shape).get(self.reading)
-
-
 class OutputCheck:
     """Says for every batch which rows of the head's input belong to the rows of the logits.
 
@@ -61,7 +46,7 @@ class OutputCheck:
         self.name, self.head = name, head
         self.map: LogitMap | None = None
         self.notes: dict[str, str] = {}
-        self._where: _Logits | None = None
+        self._where: Logits | None = None
         self._unchanged = False  # a probe has shown logits to be the head's output, unmapped
         self._mean = False  # logits (B, C) are the mean of the head's output (B, ..., C)
         self._first = True
@@ -87,7 +72,7 @@ class OutputCheck:
         first, self._first = self._first, False
         live = last_dim(call.live, self.head)
         if not call.overwritten()[1]:
-            found = _same_memory(outputs, live)
+            found = same_memory(outputs, live)
             if found is not None and self.map is None and not self._mean:
                 return value.reshape(*found.shape[:-1], value.shape[-1])
         logits = self._find(outputs, z)
@@ -189,7 +174,7 @@ class OutputCheck:
                 return logits
         classes, tensors = z.shape[-1], output_tensors(outputs)
         readings = [
-            (_Logits(path, reading), logits)
+            (Logits(path, reading), logits)
             for path, tensor in tensors.items()
             for reading, logits in arrangements(tensor, z.shape).items()
             if logits.shape[:-1].numel() <= z.shape[:-1].numel()
@@ -277,22 +262,6 @@ def _holds(found: LogitMap, given: Tensor, seen: Tensor, eps: float) -> bool:
     rows = max(1, _NUMBERS // given.shape[1])
     pairs = zip(given.split(rows), seen.split(rows), strict=True)
     return all(agrees(found, one.double(), other.double(), eps) for one, other in pairs)
-
-
-def _same_memory(outputs: Any, z: Tensor) -> Tensor | None:
-    """Return the logits where they are the very numbers of the head's output."""
-    for tensor in output_tensors(outputs).values():
-        for logits in arrangements(tensor, z.shape).values():
-            if logits.numel() != z.numel() or logits.dtype != z.dtype:
-                continue
-            pairs = [(logits, z), (_flat(logits), _flat(z))]
-            if any(
-                (one.data_ptr(), one.shape, one.stride())
-                == (other.data_ptr(), other.shape, other.stride())
-                for one, other in pairs
-            ):
-                return logits
-    return None
 
 
 def _in_order(rows: Tensor, count: int) -> bool:

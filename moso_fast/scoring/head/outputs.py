@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,3 +72,36 @@ def describe_outputs(outputs: Any) -> str:
     more = ", ..." if len(shapes) > 4 else ""
     listed = ", ".join(shapes[:4]) + more if shapes else "no floating-point tensor"
     return f"{type(outputs).__name__} with {listed}"
+
+
+@dataclass
+class Logits:
+    """Where the logits are in the output, and as what they are read."""
+
+    path: str
+    reading: str
+    rounded: torch.dtype | None = None  # the format that the head's output went through
+
+    def of(self, outputs: Any, shape: torch.Size) -> Tensor | None:
+        """(..., C) logits in another output of the same model, if it has them."""
+        tensor = output_tensors(outputs).get(self.path)
+        return None if tensor is None else arrangements(tensor, shape).get(self.reading)
+
+
+def same_memory(outputs: Any, z: Tensor) -> Tensor | None:
+    """Return the logits where they are the very numbers of the head's output."""
+    for tensor in output_tensors(outputs).values():
+        for logits in arrangements(tensor, z.shape).values():
+            if logits.numel() != z.numel() or logits.dtype != z.dtype:
+                continue
+            pairs = [
+                (logits, z),
+                (logits.reshape(-1, logits.shape[-1]), z.reshape(-1, z.shape[-1])),
+            ]
+            if any(
+                (one.data_ptr(), one.shape, one.stride())
+                == (other.data_ptr(), other.shape, other.stride())
+                for one, other in pairs
+            ):
+                return logits
+    return None

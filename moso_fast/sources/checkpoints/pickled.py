@@ -79,11 +79,12 @@ def load(source: Path | BinaryIO, mmap: bool = False) -> Any:
                 return torch.load(
                     source, map_location="cpu", weights_only=True, mmap=(mmap and zipped) or None
                 )
-        except pickle.UnpicklingError as error:
+        except (pickle.UnpicklingError, TypeError) as error:
             # Subclasses of dict and list are filled item by item, which torch's reader does for
-            # the plain types alone. Its message shows the class that it could not fill.
+            # the plain types alone. Its message names the class that it could not fill; torch 2.9
+            # lets Python say so of a dict, by a TypeError.
             text = str(error)
-            refused = [path for path, cls in stand_ins.items() if repr(cls) in text]
+            refused = [path for path, cls in stand_ins.items() if cls.__name__ in text]
             if len(refused) != 1 or bases[refused[0]] is not object:
                 raise
             bases[refused[0]] = list if " lists" in text else dict

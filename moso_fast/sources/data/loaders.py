@@ -51,12 +51,21 @@ def make_loader(data: Any, batch_size: int) -> DataLoader[Any]:
     if len(data) == 0:
         raise ValueError("data holds no samples")
     batches = SequentialBatches(len(data), batch_size)
-    if type(data) is TensorDataset:
+    if type(data) is TensorDataset and all(map(_takes_lists, data.tensors)):
         # Indexed by a whole batch: no item-by-item collating of what is one tensor already.
         return DataLoader(data, sampler=batches, batch_size=None)
     if batches.merges:
         return DataLoader(data, batch_sampler=batches)
     return DataLoader(data, batch_size=batch_size, shuffle=False)
+
+
+def _takes_lists(tensor: Tensor) -> bool:
+    """Tell whether torch can index the tensor by a list: not uint16, 32 and 64 in torch 2.9."""
+    try:
+        tensor[:1][[0]]
+    except NotImplementedError:
+        return False
+    return True
 
 
 class SequentialBatches(BatchSampler):

@@ -1,0 +1,3 @@
+"""The version of the package; nothing is imported to know it."""
+
+__version__ = "0.1.0"

@@ -8,10 +8,9 @@
 #endif
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstring>
 
-#include "kernels.h"
+#include "processor.h"
 
 namespace moso_fast {
 
@@ -87,17 +86,6 @@ bool prefers_bf16_products(const Variant& variant) {
 #else
   return true;
 #endif
-}
-
-int64_t second_level_cache_bytes() {
-  // Tiles were measured with one and two megabytes.
-  constexpr int64_t kLeast = int64_t{1} << 19, kUsual = int64_t{1} << 20, kMost = int64_t{1} << 21;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#else
-  constexpr int64_t found = 0;
-#endif
-  return found > 0 ? std::clamp(found, kLeast, kMost) : kUsual;
 }
 
 }  // namespace moso_fast

@@ -8,6 +8,8 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -50,6 +52,39 @@ void run_team(int threads, bool own_threads, void (*body)(void*), void* data) {
   }
   body(data);
   for (auto& helper : helpers) helper.join();
+}
+
+void share_out(Threads threads, int64_t count, void (*task)(const void*, int64_t, int),
+               const void* data) {
+  struct Shared {
+    void (*task)(const void*, int64_t, int);
+    const void* data;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> workers{0};
+  } shared{task, data, count, {}, {}};
+  const auto body = [](void* argument) {
+    Shared& s = *static_cast<Shared*>(argument);
+    const int worker = s.workers++;
+    for (int64_t index = s.next++; index < s.count; index = s.next++) s.task(s.data, index, worker);
+  };
+  run_team(int(std::min<int64_t>(threads.count, count)), threads.own, body, &shared);
+}
+
+Turnstile::Turnstile() = default;
+Turnstile::~Turnstile() = default;
+
+void Turnstile::enter(int64_t index) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [&] { return turn_ == index; });
+}
+
+void Turnstile::leave() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++turn_;
+  }
+  changed_.notify_all();
 }
 
 }  // namespace moso_fast

@@ -1,3 +1,4 @@
+// The variant, for AMX.
 #define MOSO_FAST_VARIANT amx
 #define VL 16
-#include "variant.inc"
+#include "simd/variant-inl.h"

@@ -1,3 +1,4 @@
+// The variant, for AVX2.
 #define MOSO_FAST_VARIANT avx2
 #define VL 8
-#include "variant.inc"
+#include "simd/variant-inl.h"

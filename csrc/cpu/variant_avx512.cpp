@@ -1,3 +1,4 @@
+// The variant, for AVX-512.
 #define MOSO_FAST_VARIANT avx512
 #define VL 16
-#include "variant.inc"
+#include "simd/variant-inl.h"

@@ -1,3 +1,4 @@
+// The variant, for any processor.
 #define MOSO_FAST_VARIANT baseline
 #define VL 4
-#include "variant.inc"
+#include "simd/variant-inl.h"

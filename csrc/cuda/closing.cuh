@@ -1,12 +1,10 @@
 // The end of a job: the results of rows, the numbers that the host judges by, and the scores.
 //
 //   finish   a = <g, sum of g> / N, q = |r|^2 (|h|^2 + 1), |r|; NaN where a row does not count;
-//   sums
-//            of a and |g| over the rows of a block
+//            sums of a and |g| over the rows of a block
 //   judge    a block for each head: |G|^2 = sum of (gradient sum / N)^2, these sums over all
-//   blocks,
-//            and sums over the head's weights, which are not finite where one of them is not
-//   score    one of the formulas of moso_fast/core/formulas.py, in double
+//            blocks, and sums over the head's weights, which are not finite where one is not
+//   score    one of the score formulas, in double
 //
 // Every sum has an order that depends on nothing but the sizes. PyTorch would need some twenty
 // launches for the same, which take a host longer than the GPU needs for a small job. Bytes: 34 a
@@ -22,7 +20,7 @@ constexpr int kFinishBytes = kThreads * 8;
 constexpr int kJudgeBytes = kJudgeThreads * 8;
 
 // Sum of `value` over all threads of the block, for all of them. A tree: thread t adds what thread
-// t + half holds. Shared memory may be used again behind it.
+// t + half holds. Shared memory may be used again after it.
 template <int Threads>
 MOSO_DEVICE double block_sum(double value) {
   const int thread = device::thread_index();
@@ -94,14 +92,14 @@ MOSO_DEVICE void finish(const Finish& p) {
 MOSO_DEVICE void judge(const Judge& p) {
   const int64_t head = device::block_index();
   const int thread = device::thread_index();
-  const int64_t numbers = int64_t(p.classes) * p.dim;
+  const int64_t elements = int64_t(p.classes) * p.dim;
   const double count = counted_rows<kJudgeThreads>(p.counts);
   const double divisor = count > 0.0 ? count : 1.0;
   double squares = 0.0, weights = 0.0, biases = 0.0;
-  for (int64_t i = thread; i < numbers; i += kJudgeThreads) {
-    const double mean = device::global_load(p.grad_sum + head * numbers + i) / divisor;
+  for (int64_t i = thread; i < elements; i += kJudgeThreads) {
+    const double mean = device::global_load(p.grad_sum + head * elements + i) / divisor;
     squares += mean * mean;
-    weights += double(device::global_load(p.weight + head * numbers + i));
+    weights += double(device::global_load(p.weight + head * elements + i));
   }
   if (p.bias) {
     for (int i = thread; i < p.classes; i += kJudgeThreads) {
@@ -136,7 +134,7 @@ MOSO_DEVICE void judge(const Judge& p) {
 }
 
 // Launch with ceil(heads * rows / kThreads) blocks of kThreads threads. The operations and their
-// order are those of moso_fast/core/formulas.py.
+// order are those of the formulas in Python.
 MOSO_DEVICE void score(const Score& p) {
   const int64_t at = device::block_index() * kThreads + device::thread_index();
   if (at >= p.heads * p.rows) return;

@@ -1,4 +1,4 @@
-// The end of a job whose rows lie on one GPU: what every row's results are, and the few numbers by
+// The end of a job whose rows lie on one GPU: what every row's results are, and the few facts by
 // which the host judges them. Plain C++: no CUDA header.
 #pragma once
 
@@ -6,10 +6,10 @@
 
 namespace moso_fast::closing {
 
-// Numbers of the status word, as in moso_fast/core/problem.py.
+// Slots of the status word: Python reads them in this order.
 constexpr int kStatusSlots = 4;
 
-// What every byte of it is before the first pass: the numbers are beyond any row's.
+// What every byte of it is before the first pass: no row has so large an index.
 constexpr int kUnset = 0x7f;
 
 // Blocks that count rows, each a range of them: their counts are added up where they are needed.
@@ -24,7 +24,7 @@ constexpr int kHeadFacts = 6;
 constexpr int kThreads = 256;
 constexpr int kJudgeThreads = 512;
 
-// All of (heads, rows), one head behind the other, unless said otherwise.
+// All of (heads, rows), one head after the other, unless said otherwise.
 struct Finish {
   float* alignment;        // <g, sum of g> / rows where `rescale`, else <g, G>; <g, G> then
   float* residual_sqnorm;  // |r|^2; |r| then
@@ -55,7 +55,7 @@ struct Judge {
   int64_t* count;
 };
 
-// Numbers of moso_fast/core/formulas.py, in the order of FORMULAS.
+// The score formulas, in the order in which Python numbers them (FORMULAS).
 enum class Formula : int { kMoso, kOneStep, kOfficial, kOfficialExact, kAlignment, kCosine };
 
 struct Score {

@@ -1,7 +1,7 @@
 // The instructions that the kernels use, one function each: nothing else in them is CUDA.
 //
-// On the host the same names come from emulator/device_emulator.h, which runs a block's threads as
-// fibers with these instructions' documented meaning. Shared memory is addressed by byte offset
+// On the host the same names come from the tests' device_emulator.h, which runs a block's threads
+// as fibers with these instructions' documented meaning. Shared memory is addressed by byte offset
 // from the block's dynamic allocation, so that the emulator can watch every access.
 #pragma once
 
@@ -22,7 +22,7 @@ struct alignas(8) Floats2 {
 }  // namespace moso_fast
 
 #ifndef __CUDACC__
-#include "emulator/device_emulator.h"
+#include "device_emulator.h"
 #else
 
 #define MOSO_DEVICE __device__ __forceinline__
@@ -73,7 +73,7 @@ MOSO_DEVICE void atomic_min(int64_t* to, int64_t value) {
   atomicMin(reinterpret_cast<long long*>(to), static_cast<long long>(value));
 }
 
-// `bytes` (0..16) from global memory, zeros behind them. `from` is not read where bytes == 0, but
+// `bytes` (0..16) from global memory, zeros after them. `from` is not read where bytes == 0, but
 // must be a valid address.
 MOSO_DEVICE void copy_async(uint32_t offset, const void* from, int bytes) {
   const uint32_t to = uint32_t(__cvta_generic_to_shared(shared_memory)) + offset;
@@ -82,7 +82,7 @@ MOSO_DEVICE void copy_async(uint32_t offset, const void* from, int bytes) {
 }
 MOSO_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` (0, 1 or 2) of this thread's newest groups are under way. Other
-// threads see the data behind the next barrier.
+// threads see the data after the next barrier.
 MOSO_DEVICE void copy_wait(int pending) {
   if (pending <= 0) {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -93,7 +93,7 @@ MOSO_DEVICE void copy_wait(int pending) {
   }
 }
 
-// Bulk copies, from sm_90 on: a thread asks for many bytes at once, and a *transaction barrier* in
+// Bulk copies, from sm_90 on: a thread requests many bytes at once, and a *transaction barrier* in
 // shared memory (8 bytes) ends its phase when the announced bytes are there. Ordinary stores to
 // where a bulk copy will write need fence_bulk by their thread and a barrier in between.
 #if __CUDA_ARCH__ >= 900
@@ -101,7 +101,7 @@ constexpr bool kBulkCopies = true;
 MOSO_DEVICE uint32_t shared_address(uint32_t offset) {
   return uint32_t(__cvta_generic_to_shared(shared_memory)) + offset;
 }
-// One arrival a phase: announce_bulk. Others may use it behind fence_bulk and a barrier.
+// One arrival a phase: announce_bulk. Others may use it after fence_bulk and a barrier.
 MOSO_DEVICE void init_barrier(uint32_t barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -121,7 +121,7 @@ MOSO_DEVICE void copy_bulk(uint32_t offset, const void* from, int bytes, uint32_
       : "memory");
 }
 // Waits for the end of phase 0, 2, .. (parity 0) or 1, 3, .. (parity 1); the caller is at most one
-// phase behind. This thread sees the bytes then.
+// phase late. This thread sees the bytes then.
 #ifdef MOSO_FAST_BOUNDED_WAITS
 // Debug builds: a wait that never ends becomes a launch failure. The limit is far above what a
 // copy takes under a profiler.
@@ -163,7 +163,7 @@ MOSO_DEVICE void copy_bulk(uint32_t, const void*, int, uint32_t) {}
 MOSO_DEVICE void wait_bulk(uint32_t, int) {}
 #endif
 
-// Four 8 x 8 matrices of 16-bit numbers, transposed: lane i names row i % 8 of matrix i / 8.
+// Four 8 x 8 matrices of 16-bit elements, transposed: lane i names row i % 8 of matrix i / 8.
 MOSO_DEVICE void load_matrices_transposed(uint32_t (&words)[4], uint32_t offset) {
   const uint32_t from = uint32_t(__cvta_generic_to_shared(shared_memory)) + offset;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

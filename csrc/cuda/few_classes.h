@@ -9,7 +9,7 @@ namespace moso_fast::few_classes {
 
 enum class Feature : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
-// Status slots, as in moso_fast/core/problem.py.
+// Slots of the status word: Python reads them in this order.
 constexpr int kStatusLabel = 0, kStatusFeature = 1, kStatusLogits = 2;
 
 // Registers a thread that ptxas may use, by tiles of 16 classes; 255 is the most there is.
@@ -22,7 +22,7 @@ constexpr int second_registers(int tiles) { return tiles <= 2 ? 128 : 255; }
 // First pass over rows [0, rows): row 0 is called first_row in status. "classes" are those of one
 // head; head k, class c is line k * classes + c of weight.
 struct FirstPass {
-  const void* features;  // (rows, dim), row_stride numbers apart
+  const void* features;  // (rows, dim), row_stride elements apart
   int64_t row_stride;
   int64_t rows, first_row;
   const float* weight;         // (heads * classes, dim)
@@ -36,7 +36,7 @@ struct FirstPass {
   int aligned;  // every row starts at a multiple of 16 bytes
   int bulk;     // and has a multiple of 16 bytes, on a GPU with bulk copies; two stages at least
   // Results of a row; all or none (loss == null).
-  float *loss, *residual_sqnorm, *margin, *entropy;  // (heads, rows), stat_stride numbers apart
+  float *loss, *residual_sqnorm, *margin, *entropy;  // (heads, rows), stat_stride elements apart
   int64_t stat_stride;
   float* feature_sqnorm;  // (rows)
   uint8_t* counted;       // (rows)
@@ -74,11 +74,11 @@ struct SecondPass {
   const float* mean_bias_grad;  // (heads * classes) or null
   const float* feature_sqnorm;  // (rows)
   const uint8_t* counted;       // (rows)
-  // Rows behind mean_grad: as the first pass counted them, or (null) as the host knows them; 0:
-  // leave the self-term alone.
+  // Rows that mean_grad is the mean of: as the first pass counted them, or (null) as the host knows
+  // them; 0: leave the self-term alone.
   const int64_t* count;
-  int64_t behind;
-  float* alignment;  // (heads, rows), alignment_stride numbers apart
+  int64_t mean_rows;
+  float* alignment;  // (heads, rows), alignment_stride elements apart
   int64_t alignment_stride;
   int dim, heads, classes;
   int aligned;

@@ -1,8 +1,8 @@
 // Python face of the few-classes kernels.
 #include <stdexcept>
 
-#include "closing_job.h"
-#include "few_classes_job.h"
+#include "plan_dict.h"
+#include "read_jobs.h"
 
 namespace py = pybind11;
 
@@ -39,7 +39,7 @@ SecondLauncher second_launcher(Feature feature) {
                               &launch_second<Feature::kFloat16>);
 }
 
-// Everything that a job of one chunk needs, launched one behind the other. With "wait" it returns
+// Everything that a job of one chunk needs, launched one after the other. With "wait" it returns
 // when all of it is done: what the kernels wrote to main memory can be read then.
 void launch_whole(const py::dict& job) {
   const py::dict first_job = job["first"], second_job = job["second"];
@@ -53,7 +53,7 @@ void launch_whole(const py::dict& job) {
   const bool scores = !job["score"].is_none();
   const closing::Score score =
       scores ? closing::read_score(py::dict(job["score"])) : closing::Score{};
-  const bool wait = number<bool>(job, "wait");
+  const bool wait = value_of<bool>(job["wait"]);
   const auto device = first_launch.device;
   const auto stream = first_launch.stream;
   const FirstLauncher launch_first = first_launcher(first_launch.feature);
@@ -109,8 +109,8 @@ void bind(py::module_& m) {
       "few_classes_reduce",
       [](const py::dict& job) {
         const Reduce p = read_reduce(job);
-        const int device = number<int>(job, "device");
-        const auto stream = number<uintptr_t>(job, "stream");
+        const int device = value_of<int>(job["device"]);
+        const auto stream = value_of<uintptr_t>(job["stream"]);
         py::gil_scoped_release release;
         launch_reduce(p, device, stream);
       },

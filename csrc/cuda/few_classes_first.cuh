@@ -10,7 +10,7 @@
 //
 //   logits     warp = 16 rows x a slice of D; slices are added up in fixed order
 //   softmax    4 lanes a row, or up to 32 (few_classes_softmax.cuh); R goes back as packed
-//              fragments; meanwhile the second half of the warps asks for the next tile to stage
+//              fragments; meanwhile the second half of the warps requests the next tile to stage
 //   gradient   warp = 16 columns of every 128, all classes; sums stay in registers for a slab
 //
 //        D ->                    stage (whole rows, 16 bytes between them)
@@ -24,11 +24,12 @@
 // at 512. From 81 to 112 classes two blocks take the same rows at the same time, each for half of
 // the classes: the second read of H is one of the L2 cache, the logits are computed twice. One
 // block a multiprocessor, because its tiles fill the shared memory; two of the narrow kernel (16
-// classes, 512 columns, 16-bit numbers), whose tiles of 32 rows leave room and whose threads keep
+// classes, 512 columns, 16-bit elements), whose tiles of 32 rows leave room and whose threads keep
 // to 128 registers.
 #pragma once
 
 #include "few_classes_products.cuh"
+#include "few_classes_stages.cuh"
 
 namespace moso_fast::few_classes {
 
@@ -92,7 +93,7 @@ struct BiasSums {
                                               4 * uint32_t(row * layout.logit_stride + cls));
     }
   }
-  // Adds up the warps in order. One barrier; the next call must be behind another one.
+  // Adds up the warps in order. One barrier; the next call must be after another one.
   MOSO_DEVICE void store(const FirstLayout& layout, int width, float* to) {
     const int warp = device::thread_index() / kLanes, lane = device::thread_index() % kLanes;
     device::sync_warp();
@@ -122,15 +123,15 @@ struct BiasSums {
 // Residuals of a tile, which lie where its logits were, to memory.
 MOSO_DEVICE void store_residuals(const FirstPass& p, int first, int count) {
   const FirstLayout& layout = p.layout;
-  const int width = p.heads * p.classes, numbers = count * width;
-  const int rows = kThreads / width, rest = kThreads % width;  // from one number to the next
+  const int width = p.heads * p.classes, elements = count * width;
+  const int rows = kThreads / width, classes = kThreads % width;  // from one element to the next
   int row = device::thread_index() / width, cls = device::thread_index() % width;
-  for (int i = device::thread_index(); i < numbers; i += kThreads) {
+  for (int i = device::thread_index(); i < elements; i += kThreads) {
     device::global_store(
         p.residual + int64_t(first) * width + i,
         device::shared_load<float>(layout.logits + 4 * uint32_t(row * layout.logit_stride + cls)));
     row += rows;
-    cls += rest;
+    cls += classes;
     if (cls < width) continue;
     cls -= width;
     ++row;
@@ -152,6 +153,37 @@ MOSO_DEVICE void clear_rows(const FirstLayout& layout, uint32_t stage) {
   }
 }
 
+// Logits and residuals of a staged tile, both where the logits are. Returns whether this thread met
+// a row whose features must not enter the mean gradient. `between` runs when the logits are done.
+template <Feature F, class M, int ClassTiles, class Places, class Between>
+MOSO_DEVICE bool tile_residuals(const FirstPass& p, uint32_t tile, int first, int count,
+                                bool by_row, bool writes, const Places& places,
+                                const float (&bias)[BiasSums<ClassTiles>::kParts],
+                                BiasSums<ClassTiles>& bias_sums, const Between& between) {
+  using Bias = BiasSums<ClassTiles>;
+  if constexpr (Bias::kByRow) {
+    RowInput in{0, 1.0f};
+    if (by_row) in = load_row(p, first, count);
+    if constexpr (!M::kExact)
+      some_logits<F, M>(p, tile, places);
+    else
+      tile_logits<F, M, ClassTiles>(p, tile);
+    device::sync_block();
+    between();
+    if (by_row && p.smoothing == 0.0f)
+      return softmax_rows<F, M::kTerms, Bias::kParts, false>(p, ClassTiles, tile, first, count, in,
+                                                             bias, bias_sums.part);
+    if (by_row)
+      return softmax_rows<F, M::kTerms, Bias::kParts, true>(p, ClassTiles, tile, first, count, in,
+                                                            bias, bias_sums.part);
+  } else {
+    tile_logits<F, M, ClassTiles>(p, tile);
+    device::sync_block();
+    between();
+  }
+  return softmax_tile<F, M::kTerms>(p, ClassTiles, tile, first, count, writes);
+}
+
 // The kernel: up to 16 ClassTiles classes and Columns columns; p.heads * p.classes and p.dim decide
 // how much of that is worked on. Launch with FirstLayout::bytes of shared memory and a multiple of
 // parts_of(ClassTiles) blocks.
@@ -165,32 +197,10 @@ MOSO_DEVICE void first_pass(const FirstPass& p) {
   if (part > 0 && !p.partial) return;
   const FirstLayout& layout = p.layout;
   const TileWalk& walk = p.walk;
-  TileCursor ahead = first_tile(walk, int(device::block_index()) / kParts), now = ahead;
-
-  // Asked of the parameter again and again: a register would hold it across the sums.
-  const auto bulk = [&] { return device::kBulkCopies && p.bulk != 0; };
-  // Bulk copies are asked for by the second half of the warps, which has no softmax to do if tiles
-  // are of 32 rows or less; the others do not know how far they are.
-  const auto stage_next = [&](int stage) {
-    if (bulk() && device::thread_index() < kThreads / 2) return;
-    if (!behind_last(walk, ahead)) {
-      if (bulk())
-        stage_tile_bulk<M::kItem>(p, stage, ahead.row, rows_of(walk, ahead));
-      else
-        stage_tile<M::kItem>(p, uint32_t(stage) * layout.stage_bytes, ahead.row,
-                             rows_of(walk, ahead));
-      advance(walk, ahead);
-    }
-    if (!bulk()) device::copy_commit();
-  };
-  const auto wait_for = [&](int stage, int parity) {
-    if (bulk())
-      device::wait_bulk(bulk_barrier(layout, stage), parity);
-    else
-      device::copy_wait(layout.stages - 2);
-  };
-  if (bulk()) prepare_bulk(layout, p.dim * M::kItem);
-  for (int stage = 0; stage + 1 < layout.stages; ++stage) stage_next(stage);
+  TileCursor now = first_tile(walk, int(device::block_index()) / kParts);
+  Stages<M::kItem> stages{p, now};
+  if (stages.bulk()) prepare_bulk(layout, p.dim * M::kItem);
+  for (int stage = 0; stage + 1 < layout.stages; ++stage) stages.request(stage);
 
   pack_operand<M::kItem, M::kTerms, M::kItem == 2>(layout.weights, p.weight, width, p.dim);
   const int fragments = int(residual_bytes(M::kTerms, ClassTiles, layout.tile_rows)) / 16;
@@ -218,52 +228,23 @@ MOSO_DEVICE void first_pass(const FirstPass& p) {
   Places places(p);
   if (kKept && F != Feature::kFloat16) places.keep();
   int turn = 0;  // stage, and stages more while their barriers are in odd phases
-  for (; !behind_last(walk, now); advance(walk, now)) {
+  for (; !past_last(walk, now); advance(walk, now)) {
     const int parity = turn >= layout.stages, stage = parity ? turn - layout.stages : turn;
-    const int behind = stage == 0 ? layout.stages - 1 : stage - 1;  // the stage of the tile before
-    if (bulk()) {            // the next ones are asked for below
-      device::sync_block();  // everybody is done with the tile before
-      wait_for(stage, parity);
-    } else if (layout.stages > 1) {
-      wait_for(stage, parity);
-      device::sync_block();
-      stage_next(behind);
-    } else {
-      device::sync_block();
-      stage_next(0);
-      wait_for(stage, parity);
-      device::sync_block();
-    }
+    const int previous = stage == 0 ? layout.stages - 1 : stage - 1;
+    stages.begin_tile(stage, previous, parity);
     const uint32_t tile = uint32_t(stage) * layout.stage_bytes;
     turn = turn + 1 == 2 * layout.stages ? 0 : turn + 1;
     const int count = rows_of(walk, now);
 
-    bool dirty = false;
     const bool by_row = Bias::kByRow && p.heads == 1;
-    if constexpr (Bias::kByRow) {
-      RowInput in{0, 1.0f};
-      if (by_row) in = load_row(p, now.row, count);
-      if constexpr (kKept)
-        some_logits<F, M>(p, tile, places);
-      else
-        tile_logits<F, M, ClassTiles>(p, tile);
-      device::sync_block();
-      if (bulk()) stage_next(behind);
-      if (by_row && p.smoothing == 0.0f)
-        dirty = softmax_rows<F, M::kTerms, Bias::kParts, false>(p, ClassTiles, tile, now.row, count,
-                                                                in, bias, bias_sums.part);
-      else if (by_row)
-        dirty = softmax_rows<F, M::kTerms, Bias::kParts, true>(p, ClassTiles, tile, now.row, count,
-                                                               in, bias, bias_sums.part);
-    } else {
-      tile_logits<F, M, ClassTiles>(p, tile);
-      device::sync_block();
-      if (bulk()) stage_next(behind);
-    }
-    if (!by_row) dirty = softmax_tile<F, M::kTerms>(p, ClassTiles, tile, now.row, count, part == 0);
+    const auto request_bulk = [&] {
+      if (stages.bulk()) stages.request(previous);
+    };
+    const bool dirty = tile_residuals<F, M, ClassTiles>(p, tile, now.row, count, by_row, part == 0,
+                                                        places, bias, bias_sums, request_bulk);
     if (device::sync_block_or(dirty)) {
       clear_rows(layout, tile);
-      if (bulk()) device::fence_bulk();
+      if (stages.bulk()) device::fence_bulk();
       device::sync_block();
     }
     if (!by_row && p.residual && part == 0) store_residuals(p, now.row, count);

@@ -16,7 +16,7 @@
 namespace moso_fast::few_classes {
 
 // Lets a kernel of the current device have this much shared memory. Only ever more: a smaller job
-// of another thread, or behind this one in a graph, must not take it away again.
+// of another thread, or after this one in a graph, must not take it away again.
 // `all`: of the memory that may be shared memory: several blocks need it, not the L1 cache.
 inline void allow_shared(const void* kernel, const Launch& l, const char* name, bool all) {
   static std::mutex mutex;

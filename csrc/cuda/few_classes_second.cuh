@@ -3,9 +3,9 @@
 //   a(row, head) = sum over the head's classes c of r_c (<h, G_c> + gb_c)
 //   H (n, D), R (n, C) float32, G (C, D) with the classes of all heads, C padded to 8 Tiles
 //
-// A warp takes 16 rows and all of D. Features go from memory straight to registers, 16 bytes a
+// A warp takes 16 rows and all of D. Features go from memory directly to registers, 16 bytes a
 // lane, which are the A operand as they lie because the packed G in shared memory has its columns
-// in the same order (index.cuh). No barrier behind the packing, no shared memory for H:
+// in the same order (index.cuh). No barrier after the packing, no shared memory for H:
 //
 //   H row g    |t0: 16 B|t1|t2|t3| group 1 | ..      2 kBatch loads under way while the ones
 //   H row g+8  |t0: 16 B|t1|t2|t3| group 1 | ..      before them are multiplied
@@ -49,7 +49,7 @@ struct RowTile {
     }
   }
 
-  // Groups [group, group + kBatch) of this lane's two rows; those behind the end read anything
+  // Groups [group, group + kBatch) of this lane's two rows; those past the end read anything
   // valid and are not used.
   MOSO_DEVICE void load(int64_t first, int group, Words4 (&v)[kBatch][2]) const {
     const int lane = device::thread_index() % kLanes;
@@ -109,8 +109,8 @@ struct RowTile {
   MOSO_DEVICE void finish(int64_t first) {
     const int lane = device::thread_index() % kLanes;
     const int64_t rows[2] = {first + lane / 4, first + lane / 4 + 8};
-    const int64_t behind = p.count ? max_of_one(device::global_load(p.count)) : p.behind;
-    const float shrink = behind > 0 ? 1.0f / float(behind) : 0.0f;
+    const int64_t mean_rows = p.count ? max_of_one(device::global_load(p.count)) : p.mean_rows;
+    const float shrink = mean_rows > 0 ? 1.0f / float(mean_rows) : 0.0f;
     float lost[Tiles][4];
     MOSO_UNROLL
     for (int n = 0; n < Tiles; ++n) {
@@ -148,7 +148,7 @@ struct RowTile {
         const int64_t row = rows[half];
         if (lane % 4 != 0 || row >= p.rows) continue;
         float a = sum;
-        if (M::kTerms == 1 && behind > 0)
+        if (M::kTerms == 1 && mean_rows > 0)
           a += gap * device::global_load(p.feature_sqnorm + row) * shrink;
         const bool counted = device::global_load(p.counted + row) != 0;
         device::global_store(p.alignment + head * p.alignment_stride + row, counted ? a : 0.0f);

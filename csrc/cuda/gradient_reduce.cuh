@@ -2,7 +2,7 @@
 //
 //   grad_sum(c, d) = sum over slabs of partial(slab, c, d)     the bias sums likewise
 //
-// A block owns 32 neighbouring numbers. Strand s of 16 adds slabs s, s + 16, .. and a tree over
+// A block owns 32 neighbouring elements. Strand s of 16 adds slabs s, s + 16, .. and a tree over
 // the strands ends it:
 //
 //   strand   0   1   2  ..  15       s += s + 8;  s += s + 4;  s += s + 2;  s += s + 1
@@ -62,15 +62,15 @@ MOSO_DEVICE void reduce_partials(const Reduce& p) {
     return count_rows(p, device::block_index() - sum_blocks(p));
   const int column = device::thread_index() % kReduceColumns;
   const int strand = device::thread_index() / kReduceColumns;
-  const int numbers = p.classes * p.dim, columns = partial_columns(p.dim);
-  const int number = int(device::block_index()) * kReduceColumns + column;
+  const int elements = p.classes * p.dim, columns = partial_columns(p.dim);
+  const int element = int(device::block_index()) * kReduceColumns + column;
   const float* from = nullptr;
   int64_t stride = 0;
-  if (number < numbers) {
-    from = p.partial + int64_t(number / p.dim) * columns + number % p.dim;
+  if (element < elements) {
+    from = p.partial + int64_t(element / p.dim) * columns + element % p.dim;
     stride = int64_t(p.classes) * columns;
-  } else if (number < numbers + p.classes) {
-    from = p.bias_partial + (number - numbers);
+  } else if (element < elements + p.classes) {
+    from = p.bias_partial + (element - elements);
     stride = p.classes;
   }
   double sum = 0.0;
@@ -88,10 +88,11 @@ MOSO_DEVICE void reduce_partials(const Reduce& p) {
     device::shared_store(place(strand), sum);
   }
   if (strand != 0 || !from) return;
-  const bool of_bias = number >= numbers;
-  device::global_store(of_bias ? p.bias_grad_sum + (number - numbers) : p.grad_sum + number, sum);
+  const bool of_bias = element >= elements;
+  device::global_store(of_bias ? p.bias_grad_sum + (element - elements) : p.grad_sum + element,
+                       sum);
   if (p.mean)
-    device::global_store(of_bias ? p.bias_mean + (number - numbers) : p.mean + number,
+    device::global_store(of_bias ? p.bias_mean + (element - elements) : p.mean + element,
                          float(sum / double(p.rows)));
 }
 

@@ -10,7 +10,7 @@
 //   C (16 x  8)  number i of 4: row g + 8 (i >> 1), column 2 t + (i & 1)
 //
 // The order of k is free as long as A and B agree. Features are therefore taken 16 bytes a lane
-// from where they lie (E = 8 numbers of 2 bytes or 4 of 4; a *group* is the 4 E columns of the
+// from where they lie (E = 8 elements of 2 bytes or 4 of 4; a *group* is the 4 E columns of the
 // four lanes of a row), and the other operand is packed to match:
 //
 //   lane t, word w of E / 2  <->  columns 4 E group + E t + 2 w + {0, 1}
@@ -65,7 +65,7 @@ MOSO_HD constexpr int logit_row(int g) { return ((g & 1) << 2) | (g >> 1); }
 
 // One or two terms are split when they are packed. Three would need 6 bytes a number: it stays
 // float32 and is split by every reader. A *block* holds, for each class, what its four lanes read
-// at once: one term of a group's columns, or the float32 numbers of one step (16 columns).
+// at once: one term of a group's columns, or the float32 elements of one step (16 columns).
 MOSO_HD constexpr int group_steps(int item) { return item == 2 ? 2 : 1; }
 MOSO_HD constexpr int operand_blocks(int item, int terms) {
   return terms <= 2 ? terms : group_steps(item);
@@ -105,7 +105,7 @@ MOSO_HD constexpr int gradient_row(int lane, int j) {
 }
 MOSO_HD constexpr int gradient_lane(int row) { return (row >> 1) & 3; }  // t of its inverse
 MOSO_HD constexpr int gradient_slot(int row) { return (row & 1) | (((row >> 3) & 1) << 1); }  // j
-// Index in 16-bit numbers of one term of the residual of (row of the tile, class).
+// Index in 16-bit elements of one term of the residual of (row of the tile, class).
 MOSO_HD constexpr uint32_t residual_half(int terms, int tiles, int row, int cls, int term) {
   const int lane = (cls % 8) * 4 + gradient_lane(row % 16);
   const int slot = gradient_slot(row % 16);
@@ -125,7 +125,7 @@ MOSO_HD constexpr int64_t residual_bytes(int terms, int tiles, int tile_rows) {
 // --- instantiations ---
 
 // By tiles of 16 classes of all heads: 1, 2, 5 or 7. What a thread sums of the mean gradient must
-// fit its registers: class_tiles_of(tiles) x most_columns(tiles) / 64 x 4 numbers, at most 160.
+// fit its registers: class_tiles_of(tiles) x most_columns(tiles) / 64 x 4 sums, at most 160.
 // With 7 tiles two blocks work on the same rows, each for half of the classes.
 MOSO_HD constexpr int tiles_for(int classes) {
   return classes <= 16 ? 1 : classes <= 32 ? 2 : classes <= 80 ? 5 : classes <= 112 ? 7 : 0;
@@ -138,7 +138,7 @@ MOSO_HD constexpr int most_columns(int tiles) {
   return tiles == 1 ? 2048 : tiles == 2 ? 1024 : 512;
 }
 
-// With 16-bit numbers that meet one term of the weights there is one more of 1 tile, for so few
+// With 16-bit elements that meet one term of the weights there is one more of 1 tile, for so few
 // columns that the registers of a multiprocessor hold two blocks: one multiplies while the other
 // waits for its barriers, exponentials and labels.
 constexpr int kNarrowColumns = 512;
@@ -168,7 +168,7 @@ MOSO_HD constexpr int64_t slab_rows_for(int64_t rows, int64_t limit) {
 }
 
 // The tiles that one block works through: slabs block, block + blocks, .., tile after tile. 32 bits
-// bear kMostRows and as many slabs behind them as there are blocks.
+// bear kMostRows and as many slabs after them as there are blocks.
 constexpr int64_t kMostRows = int64_t(1) << 30;
 
 struct TileWalk {
@@ -184,9 +184,7 @@ struct TileCursor {
 MOSO_HD TileCursor first_tile(const TileWalk& walk, int block) {
   return {block, block * walk.slab_rows, walk.slab_end(block)};
 }
-MOSO_HD bool behind_last(const TileWalk& walk, const TileCursor& at) {
-  return at.slab >= walk.slabs;
-}
+MOSO_HD bool past_last(const TileWalk& walk, const TileCursor& at) { return at.slab >= walk.slabs; }
 MOSO_HD int rows_of(const TileWalk& walk, const TileCursor& at) {  // that exist in this tile
   const int left = at.end - at.row;
   return left < walk.tile_rows ? left : walk.tile_rows;
@@ -206,7 +204,7 @@ MOSO_HD void advance(const TileWalk& walk, TileCursor& at) {
 
 // --- order of the sum over slabs ---
 
-constexpr int kReduceColumns = 32;  // neighbouring numbers a block
+constexpr int kReduceColumns = 32;  // neighbouring elements a block
 constexpr int kReduceStrands = 16;  // strand s adds slabs s, s + 16, ...; then a tree over strands
 
 // Strand that strand s adds to itself in the step of this width (8, 4, 2, 1), or -1.
@@ -220,12 +218,13 @@ MOSO_HD constexpr int reduce_partner(int strand, int width) {
 // parameters they cost no registers.
 struct FirstLayout {
   int tile_rows, stages, slices, logit_stride, row_bytes, pitch, groups;
-  int split;  // log2 of the row groups of 16 that a tile has; the 8 warps make slices of the rest
+  int split;  // log2 of the row groups of 16 that a tile has; the 8 warps make slices of what is
+              // left
   uint32_t stage_bytes, weights, logits, slice_bytes, residuals, norms, bias_sums;
   int64_t bytes;
 };
 
-// Byte offset of the barrier of a stage's bulk copies: in the gap behind its first row.
+// Byte offset of the barrier of a stage's bulk copies: in the gap after its first row.
 MOSO_HD uint32_t bulk_barrier(const FirstLayout& l, int stage) {
   return uint32_t(stage) * l.stage_bytes + uint32_t(l.row_bytes);
 }
@@ -248,7 +247,7 @@ inline FirstLayout first_layout(int item, int terms, int tiles, int classes, int
   l.weights = uint32_t(at);
   at += round_up(operand_bytes(item, terms, classes, dim), 16);
   l.logits = uint32_t(at);
-  l.bias_sums = l.logits + l.slice_bytes;  // the second slice is free behind the softmax
+  l.bias_sums = l.logits + l.slice_bytes;  // the second slice is free after the softmax
   at += int64_t(l.slices) * l.slice_bytes;
   l.residuals = uint32_t(at);
   at += residual_bytes(terms, tiles, tile_rows);

@@ -1,11 +1,12 @@
-// Operands of the matrix instruction: float32 numbers as sums of bfloat16 terms.
+// Operands of the matrix instruction: float32 values as sums of bfloat16 terms.
 //
 // A float32 has 24 digits, a bfloat16 8. All terms but the last are cut off, not rounded: then
 // nothing overflows, each remainder is exact, and three terms hold every digit. Products of term i
 // and term j with i + j >= max(terms) are below the rounding of the sum and left out:
 //
-//   1 x 1 terms   1 product, error 2^-9      2 x 2   3 products, 2^-16      3 x 3   6 products,
-//   2^-23
+//   1 x 1 terms   1 product,  error 2^-9
+//   2 x 2         3 products, error 2^-16
+//   3 x 3         6 products, error 2^-23
 //
 // float16 (11 digits) is exactly two terms, so that residuals never have to fit its range.
 #pragma once
@@ -27,7 +28,7 @@ struct Max {
   MOSO_DEVICE float operator()(float a, float b) const { return a > b ? a : b; }
 };
 
-// All `lanes` (a power of two) get the same bits: each step combines the same two numbers.
+// All `lanes` (a power of two) get the same bits: each step combines the same two values.
 template <class Op>
 MOSO_DEVICE float combine_lanes(float value, int lanes, Op op) {
   for (int mask = lanes / 2; mask > 0; mask /= 2)
@@ -83,7 +84,7 @@ struct Mode<Feature::kFloat16, IsExact> {
   static constexpr bool kExact = IsExact;
 };
 
-// Two neighbouring numbers of 16 loaded bytes as float32.
+// Two neighbouring elements of 16 loaded bytes as float32.
 template <Feature F>
 MOSO_DEVICE Floats2 number_pair(const Words4& v, int word) {
   if (F == Feature::kFloat32)
@@ -92,7 +93,7 @@ MOSO_DEVICE Floats2 number_pair(const Words4& v, int word) {
   return {device::bits_float(v.w[word] << 16), device::bits_float(v.w[word] & 0xffff0000u)};
 }
 
-// Terms of two 16-bit numbers packed in a word.
+// Terms of two 16-bit elements packed in a word.
 template <Feature F, int Terms>
 MOSO_DEVICE void word_terms(uint32_t word, uint32_t (&terms)[Terms]) {
   if constexpr (F == Feature::kBfloat16) {
@@ -124,10 +125,10 @@ MOSO_DEVICE void feature_operand(const Words4& low, const Words4& high, int step
 
 // Squared norms of 16 rows.
 //
-// Of 16-bit numbers the matrix instruction makes them: a word of an A operand is one of a B operand
-// as well, so a product gives rows 0-7 times rows 0-7 and another one rows 8-15 times themselves,
-// and the norms are the numbers where both are the same row. Such products are exact. An infinity
-// or NaN reaches the norm of its own row, and beside it numbers that nobody reads.
+// Of 16-bit elements the matrix instruction makes them: a word of an A operand is one of a B
+// operand as well, so a product gives rows 0-7 times rows 0-7 and another one rows 8-15 times
+// themselves, and the norms are the sums where both are the same row. Such products are exact. An
+// infinity or NaN reaches the norm of its own row, and beside it sums that nobody reads.
 //
 //   rows 0-7   A words 0 1, B word 0:  row g is number g % 2 of lane 4 g + g / 2
 //   rows 8-15  A words 0 1, B word 1:  row g + 8 is number 2 + g % 2 of the same lane
@@ -153,7 +154,7 @@ struct RowNorms {
       sums[1][0] += y * y;
     }
   }
-  // 16-bit numbers: the words of an A operand.
+  // 16-bit elements: the words of an A operand.
   MOSO_DEVICE void add(const uint32_t (&a)[4]) {
     MOSO_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -224,7 +225,7 @@ MOSO_DEVICE void multiply_terms(float (&sums)[4], const uint32_t (&a)[TermsA][4]
   }
 }
 
-// 16 bytes of row numbers [column, column + E), zeros from `dim` on.
+// 16 bytes of a row's elements [column, column + E), zeros from `dim` on.
 template <int Item>
 MOSO_DEVICE Words4 load_features(const unsigned char* row, int column, int dim, bool aligned) {
   constexpr int kNumbers = vector_numbers(Item);
@@ -273,8 +274,8 @@ MOSO_DEVICE void pack_operand(uint32_t offset, const float* matrix, int classes,
   }
 }
 
-// Byte offset of what this lane reads first of `tile` in a group. Lanes of classes behind the last
-// get numbers that lead to sums nobody reads.
+// Byte offset of what this lane reads first of `tile` in a group. Lanes of classes past the last
+// get values that lead to sums nobody reads.
 template <int Item, int Terms>
 MOSO_DEVICE uint32_t operand_place(uint32_t offset, int classes, int group, int tile) {
   const int lane = device::thread_index() % kLanes, wanted = operand_class(tile, lane);

@@ -27,7 +27,7 @@ SHARED = (
     *REGISTRIES,
 )
 CUDA = "csrc/cuda"
-NATIVE = {"cuda": (CUDA,), "cpu": ("csrc/cpu",)}
+NATIVE = {"cuda": (CUDA, "csrc/job_fields.h"), "cpu": ("csrc/cpu", "csrc/job_fields.h")}
 NATIVE_SUFFIXES = {".cu", ".cuh", ".h", ".cpp"}
 PLAIN = ("moso_fast/bench/providers/plain.py",)
 
@@ -77,7 +77,7 @@ def _files(path: str, root: Path) -> list[str]:
     place = root / path
     if place.is_dir():
         inside = sorted(place.rglob("*"))
-        kept = (p for p in inside if p.suffix in NATIVE_SUFFIXES and "emulator" not in p.parts)
+        kept = (p for p in inside if p.suffix in NATIVE_SUFFIXES)
         return [p.relative_to(root).as_posix() for p in kept]
     return [path] if place.is_file() else []
 

@@ -1,0 +1,87 @@
+// The mean gradient of large heads, from stored residuals: in blocks of classes x columns, each
+// summed over all rows by one worker. Slabs of rows would cost a sweep over C x D elements each.
+#pragma once
+
+#include "buffers-inl.h"
+#include "packing-inl.h"
+#include "prefetch-inl.h"
+#include "products-inl.h"
+#include "rows-inl.h"
+#include "tasks-inl.h"
+
+namespace moso_fast {
+namespace MOSO_FAST_VARIANT {
+
+// Each block reads its columns of H and its classes of R once more, so they are as large as the
+// order of add_outer lets the caches hold.
+constexpr int64_t kGradClasses = (VL == 16 ? 18 : kOuterGroups) * kTileM;
+constexpr int64_t kGradColumns = (VL == 16 ? 1 : 4) * kBlockD;
+constexpr int64_t kGradRows = 4096;  // rows that a float32 partial sums
+
+template <class T, class Op>
+struct GradientBlocks {
+  // Copied at a time. With AVX-512 a panel of columns and the packed residuals that it meets (46
+  // words a row, or two rows) stay in a first-level cache of 32 KB.
+  static constexpr int64_t kRows = VL == 16 && Op::kElements == 1 ? 12 * kTileM : kRowsMax;
+
+  const Problem& p;
+  const int64_t width, dim;
+
+  explicit GradientBlocks(const Problem& problem)
+      : p(problem), width(p.heads * p.classes), dim(p.dim) {}
+
+  // After job.residual and job.counted are written.
+  void add(const FirstPass& job) const {
+    const int64_t class_blocks = (width + kGradClasses - 1) / kGradClasses;
+    const int64_t per_block = (width + class_blocks - 1) / class_blocks;
+    const int64_t column_blocks = (dim + kGradColumns - 1) / kGradColumns;
+    const int64_t tasks = class_blocks * column_blocks;
+    struct Scratch {
+      Buffer tile, outer, grad;
+    };
+    const Array<Scratch> scratch(worker_count(p.threads, tasks));
+    for (Scratch& s : scratch) {
+      s.tile.reserve(Tile<Op>::words(kRows, kGradColumns));
+      s.outer.reserve(Products<Op>::outer_words(kRows));
+      s.grad.reserve(size_t(per_block * kGradColumns + per_block));
+    }
+    run_tasks(p.threads, tasks, [&](int64_t index, int id) {
+      const Scratch& s = scratch[id];
+      const int64_t c = index % class_blocks * per_block, d = index / class_blocks * kGradColumns;
+      const int64_t classes = min(per_block, width - c);
+      const int64_t columns = min(kGradColumns, dim - d);
+      const Tile<Op> tile{kRows, columns, s.tile.get()};
+      float* bias_part = s.grad.get() + classes * columns;
+      for (int64_t start = 0; start < p.rows; start += kGradRows) {
+        const int64_t end = min(p.rows, start + kGradRows);
+        clear(s.grad.get(), classes * (columns + 1));
+        for (int64_t first = start; first < end; first += kRows) {
+          const int64_t count = min(kRows, end - first);
+          for (int64_t i = 0; i < count; ++i) {
+            if (job.counted[first + i])
+              pack_row(tile, i, feature_row<T>(p, first + i) + d);
+            else
+              tile.clear_row(i);
+          }
+          prepare_outer(tile, count);
+          const float* residual = job.residual + first * width + c;
+          const int64_t next = first + count;
+          Prefetch prefetch(Products<Op>::outer_steps(count, classes, columns),
+                            features_of<T>(p, next, kRows, d, columns),
+                            residuals_of(p, job.residual, next, kRows, c, classes));
+          Products<Op>::add_outer(tile, count, residual, width, classes, columns, s.grad.get(),
+                                  columns, s.outer.get(), &prefetch);
+          if (d == 0)
+            for (int64_t i = 0; i < count; ++i)
+              for (int64_t m = 0; m < classes; ++m) bias_part[m] += residual[i * width + m];
+        }
+        for (int64_t m = 0; m < classes; ++m)
+          add_to_total(job.grad_sum + (c + m) * dim + d, s.grad.get() + m * columns, columns);
+        if (d == 0) add_to_total(job.bias_grad_sum + c, bias_part, classes);
+      }
+    });
+  }
+};
+
+}  // namespace MOSO_FAST_VARIANT
+}  // namespace moso_fast

@@ -260,3 +260,79 @@ def test_names_that_become_one_without_wrappers_are_judged_as_they_are() -> None
     wrapped._orig_mod = nn.Linear(2, 2, bias=False)
     fitted = into(wrapped, states({}))
     assert torch.equal(fitted.tensors["_orig_mod.weight"], 3 * torch.ones(2, 2))
+
+
+LESS = {name: tensor for name, tensor in STATE.items() if name != "3.bias"}
+MORE = {"x": torch.ones(2), "y": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        # Fewer names are missing.
+        ({"a": LESS, "b": {"3.bias": STATE["3.bias"]}}, r"1 missing \(3.bias\); it holds"),
+        # As many are missing, and fewer are not known.
+        ({"a": {**LESS, **MORE}, "b": {**LESS, "z": torch.ones(2)}}, r"1 unexpected \(b.z\)"),
+        # A name too many is nearer than one too few.
+        ({"a": {**STATE, **MORE}, "b": LESS}, r"the model: 2 unexpected \(a.x, a.y\)"),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_message_is_about_the_weights_that_are_nearest(
+    states: dict[str, dict[str, Tensor]], message: str, turned: bool
+) -> None:
+    given = dict(reversed(states.items())) if turned else states
+    with pytest.raises(ValueError, match=message):
+        into(network(), given)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"3.bias": STATE["3.bias"]},  # more names are missing there
+        {**{n: t for n, t in LESS.items() if n != "0.weight"}, "3.bias": STATE["3.bias"],
+         "u": torch.ones(2), "v": torch.ones(2), "w": torch.ones(2)},  # as many, and strange ones
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("turned", [False, True])
+def test_older_names_are_looked_for_where_the_weights_are_nearest(
+    beside: dict[str, Tensor], turned: bool
+) -> None:
+    """Weight norm had other names once: torch's hooks know them, below the prefix of the model."""
+    model = network()
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    older = {name: tensor for name, tensor in STATE.items() if name != "0.weight"}
+    direction = STATE["0.weight"]
+    older["0.weight_v"] = direction
+    older["0.weight_g"] = 2 * direction.norm(dim=1, keepdim=True)
+    states = {"beside": beside, "model": older}
+    fitted = into(model, dict(reversed(states.items())) if turned else states)
+    weight = fitted.tensors["0.parametrizations.weight.original0"]
+    assert torch.equal(weight, older["0.weight_g"])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_usual_place_comes_before_others_and_both_are_named(turned: bool) -> None:
+    states = {"other": OTHER_STATE, "model": STATE}
+    fitted = into(network(), dict(reversed(states.items())) if turned else states)
+    assert_holds(fitted)
+    (note,) = fitted.notes
+    assert "those under 'model' are taken; Checkpoint(source, entry='other') takes others" in note
+
+
+@pytest.mark.parametrize("value", [None, {"scale": 3}, "text", b"bytes"])
+def test_extra_state_that_is_no_tensor(value: Any) -> None:
+    """Among the weights of a container it tells of another network, elsewhere it tells nothing."""
+    for beside in (
+        {**STATE, "0._extra_state": value},
+        {"model": STATE, "0._extra_state": value},
+        {"model": {**under("net."), "other._extra_state": value}},
+        {"model": STATE, "ema": {"0._extra_state": value}},
+    ):
+        assert_holds(into(network(), beside))
+    if isinstance(value, dict):
+        return  # its entries are looked at by their own names
+    for prefix in ("", "module."):
+        among = {"model": {**under(prefix), f"{prefix}0._extra_state": value}}
+        with pytest.raises(ValueError, match=rf"1 unexpected \(model.{prefix}0._extra_state\)"):
+            into(network(), among)

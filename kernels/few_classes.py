@@ -66,7 +66,7 @@ def few_classes_first(
     a feature is not finite. Such rows, and rows that the status reports, have residual 0 and NaN
     statistics; they may hold anything.
 
-    Allocates the result and S float32 partials, S (K C) (D + 1) numbers, where S is 264 times the
+    Allocates the result and S float32 partials, S (K C) (D + 1) elements, where S is 264 times the
     least number that keeps a slab within ``operands.MOST_ROWS``. Never synchronises.
 
     Parameters

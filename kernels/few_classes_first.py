@@ -22,7 +22,7 @@ Bytes: n D s (features, once) + 8 S K C D (S partials, written and read again) +
 Flops: 4 n T D. At T = 16 and bfloat16 32 flops a byte against a ridge of about 180: memory bound;
 three tf32 products for every float32 one ("tf32x3") come to 48 of about 55. |h|^2 and the test
 for infinities ride on the same tile. So says the model; on an H200 it took 2.7 ms for 1.28 million
-rows of 512 bfloat16 numbers (T = 16) that are read in 0.31: one block a multiprocessor waits for
+rows of 512 bfloat16 elements (T = 16) that are read in 0.31: one block a multiprocessor waits for
 itself. row_tiles.py and gradient_sum.py together take 0.9, for one head.
 """
 
@@ -127,7 +127,7 @@ def few_classes_first_kernel(
         sqnorm = tl.sum(tl.sum(wide * wide, axis=2), axis=0)
         finite = is_finite(sqnorm)
         if tl.min(finite.to(tl.int32), axis=0) == 0:
-            # A norm may overflow although the row is finite: look at the numbers themselves.
+            # A norm may overflow although the row is finite: look at its elements.
             sound = is_finite(h.to(tl.float32)).to(tl.int32)
             finite = tl.min(tl.min(sound, axis=2), axis=0) > 0
             h = tl.where(finite[None, :, None], h, 0.0)

@@ -63,7 +63,7 @@ class Choice(NamedTuple):
 
 # The largest that compile without spills on sm_80, sm_90 and sm_100. Numbers that must be fetched
 # one by one, because rows are not aligned, take an address each: smaller tiles. Of the narrow ones
-# the quickest on an H200 or within a few hundredths of it; the others no clock has compared.
+# the quickest on an H200 or within a few hundredths of it; the others were not timed.
 TILES = (
     Choice(True, True, Tile(64, 64, 128, 8, 3, 224, 92160, "HGMMA")),
     Choice(True, True, Tile(32, 128, 128, 8, 3, 252, 66560, "HGMMA")),
@@ -102,7 +102,7 @@ def gradient_sum(
         GradientSum(residual.double().T @ features.double(), residual.double().sum(0))
 
     Allocates the result, (M, D + 1) float64, and float32 partial sums: at most
-    ``PARTIAL_BYTES``, but room for one of M D numbers in any case. Never synchronises.
+    ``PARTIAL_BYTES``, but room for one of M D elements in any case. Never synchronises.
 
     Parameters
     ----------
@@ -133,8 +133,8 @@ def gradient_sum(
     rows, classes, dim = *residual.shape, features.shape[1]
     device = features.device
     if tile is None:
-        straight = aligned(residual) and aligned(features)
-        tile = choose_tile(classes, dim, rounded, straight, residual.dtype == torch.bfloat16)
+        is_aligned = aligned(residual) and aligned(features)
+        tile = choose_tile(classes, dim, rounded, is_aligned, residual.dtype == torch.bfloat16)
     tiles = triton.cdiv(classes, tile.classes) * triton.cdiv(dim, tile.dim)
     length = slab_rows(rows, tiles, tile.rows, precision)
     slabs = triton.cdiv(rows, length)

@@ -5,8 +5,8 @@
     column_sums   sum_i r_ic: one float32 partial a slab of rows, added in float64 in their order
 
 A program owns BLOCK_ROWS rows and walks their columns (row_norms, row_dots), or a slab of rows of a
-few columns. A norm may overflow although all numbers of a row are finite: the rare tile with such a
-norm is looked at number by number.
+few columns. A norm may overflow although all elements of a row are finite: the rare tile with
+such a norm is looked at element by element.
 """
 
 from __future__ import annotations

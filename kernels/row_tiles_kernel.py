@@ -95,7 +95,7 @@ def row_tiles_kernel(
         sqnorm = tl.sum(squares, axis=1)
     finite = is_finite(sqnorm)
     if tl.min(finite.to(tl.int32), axis=0) == 0:
-        # A norm may overflow although the row is finite: look at the numbers themselves.
+        # A norm may overflow although the row is finite: look at its elements.
         sound = tl.full([BLOCK_ROWS], 1, tl.int32)
         for start in range(0, DIM, BLOCK_DIM):
             within = (start + d < DIM)[None, :]

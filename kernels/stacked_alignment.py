@@ -143,8 +143,8 @@ def stacked_alignment(
         return
     classes = columns // heads
     if tile is None:
-        straight = all(aligned(matrix) for matrix in (features, weight, mean_grad))
-        tile = choose_tile(classes, rounded, straight, capability_major(device))
+        is_aligned = all(aligned(matrix) for matrix in (features, weight, mean_grad))
+        tile = choose_tile(classes, rounded, is_aligned, capability_major(device))
     splits = class_splits(rows, heads, classes, dim * features.element_size(), tile)
     parts = out if splits == 1 else torch.empty(heads * splits, rows, device=device)
     with torch.cuda.device_of(features):

@@ -166,9 +166,9 @@ def stored_alignment(
         raise ValueError(f"self_term.lost is of one head; got {heads}")
     check_vector("self_term.lost", lost, rows, torch.float32, device)
     if tile is None:
-        straight = all(aligned(matrix) for matrix in (features, residual, mean_grad))
-        straight = straight and classes * residual.element_size() % 16 == 0
-        tile = choose_tile(classes, project, rounded, straight, capability_major(device))
+        is_aligned = all(aligned(matrix) for matrix in (features, residual, mean_grad))
+        is_aligned = is_aligned and classes * residual.element_size() % 16 == 0
+        tile = choose_tile(classes, project, rounded, is_aligned, capability_major(device))
     if project:
         splits = class_splits(rows, heads, classes, dim * features.element_size(), tile)
     else:

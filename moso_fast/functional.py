@@ -1,26 +1,23 @@
 """The two functions most users need: tensors in, scores or statistics out.
 
 They work under autocast (they compute in their own precision) and with inputs that require grad
-(results never do). Where somebody looks on who must see one operation, such as ``torch.compile``,
-they go through a ``torch.library`` operator; else straight to the engine, which saves the operator
-its own checks of the same input.
+(results never do), and under ``torch.compile`` (see ``core/operator.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .backends import Backend, choose
-from .core import engine, formulas
+from .backends import choose
+from .core import formulas, operator
 from .core.memory import check_chunk_size, make_plan, residual_budget, rows_at_a_time
+from .core.operator import TENSORS
 from .core.options import OPTION_NAMES, Options
-from .core.precision import own_precision
-from .core.problem import Problem, build_problem, compute_dtype
+from .core.problem import Problem, build_problem
 from .util.array_like import as_tensors
 
 
@@ -271,8 +268,6 @@ def explain(
     return "\n".join(lines)
 
 
-# Arguments of a call that are tensors, in the order of the operator.
-_TENSORS = ("features", "weight", "labels", "bias", "sample_weight", "cu_seqlens")
 # Arguments that are neither tensors nor options: how it is run, and what is made of the results.
 _OTHERS = ("backend", "chunk_size", "formula", "scale")
 
@@ -280,11 +275,11 @@ _OTHERS = ("backend", "chunk_size", "formula", "scale")
 def _checked(given: Mapping[str, Any]) -> Problem:
     """Return the checked problem of a call's arguments, by their names."""
     for name in given:
-        if name not in _TENSORS and name not in _OTHERS and name not in OPTION_NAMES:
+        if name not in TENSORS and name not in _OTHERS and name not in OPTION_NAMES:
             raise TypeError(f"unknown argument {name!r}")
     options = Options.among(given)
-    tensors = as_tensors(**{name: given.get(name) for name in _TENSORS})
-    return build_problem(**dict(zip(_TENSORS, tensors, strict=True)), options=options)
+    tensors = as_tensors(**{name: given.get(name) for name in TENSORS})
+    return build_problem(**dict(zip(TENSORS, tensors, strict=True)), options=options)
 
 
 def _stats(
@@ -292,19 +287,7 @@ def _stats(
 ) -> LastLayerStats:
     """Score a checked problem; with a formula also its scores, where the backend has them."""
     check_chunk_size(chunk_size)
-    compiling = torch.compiler.is_compiling()
-    if not compiling:  # else the operator chooses when it runs
-        chosen = choose(problem, backend)[0]
-        backend = chosen.name
-    score = None
-    if compiling or _watched(problem):
-        tensors = (getattr(problem, name) for name in _TENSORS)
-        options = (getattr(problem, name) for name in OPTION_NAMES)
-        results = torch.ops.moso_fast.last_layer_stats(
-            *tensors, *options, backend, chunk_size, formula
-        )
-    else:
-        results, score = _run(problem, chosen, chunk_size, formula, scale)
+    results, score, backend = operator.score(problem, backend, chunk_size, formula, scale)
     *by_sample, mean_grad_sqnorm, count = results
     if not problem.stacked:
         by_sample = [values[0] for values in by_sample]
@@ -322,109 +305,3 @@ def _stats(
         count,
         score,
     )
-
-
-# What PyTorch notes for a thread while somebody there is handed every operation: modes such as
-# fake tensors and tracing for export, and the transforms of torch.func.
-_WATCHERS = (
-    torch._C.DispatchKey.Python,
-    torch._C.DispatchKey.PreDispatch,
-    torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode,
-)
-
-
-def _watched(problem: Problem) -> bool:
-    """Whether somebody is to see the operator: a mode, a transform, a tracer, a kind of tensor."""
-    if torch.jit.is_tracing() or any(
-        map(torch._C._dispatch_tls_is_dispatch_key_included, _WATCHERS)
-    ):
-        return True
-    return not (
-        _plain(problem.features)
-        and _plain(problem.weight)
-        and _plain(problem.labels)
-        and (problem.bias is None or _plain(problem.bias))
-        and (problem.sample_weight is None or _plain(problem.sample_weight))
-        and (problem.cu_seqlens is None or _plain(problem.cu_seqlens))
-    )
-
-
-def _plain(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor holds its numbers: what others mean, an operator finds out.
-
-    Subclasses may do anything with an operation, meta tensors have no memory, and in that of
-    ``z.conj().imag`` every number still has the wrong sign.
-    """
-    return type(tensor) is Tensor and not (tensor.is_meta or tensor.is_neg())
-
-
-_EightTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _run(
-    problem: Problem, backend: Backend, chunk_size: int | None, formula: str | None, scale: float
-) -> tuple[_EightTensors, Tensor | None]:
-    """Score a problem; results (K, N) in the order of :class:`LastLayerStats`."""
-    with own_precision(problem):
-        found = engine.run(problem, backend, chunk_size, formula, scale)
-    results = (
-        found.alignment,
-        found.grad_sqnorm,
-        found.loss,
-        found.el2n,
-        found.margin,
-        found.entropy,
-        found.mean_grad_sqnorm,
-        found.count,
-    )
-    return results, found.score
-
-
-def _last_layer_stats_op(*arguments: Any) -> _EightTensors:
-    """Do what ``_stats`` does for whoever calls the operator, on what it has checked."""
-    options, (backend, chunk_size, formula) = arguments[len(_TENSORS) : -3], arguments[-3:]
-    tensors = dict(zip(_TENSORS, arguments, strict=False))
-    # Nothing is copied: the tensors have their dtypes already. Code that was compiled for others
-    # may bring any, hence the checks.
-    problem = build_problem(
-        **tensors, options=Options(**dict(zip(OPTION_NAMES, options, strict=True)))
-    )
-    return _run(problem, choose(problem, backend)[0], chunk_size, formula, 1.0)[0]
-
-
-def _last_layer_stats_fake(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    sample_weight: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *others: Any,
-) -> tuple[Tensor, ...]:
-    samples = features.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    heads, dtype = weight.shape[0], compute_dtype(features)
-    return (
-        *(weight.new_empty((heads, samples), dtype=dtype) for _ in range(6)),
-        weight.new_empty(heads, dtype=torch.float64),
-        weight.new_empty((), dtype=torch.int64),
-    )
-
-
-def _schema() -> str:
-    """Arguments and results of the operator: tensors as `build_problem` has made them, options."""
-    optional = ("bias", "sample_weight", "cu_seqlens")
-    tensors = (f"Tensor{'?' if name in optional else ''} {name}" for name in _TENSORS)
-    types = {"str | None": "str?"}
-    options = (
-        f"{types.get(str(field.type), field.type)} {field.name}" for field in fields(Options)
-    )
-    others = ("str backend", "int? chunk_size", "str? formula")
-    results = ", ".join(["Tensor"] * 8)
-    return f"({', '.join([*tensors, *options, *others])}) -> ({results})"
-
-
-# The low-level registration: custom_op would import the compiler (a second) at the first call.
-_LIBRARY = torch.library.Library("moso_fast", "DEF")
-_LIBRARY.define("last_layer_stats" + _schema(), tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.impl("last_layer_stats", _last_layer_stats_op, "CompositeExplicitAutograd")
-torch.library.register_fake("moso_fast::last_layer_stats", _last_layer_stats_fake, lib=_LIBRARY)

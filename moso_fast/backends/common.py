@@ -29,7 +29,7 @@ def safe_features(
     """Features in ``dtype``, non-finite rows as zeros, the mask of finite ones, squared norms.
 
     ``look_first``: ask the norms whether there is anything to clear, which waits for the device;
-    otherwise every number is looked at, which costs sweeps over the features.
+    otherwise every element is looked at, which costs sweeps over the features.
     """
     features = problem.feature_rows(rows).to(dtype)
     norm = torch.linalg.vector_norm(features, dim=1, dtype=problem.compute_dtype)
@@ -37,7 +37,7 @@ def safe_features(
     finite = torch.isfinite(sqnorm)
     if look_first and bool(finite.all()):
         return features, finite, sqnorm
-    # A norm may overflow although the row is finite: look at the numbers themselves.
+    # A norm may overflow although the row is finite: look at its elements.
     finite = torch.isfinite(features).all(1)
     features = torch.where(finite[:, None], features, 0)
     return features, finite, torch.where(finite, sqnorm, 0)

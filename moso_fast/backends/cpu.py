@@ -25,10 +25,10 @@ from .base import Availability, Backend
 SIMD_VARIABLE = "MOSO_FAST_SIMD"
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# From this many numbers on, the mean gradient is made block by block from stored residuals: a
+# From this many elements on, the mean gradient is made block by block from stored residuals: a
 # partial sum for every slab of rows would cost a sweep over it, which weighs more where the
 # products are fast.
-_SPLIT_GRAD_NUMBERS = {"float32": 2**19, "bfloat16": 2**17}
+_SPLIT_GRAD_ELEMENTS = {"float32": 2**19, "bfloat16": 2**17}
 # Multiply-adds under which starting threads costs more than they save.
 _SINGLE_THREAD_WORK = 2**21
 # Rows at a time where a whole-problem pass needs temporaries (strided columns, sequences), and
@@ -90,7 +90,7 @@ class CpuPasses(Passes):
             and problem.heads * problem.classes <= most_classes
         )
         self._bf16_products = rounding and not self._few_classes
-        most = _SPLIT_GRAD_NUMBERS["bfloat16" if self._bf16_products else "float32"]
+        most = _SPLIT_GRAD_ELEMENTS["bfloat16" if self._bf16_products else "float32"]
         self._split_grad = problem.weight.numel() >= most and not self._few_classes
         self.chunk_rows = self._chunk_rows()
 

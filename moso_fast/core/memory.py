@@ -20,7 +20,7 @@ _CUDA_RESIDUAL_SHARE = 0.5
 
 # Residuals that a GPU keeps whatever is free, so that short jobs need not wait for the driver to
 # say what is. No more than most backends take to work on one chunk (512 MiB to 2 GiB), and an
-# eighth of the smallest GPUs that the kernels are proven for (4 GiB).
+# eighth of the smallest GPUs that the kernels are tested for (4 GiB).
 _CUDA_ALWAYS_KEPT = 2**29
 
 # What residual_budget found last, by device.

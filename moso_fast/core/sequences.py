@@ -14,7 +14,7 @@ from .options import Options
 from .problem import Problem
 
 # Numbers in the padded (batch, T, D + K C) blocks that one round of short sequences may hold.
-_BLOCK_NUMBERS = 2**24
+_BLOCK_ELEMENTS = 2**24
 # Tokens of a long sequence that are multiplied at a time.
 _DIRECT_ROWS = 8192
 
@@ -111,7 +111,7 @@ def _pairwise(
     out: Tensor,
 ) -> None:
     width = features.shape[1] + residual[0].numel() + (1 + residual.shape[1]) * length
-    at_once = max(1, _BLOCK_NUMBERS // (length * width))
+    at_once = max(1, _BLOCK_ELEMENTS // (length * width))
     steps = torch.arange(length)
     for group in members.split(at_once):
         starts, ends = bounds[group], bounds[group + 1]

@@ -31,7 +31,7 @@ _SQUARES = 64 * _SUM_BLOCK
 _ONE_THREAD = 2**15 - 1
 
 # Numbers that a GPU gets temporaries for at a time; fewer would not keep it busy.
-_GPU_NUMBERS = 2**22
+_GPU_ELEMENTS = 2**22
 
 
 def result_sums(results: Results, counted: Tensor | None) -> list[Tensor]:
@@ -41,7 +41,7 @@ def result_sums(results: Results, counted: Tensor | None) -> list[Tensor]:
     ``counted`` is true for or, where it is None, over all.
     """
     # Half on a CPU: what is done with both is twice as many numbers.
-    most = _ONE_THREAD // 2 if results.alignment.device.type == "cpu" else _GPU_NUMBERS
+    most = _ONE_THREAD // 2 if results.alignment.device.type == "cpu" else _GPU_ELEMENTS
     columns = column_blocks(
         most, results.alignment, results.grad_sqnorm, *([] if counted is None else [counted])
     )

@@ -22,7 +22,7 @@ from ..core.precision import own_precision
 from ..core.problem import Problem, build_problem
 from ..core.sequences import segment_sum
 
-_BLOCK_NUMBERS = 2**22
+_BLOCK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _logit_residuals(problem: Problem, like: Tensor) -> Tensor:
     assert problem.logit_map is not None
     heads, classes, dtype = problem.heads, problem.classes, problem.compute_dtype
     squared = torch.empty(heads, problem.rows, dtype=dtype, device=problem.device)
-    step = max(1, _BLOCK_NUMBERS // (heads * classes))
+    step = max(1, _BLOCK_ELEMENTS // (heads * classes))
     for start in range(0, problem.rows, step):
         rows = slice(start, min(start + step, problem.rows))
         counted, labels = problem.counted(rows), problem.labels[rows]

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moso_fast
 from moso_fast import functional
 from moso_fast.backends import Availability, choose, get
+from moso_fast.core import operator
 from moso_fast.core.formulas import FORMULAS
 from moso_fast.core.problem import build_problem
 from moso_fast.core.reference import closed_form_stats, explicit_stats
@@ -312,7 +313,7 @@ def roads(monkeypatch, call):
     """What a call gives that goes straight to the engine, and one through the operator."""
     found = []
     for watched in (False, True):
-        monkeypatch.setattr(functional, "_watched", lambda problem, watched=watched: watched)
+        monkeypatch.setattr(operator, "_watched", lambda problem, watched=watched: watched)
         found.append(call())
     return found
 
@@ -329,15 +330,15 @@ def test_with_and_without_the_operator_the_bits_are_the_same(
     if sequences:
         options["cu_seqlens"] = torch.tensor([0, 9, 9, 40], dtype=torch.int32)
     case = random_case(kind, n=40, heads=heads, dtype=dtype, **options)
-    straight, through = roads(monkeypatch, lambda: score_with(backend, case))
+    direct, through = roads(monkeypatch, lambda: score_with(backend, case))
     for name in FIELDS:
-        left, right = getattr(straight, name), getattr(through, name)
+        left, right = getattr(direct, name), getattr(through, name)
         torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
         assert left.stride() == right.stride()
         assert not left.requires_grad
-    assert straight.count == through.count and straight.backend == through.backend
-    assert straight._mean_grad_sqnorm.equal(through._mean_grad_sqnorm)
-    storages = {getattr(straight, name).untyped_storage().data_ptr() for name in FIELDS}
+    assert direct.count == through.count and direct.backend == through.backend
+    assert direct._mean_grad_sqnorm.equal(through._mean_grad_sqnorm)
+    storages = {getattr(direct, name).untyped_storage().data_ptr() for name in FIELDS}
     assert len(storages) == len(FIELDS)  # kept or saved alone, one result is not all of them
 
 
@@ -356,17 +357,17 @@ def test_with_and_without_the_operator_the_errors_are_the_same(bad, monkeypatch)
             moso_scores(**{**good, **bad})
         return type(error.value), str(error.value)
 
-    straight, through = roads(monkeypatch, message)
-    assert straight == through
+    direct, through = roads(monkeypatch, message)
+    assert direct == through
 
 
 @each_backend
 def test_a_call_checks_its_input_and_chooses_once(backend, monkeypatch):
     made = []
-    for name in ("build_problem", "choose"):
-        function = getattr(functional, name)
+    for module, name in ((functional, "build_problem"), (operator, "choose")):
+        function = getattr(module, name)
         counted = lambda *a, f=function, n=name, **k: (made.append(n), f(*a, **k))[1]  # noqa: E731
-        monkeypatch.setattr(functional, name, counted)
+        monkeypatch.setattr(module, name, counted)
     case = random_case("ids")
     for call in (moso_scores, last_layer_stats):
         made.clear()

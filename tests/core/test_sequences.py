@@ -206,7 +206,7 @@ def test_short_sequences_go_through_in_several_rounds(monkeypatch, bias):
     )
     case = random_case("ids", n=99, c=30, d=30, bias=bias, heads=2, cu_seqlens=offsets)
     whole = score_with("torch", case)
-    monkeypatch.setattr(sequences, "_BLOCK_NUMBERS", 3000)  # a handful of sequences a round
+    monkeypatch.setattr(sequences, "_BLOCK_ELEMENTS", 3000)  # a handful of sequences a round
     rounds = score_with("torch", case)
     assert_close(rounds.grad_sqnorm, whole.grad_sqnorm, 1e-6)
     assert_stats_match(rounds, explicit_stats(*case.args, **case.options), 1e-5)

@@ -23,7 +23,7 @@ from moso_fast.backends.triton import products as triton_products
 from moso_fast.backends.triton import regime as triton_regime
 from moso_fast.backends.triton.backend import TritonBackend, operand_dtype
 from moso_fast.backends.triton.choice import REGIMES, RULES, Rule, choose_regime
-from moso_fast.backends.triton.regime import CHUNK_BYTES, PROVEN_MAJORS, SLAB_ROWS, Limits
+from moso_fast.backends.triton.regime import CHUNK_BYTES, SLAB_ROWS, TESTED_MAJORS, Limits
 from moso_fast.backends.triton.regimes import blas as triton_blas
 from moso_fast.backends.triton.regimes import few_classes as triton_few_classes
 from moso_fast.backends.triton.regimes import recompute as triton_recompute
@@ -93,8 +93,8 @@ def problem_of(case: Case, **options):
         ({"version": "2.10.0+git"}, False, "older than 3.6", 'pip install "triton>=3.6"'),
         ({"cuda": False}, False, "finds no CUDA device", "NVIDIA GPU"),
         ({"hip": "6.4"}, False, "proven for NVIDIA GPUs only", "backend='torch'"),
-        ({}, True, "Triton 3.9.0, kernels proven", ""),
-        ({"version": "3.6.0"}, True, "Triton 3.6.0, kernels proven", ""),
+        ({}, True, "Triton 3.9.0, kernels tested", ""),
+        ({"version": "3.6.0"}, True, "Triton 3.6.0, kernels tested", ""),
         ({"version": "3.10.0"}, True, "Triton 3.10.0", ""),
         ({"cuda": False, "interpret": True}, True, "in its interpreter, for tests", ""),
     ],
@@ -138,7 +138,7 @@ def test_default_on_a_gpu_where_the_kernels_are_proven(machine, capability, prov
     backend, reasons = choose(problem)
     assert backend.name == ("triton" if proven else "torch")
     if proven:
-        assert "triton: chosen, Triton 3.9.0, kernels proven by interpreter" in reasons[-1]
+        assert "triton: chosen, Triton 3.9.0, kernels tested by interpreter" in reasons[-1]
     else:
         (reason,) = (line for line in reasons if line.startswith("triton: "))
         assert f"compute capability {capability[0]}.{capability[1]}" in reason
@@ -149,7 +149,7 @@ def test_what_is_proven_is_what_the_compiler_test_covers() -> None:
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     from aot import ARCHITECTURES
 
-    assert {arch // 10 for arch in ARCHITECTURES} == set(PROVEN_MAJORS)
+    assert {arch // 10 for arch in ARCHITECTURES} == set(TESTED_MAJORS)
 
 
 def test_float64_on_a_gpu_falls_to_torch_with_the_reason(machine) -> None:

@@ -107,7 +107,7 @@ class TritonSteps(LibrarySteps):
 
         p, (rate, times) = self.problem, self.rate
         products = triton_row_tiles._products(p)
-        aligned_rows = triton_products.straight_rows(p)
+        aligned_rows = triton_products.aligned_rows(p)
         tile = triton_row_tiles._tile(p, aligned_rows)
         dtype = "bf16" if p.features.dtype == torch.bfloat16 else "fp32"
         odd = "" if aligned_rows else "-unaligned"

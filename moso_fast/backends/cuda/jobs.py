@@ -45,7 +45,7 @@ def _planned(planner: Callable[..., dict[str, Any]], *size: int) -> dict[str, An
 
 
 def unit_columns(features: Tensor) -> bool:
-    """Whether the numbers of a row are neighbours."""
+    """Whether the elements of a row are neighbours."""
     return features.stride(1) == 1 or features.shape[1] == 1
 
 
@@ -133,7 +133,7 @@ class Chunk:
         }
 
     def address(self, tensor: Tensor | None) -> int:
-        """Address of a tensor, or of a copy of it whose numbers are neighbours; 0 for None."""
+        """Address of a tensor, or of a copy of it whose elements are neighbours; 0 for None."""
         if tensor is None:
             return 0
         tensor = tensor.contiguous()
@@ -210,5 +210,5 @@ def reduce_job(
 
 
 def _row_address(tensor: Tensor, rows: slice) -> int:
-    """Address of the first of these rows in a row of numbers, or in the first of several."""
+    """Address of the first of these rows in a row of elements, or in the first of several."""
     return tensor.data_ptr() + rows.start * tensor.stride(-1) * tensor.element_size()

@@ -1,6 +1,6 @@
 """``MOSO_FAST_AUTOTUNE=1``: time the shipped tiles of a kernel on this GPU, keep the quickest.
 
-Only tiles that are shipped, hence proven, and fit the device's shared memory are candidates. They
+Only tiles that are shipped, hence tested, and fit the device's shared memory are candidates. They
 are timed on the first real arguments of their kind, in turn, round after round, by device events
 with the cache cleared between, and the median decides. Kinds are kernel, dtypes, precision, and
 C and D rounded up to powers of two. The winners lie in one JSON file per GPU, Triton version and

@@ -3,7 +3,7 @@
 A regime (``regimes/``) is one way through the two passes: which kernels, which products by
 cuBLAS, what is stored between. ``choice.py`` holds the table that decides;
 ``MOSO_FAST_TRITON_REGIME`` forces one, ``MOSO_FAST_AUTOTUNE=1`` searches the tiles. The kernels
-are proven in Triton's interpreter and compiled ahead of time for compute capability 8, 9 and 10,
+are tested in Triton's interpreter and compiled ahead of time for compute capability 8, 9 and 10,
 and most have run on an H200.
 """
 
@@ -20,7 +20,7 @@ from ...core.passes import Plan
 from ...core.problem import Problem
 from ..base import Availability, Backend
 from .choice import choose_regime, forced_refusal, forced_regime
-from .regime import PROVEN_MAJORS, Regime, interpreted, operand_dtype
+from .regime import TESTED_MAJORS, Regime, interpreted, operand_dtype
 
 __all__ = ["TritonBackend", "operand_dtype"]
 
@@ -55,7 +55,7 @@ class TritonBackend(Backend):
         if torch.version.hip is not None:
             return Availability(
                 False,
-                "the kernels are proven for NVIDIA GPUs only and this PyTorch is for ROCm",
+                "the kernels are tested for NVIDIA GPUs only and this PyTorch is for ROCm",
                 "use backend='torch', which runs on ROCm",
             )
         if not torch.cuda.is_available():
@@ -65,7 +65,7 @@ class TritonBackend(Backend):
                 "run on a machine with an NVIDIA GPU and a PyTorch built for CUDA",
             )
         return Availability(
-            True, f"{label}, kernels proven by interpreter and compiler, some timed on an H200"
+            True, f"{label}, kernels tested by interpreter and compiler, some timed on an H200"
         )
 
     def supports(self, problem: Problem) -> str | None:
@@ -85,7 +85,7 @@ class TritonBackend(Backend):
         if problem.device.type != "cuda":
             return "the interpreter is for tests"
         capability = torch.cuda.get_device_capability(problem.device)
-        if capability[0] in PROVEN_MAJORS:
+        if capability[0] in TESTED_MAJORS:
             return None
         return (
             f"no test compiles its kernels for compute capability {capability[0]}.{capability[1]}"

@@ -4,7 +4,7 @@ A rule applies where the problem lies within its bounds, a regime runs where ``f
 Every line says what its bounds come from: times on an H200 (docs/tuning-notes.md), or a work model
 (bytes at the memory's rate, products at the tensor cores' rate), where nobody has timed them.
 
-The capability decides what is proven (8, 9 and 10, see ``triton.py``) and how much shared memory
+The capability decides what is tested (8, 9 and 10, see ``triton.py``) and how much shared memory
 a tile may take; the dtype and the precision decide operands and tiles within a regime.
 """
 
@@ -48,7 +48,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "row_tiles",
         "measured kernel by kernel on an H200: logits, residuals and norms of 1.28 million rows of "
-        "512 bfloat16 numbers take 0.58 ms for 10 classes and 0.96 ms for 60, their read 0.31 ms",
+        "512 bfloat16 elements take 0.58 ms for 10 classes and 0.96 ms for 60, their read 0.31 ms",
         max_width=64,
         rounded=True,
     ),

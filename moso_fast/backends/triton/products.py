@@ -29,7 +29,7 @@ def kernel_features(problem: Problem, rows: slice) -> Tensor:
     return features
 
 
-def straight_rows(problem: Problem) -> bool:
+def aligned_rows(problem: Problem) -> bool:
     """Whether rows of the features, as the kernels get them, begin at multiples of 16 bytes."""
     from moso_fast.kernels.operands import aligned
 
@@ -122,12 +122,13 @@ def sum_narrow_gradients(
         )
 
     def pick() -> Any:
-        narrow, straight = residual.dtype == torch.bfloat16, aligned(residual) and aligned(features)
-        operands = narrow, straight
+        narrow = residual.dtype == torch.bfloat16
+        is_aligned = aligned(residual) and aligned(features)
+        operands = narrow, is_aligned
         width, dim = residual.shape[1], problem.dim
         key = kind("gradient_sum", width, dim, features.dtype, precision, *operands, "narrow")
         wanted = kernel.choose_tile(width, dim, *operands, narrow)
-        choices = [choice for choice in kernel.TILES if choice.narrow == (narrow and straight)]
+        choices = [choice for choice in kernel.TILES if choice.narrow == (narrow and is_aligned)]
         return pick_tile(problem, key, choices, wanted, operands, launch)
 
     grad = launch(job.tile("narrow_gradient_sum", pick)).grad
@@ -169,11 +170,11 @@ def align_stored(
 
     def pick() -> Any:
         project = problem.classes <= problem.dim
-        straight = aligned(features) and aligned(gradient)
+        is_aligned = aligned(features) and aligned(gradient)
         if residual.dtype == torch.float32:  # narrow ones lie in rows of a length of their own
-            straight = straight and aligned(residual)
-            straight = straight and problem.classes * residual.element_size() % 16 == 0
-        operands = (gradient.dtype == torch.bfloat16, straight)
+            is_aligned = is_aligned and aligned(residual)
+            is_aligned = is_aligned and problem.classes * residual.element_size() % 16 == 0
+        operands = (gradient.dtype == torch.bfloat16, is_aligned)
         tiles = kernel.PROJECT_TILES if project else kernel.PULL_TILES
         labels = (problem.heads, features.dtype, problem.precision, project, *operands)
         key = kind("stored_alignment", problem.classes, problem.dim, *labels, residual.dtype)
@@ -228,8 +229,8 @@ def sum_bytes(problem: Problem) -> int:
     """Bytes of gradient sums and what is added to them, in float64, and of float32 partials."""
     from moso_fast.kernels.gradient_sum import PARTIAL_BYTES
 
-    numbers = problem.weight.numel()
-    return 16 * numbers + max(4 * numbers, PARTIAL_BYTES)
+    elements = problem.weight.numel()
+    return 16 * elements + max(4 * elements, PARTIAL_BYTES)
 
 
 def sum_tile(problem: Problem) -> str:

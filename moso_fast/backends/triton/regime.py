@@ -37,7 +37,7 @@ _SHARED_BYTES_OF_90 = 227 * 1024
 _GRADIENT_BYTES = 12
 
 # Major compute capabilities that tests/kernels/compiled/test_triton_aot*.py compile every tile for.
-PROVEN_MAJORS = (8, 9, 10)
+TESTED_MAJORS = (8, 9, 10)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Limits:
     @property
     def major(self) -> int:
         """Major capability whose tiles it takes: its own if tests compile for it, else 8."""
-        return self.capability[0] if self.capability[0] in PROVEN_MAJORS else 8
+        return self.capability[0] if self.capability[0] in TESTED_MAJORS else 8
 
 
 class Regime(Passes):

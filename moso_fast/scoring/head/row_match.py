@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Numbers that are widened to int64 at a time.
-_BLOCK_NUMBERS = 2**22
+_BLOCK_ELEMENTS = 2**22
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -30,7 +30,7 @@ def row_keys(rows: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(20231210)
     factors = torch.randint(2**62, (rows.shape[1],), generator=generator) * 2 + 1
     factors = factors.to(rows.device)
-    at_once = max(1, _BLOCK_NUMBERS // rows.shape[1])
+    at_once = max(1, _BLOCK_ELEMENTS // rows.shape[1])
     keys = []
     for block in rows.split(at_once):
         numbers = (block + 0).contiguous().view(_INTEGERS[rows.dtype.itemsize])  # -0.0 becomes 0.0

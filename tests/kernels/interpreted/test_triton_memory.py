@@ -92,7 +92,7 @@ def test_lost_self_terms_are_summed_by_blocks(dim: int, monkeypatch) -> None:
     # A loss whose residuals stay in float32: rounded ones bring the sums with them.
     case = random_case("mse", n=ROWS, c=CLASSES, d=dim, dtype=torch.bfloat16)
     result = score_with("triton", case)
-    monkeypatch.setattr(triton_blas, "BLOCK_NUMBERS", 7 * CLASSES)
+    monkeypatch.setattr(triton_blas, "BLOCK_ELEMENTS", 7 * CLASSES)
     # Targets, residuals, and the operand of a product: bfloat16, which a CPU widens once more.
     assert peak(case, None) <= 3.5
     assert_close(score_with("triton", case).alignment, result.alignment, 1e-6)

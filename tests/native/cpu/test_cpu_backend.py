@@ -212,7 +212,7 @@ def test_heads_share_a_sweep(monkeypatch, variant, heads, classes, dim):
 def test_the_gradient_in_blocks_equals_the_gradient_in_slabs(monkeypatch):
     args = problem(700, 60, 300)
     whole = last_layer_stats(*args, backend="cpu")
-    monkeypatch.setattr(CPU, "_SPLIT_GRAD_NUMBERS", dict.fromkeys(CPU._SPLIT_GRAD_NUMBERS, 1))
+    monkeypatch.setattr(CPU, "_SPLIT_GRAD_ELEMENTS", dict.fromkeys(CPU._SPLIT_GRAD_ELEMENTS, 1))
     split = last_layer_stats(*args, backend="cpu")
     assert_exact(split, args)
     assert split.mean_grad_sqnorm == pytest.approx(whole.mean_grad_sqnorm, rel=1e-6)
@@ -223,7 +223,7 @@ def test_the_gradient_in_blocks_equals_the_gradient_in_slabs(monkeypatch):
 def test_bits_do_not_depend_on_threads(monkeypatch, classes, dim, split, dtype):
     if split:
         monkeypatch.setattr(
-            CPU, "_SPLIT_GRAD_NUMBERS", dict.fromkeys(CPU._SPLIT_GRAD_NUMBERS, split)
+            CPU, "_SPLIT_GRAD_ELEMENTS", dict.fromkeys(CPU._SPLIT_GRAD_ELEMENTS, split)
         )
     monkeypatch.setattr(CPU, "_SINGLE_THREAD_WORK", 0)
     args = problem(9000, classes, dim, dtype=dtype)

@@ -36,7 +36,7 @@ from ..regime import (
 
 # Numbers of a block of residuals whose lost self-terms are summed at a time, and the bytes that
 # the sum takes for each.
-BLOCK_NUMBERS = 2**24
+BLOCK_ELEMENTS = 2**24
 _BLOCK_BYTES = 16
 # Bytes of partial gradient sums that share a launch.
 _BATCH_BYTES = 2**28
@@ -72,13 +72,13 @@ class BlasRegime(Regime):
         """Gradient sums and what is added to them, in float64; float32 sums of slabs; a block."""
         problem = self.problem
         rows = min(problem.rows, self.chunk_rows)
-        numbers = problem.weight.numel()
-        slabs = min(rows // SLAB_ROWS[problem.precision], _BATCH_BYTES // (4 * numbers))
-        partial = 4 * max(1, slabs) * numbers
+        elements = problem.weight.numel()
+        slabs = min(rows // SLAB_ROWS[problem.precision], _BATCH_BYTES // (4 * elements))
+        partial = 4 * max(1, slabs) * elements
         block = 0
         if self.operand.itemsize == 2 and not narrow_ones(problem):
-            block = _BLOCK_BYTES * min(rows * problem.heads * problem.classes, BLOCK_NUMBERS)
-        return 16 * numbers + partial + block
+            block = _BLOCK_BYTES * min(rows * problem.heads * problem.classes, BLOCK_ELEMENTS)
+        return 16 * elements + partial + block
 
     def kernels(self) -> str:
         """Operands of the products and the tile of the kernel."""
@@ -305,7 +305,7 @@ def lost_self_term(out: RowBuffers, rows: slice, residual: Tensor, both_rounded:
     or the rounding of the largest term of a confident row would decide its score. A block of rows
     at a time: the terms of a whole chunk would take several times the memory of its logits.
     """
-    rows_a_block = max(1, BLOCK_NUMBERS // residual.shape[1:].numel())
+    rows_a_block = max(1, BLOCK_ELEMENTS // residual.shape[1:].numel())
     blocks = residual.split(rows_a_block)
     lost = torch.cat([_lost_products(block, both_rounded) for block in blocks]).T
     return lost * out.feature_sqnorm[rows] / out.number_counted().clamp_min(1)

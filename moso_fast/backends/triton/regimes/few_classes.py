@@ -16,7 +16,7 @@ from torch import Tensor
 from ....core.passes import FirstPass, RowBuffers
 from ....core.problem import Problem
 from ..autotune import kind, tile_for
-from ..products import kernel_features, row_outputs, self_term, straight_rows
+from ..products import aligned_rows, kernel_features, row_outputs, self_term
 from ..regime import (
     Regime,
     interpreted,
@@ -155,20 +155,20 @@ def _version() -> tuple[int, ...]:
 def _default(
     problem: Problem,
     which: str,
-    straight: bool | None = None,
+    is_aligned: bool | None = None,
     version: tuple[int, ...] | None = None,
 ) -> Any:
     """Return the tile that the kernels' own table gives the first or second pass, or None."""
     from moso_fast.kernels import few_classes_tiles as tiles
     from moso_fast.kernels.operands import products_of
 
-    straight = straight_rows(problem) if straight is None else straight
+    is_aligned = aligned_rows(problem) if is_aligned is None else is_aligned
     products = products_of(problem.features.dtype, problem.precision)
     classes, heads = problem.classes, problem.heads
     limits = (limits_of(problem.device).shared_bytes, version or _version())
     if which == "second":
-        return tiles.choose_second_tile(classes, heads, products, straight, *limits)
-    return tiles.choose_first_tile(classes, heads, problem.dim, products, straight, *limits)
+        return tiles.choose_second_tile(classes, heads, products, is_aligned, *limits)
+    return tiles.choose_first_tile(classes, heads, problem.dim, products, is_aligned, *limits)
 
 
 def _choice(problem: Problem, which: str, features: Tensor, launch: Any, *labels: object) -> Any:
@@ -176,18 +176,18 @@ def _choice(problem: Problem, which: str, features: Tensor, launch: Any, *labels
     from moso_fast.kernels import few_classes_tiles as tiles
     from moso_fast.kernels.operands import aligned
 
-    straight = aligned(features)
-    default = _default(problem, which, straight)
+    is_aligned = aligned(features)
+    default = _default(problem, which, is_aligned)
     shared = limits_of(problem.device).shared_bytes
     candidates = [
         c
         for c in (tiles.FIRST_TILES if which == "first" else tiles.SECOND_TILES)
-        if (c.products, c.aligned) == (default.products, straight)
+        if (c.products, c.aligned) == (default.products, is_aligned)
         and problem.classes <= c.tile.classes
         and (which == "second" or problem.dim <= c.tile.dim)
         and c.tile.shared_bytes <= shared
         and _version() >= c.since
     ]
-    labels = (problem.heads, problem.loss, features.dtype, default.products, straight, *labels)
+    labels = (problem.heads, problem.loss, features.dtype, default.products, is_aligned, *labels)
     key = kind(f"few_classes_{which}", problem.classes, problem.dim, *labels)
     return tile_for(problem.device, key, candidates, default, launch)

@@ -122,8 +122,8 @@ class RecomputeRegime(Regime):
             )
 
         def pick() -> Any:
-            straight = all(aligned(matrix) for matrix in (features, weight, gradient))
-            operands = (gradient.dtype == torch.bfloat16, straight)
+            is_aligned = all(aligned(matrix) for matrix in (features, weight, gradient))
+            operands = (gradient.dtype == torch.bfloat16, is_aligned)
             labels = (problem.heads, features.dtype, problem.precision, *operands)
             key = kind("stacked_alignment", problem.classes, problem.dim, *labels)
             major = limits_of(problem.device).major

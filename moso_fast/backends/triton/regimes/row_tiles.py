@@ -18,10 +18,10 @@ from ....core.problem import Problem
 from ..autotune import kind, tile_for
 from ..products import (
     align_stored,
+    aligned_rows,
     alignment_tile,
     kernel_features,
     row_outputs,
-    straight_rows,
     sum_bytes,
     sum_narrow_gradients,
 )
@@ -47,7 +47,7 @@ class RowTilesRegime(Regime):
             return "it takes one head, and they share the features"
         if problem.cu_seqlens is not None:
             return "samples of several rows need every residual in float32"
-        if _tile(problem, straight_rows(problem)) is None:
+        if _tile(problem, aligned_rows(problem)) is None:
             return f"no tile holds C = {problem.classes} with these operands"
         return None
 
@@ -72,9 +72,9 @@ class RowTilesRegime(Regime):
         from moso_fast.kernels import gradient_sum
 
         problem = self.problem
-        rounded, straight = self.operand.itemsize == 2, straight_rows(problem)
-        tile = _tile(problem, straight)
-        sums = gradient_sum.choose_tile(problem.classes, problem.dim, rounded, straight, rounded)
+        rounded, is_aligned = self.operand.itemsize == 2, aligned_rows(problem)
+        tile = _tile(problem, is_aligned)
+        sums = gradient_sum.choose_tile(problem.classes, problem.dim, rounded, is_aligned, rounded)
         return (
             f"{_products(problem)} products, rows tile {tile_shape(tile)}, R^T H tile "
             f"{tile_shape(sums)}, {alignment_tile(problem)}"
@@ -127,18 +127,18 @@ class RowTilesRegime(Regime):
             )
 
         def pick() -> Any:
-            products, straight = _products(problem), aligned(features)
-            limits, default = limits_of(problem.device), _tile(problem, straight)
+            products, is_aligned = _products(problem), aligned(features)
+            limits, default = limits_of(problem.device), _tile(problem, is_aligned)
             candidates = [
                 choice.tile
                 for choice in kernel.TILES
-                if (choice.products, choice.aligned) == (products, straight)
+                if (choice.products, choice.aligned) == (products, is_aligned)
                 and limits.major in choice.majors
                 and _kind(problem) in choice.losses
                 and problem.classes <= choice.tile.classes <= 2 * default.classes
                 and choice.tile.shared_bytes <= limits.shared_bytes
             ]
-            labels = (problem.loss, features.dtype, products, straight)
+            labels = (problem.loss, features.dtype, products, is_aligned)
             key = kind("row_tiles", problem.classes, problem.dim, *labels)
             return tile_for(problem.device, key, candidates, default, launch)
 
@@ -154,7 +154,7 @@ def _products(problem: Problem) -> str:
     return products_of(problem.features.dtype, problem.precision)
 
 
-def _tile(problem: Problem, straight: bool) -> Any:
+def _tile(problem: Problem, is_aligned: bool) -> Any:
     """Return the tile of the rows kernel for these operands, or None."""
     from moso_fast.kernels.row_tiles import choose_tile
 
@@ -162,7 +162,7 @@ def _tile(problem: Problem, straight: bool) -> Any:
     return choose_tile(
         problem.classes,
         _products(problem),
-        straight,
+        is_aligned,
         limits.shared_bytes,
         limits.major,
         _kind(problem),

@@ -92,7 +92,7 @@ def problem_of(case: Case, **options):
         ({"version": "3.5.1"}, False, "3.5.1 is older than 3.6", 'pip install "triton>=3.6"'),
         ({"version": "2.10.0+git"}, False, "older than 3.6", 'pip install "triton>=3.6"'),
         ({"cuda": False}, False, "finds no CUDA device", "NVIDIA GPU"),
-        ({"hip": "6.4"}, False, "proven for NVIDIA GPUs only", "backend='torch'"),
+        ({"hip": "6.4"}, False, "tested for NVIDIA GPUs only", "backend='torch'"),
         ({}, True, "Triton 3.9.0, kernels tested", ""),
         ({"version": "3.6.0"}, True, "Triton 3.6.0, kernels tested", ""),
         ({"version": "3.10.0"}, True, "Triton 3.10.0", ""),

@@ -1,6 +1,6 @@
 """Build of moso_fast: the Python packages, and native modules compiled through ninja.
 
-tools/native_plan.py decides what is built (MOSO_FAST_BUILD), tools/native_ninja.py builds it.
+tools/build/native_plan.py decides what is built (MOSO_FAST_BUILD), native_ninja.py builds it.
 What was built, and why the rest was not, is recorded in moso_fast/_build_info.json.
 """
 
@@ -18,12 +18,18 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools" / "build"))
 
 from native_ninja import Ninja, add_cpu, add_cuda  # noqa: E402 (found through the line above)
-from native_plan import INFO_NAME, BuildError, make_plan, write_info  # noqa: E402 (likewise)
+from native_plan import (  # noqa: E402 (likewise)
+    INFO_NAME,
+    BuildError,
+    make_plan,
+    wheel_to_pass_on,
+    write_info,
+)
 
-PLAN = make_plan(os.environ)
+PLAN = make_plan(os.environ, pass_on=wheel_to_pass_on(sys.argv, os.environ))
 
 
 def say(message: str) -> None:
@@ -69,19 +75,22 @@ class BuildNative(build_ext):
             write_info(PLAN, folder / "moso_fast")
 
     def build_extensions(self) -> None:
-        """Build each module and put it where setuptools expects it."""
+        """Build the modules in one run and put each where setuptools expects it."""
         # Not build_temp: editable installs get an empty one each time and would start over.
         folder = f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         ninja = Ninja(ROOT / "build" / folder)
-        add_cpu(ninja, PLAN, ROOT / "csrc" / "cpu")
+        # The CUDA files take longest: begun first, they leave no core idle at the end.
         if "_cuda" in PLAN.modules:
             add_cuda(ninja, PLAN, ROOT / "csrc" / "cuda")
+        add_cpu(ninja, PLAN, ROOT / "csrc" / "cpu")
         ninja.write()
+        optional = [name for name in PLAN.modules if name not in PLAN.required]
+        failed, words = ninja.run(PLAN.required, optional)
+        for module in sorted(failed):
+            self._fail(module, words)
         for extension in list(self.extensions):
             module = extension.name.rpartition(".")[2]
-            built, words = ninja.run(f"{module}.so")
-            if not built:
-                self._fail(module, words)
+            if module in failed:
                 self.extensions.remove(extension)
                 continue
             target = Path(self.get_ext_fullpath(extension.name))
@@ -95,7 +104,7 @@ class BuildNative(build_ext):
                 f"the C++ build with `{shlex.join(PLAN.cxx)}` failed, see above; "
                 "MOSO_FAST_BUILD=none installs pure Python"
             )
-        if PLAN.mode == "cuda":
+        if module in PLAN.required:
             raise BuildError(f"the CUDA build with {PLAN.nvcc} failed, see above")
         errors = [line.strip() for line in words.splitlines() if "error" in line.lower()]
         last = errors[-1] if errors else "no message"

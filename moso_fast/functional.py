@@ -6,7 +6,6 @@ They work under autocast (they compute in their own precision) and with inputs t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from .backends import choose
 from .core import formulas, operator
 from .core.memory import check_chunk_size, make_plan, residual_budget, rows_at_a_time
 from .core.operator import TENSORS
-from .core.options import OPTION_NAMES, Options
+from .core.options import Options
 from .core.problem import Problem, build_problem
 from .util.array_like import as_tensors
 
@@ -176,10 +175,18 @@ def moso_scores(
     -----
     Tan et al., "Data Pruning via Moving-one-Sample-out", NeurIPS 2023.
     """
-    given = locals()
     formulas.check_formula(formula)
     formulas.check_scale(scale)
-    stats = _stats(_checked(given), backend, chunk_size, formula, scale)
+    options = Options(
+        loss=loss,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        precision=precision,
+        nonfinite=nonfinite,
+        per=per,
+    )
+    problem = _checked(features, weight, labels, bias, sample_weight, cu_seqlens, options)
+    stats = _stats(problem, backend, chunk_size, formula, scale)
     return stats._scores(formula, scale) if stats._score is None else stats._score
 
 
@@ -204,7 +211,16 @@ def last_layer_stats(
 
     Parameters and errors as in :func:`moso_scores`, which is ``.scores(formula, scale)`` of this.
     """
-    return _stats(_checked(locals()), backend, chunk_size, None, 1.0)
+    options = Options(
+        loss=loss,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        precision=precision,
+        nonfinite=nonfinite,
+        per=per,
+    )
+    problem = _checked(features, weight, labels, bias, sample_weight, cu_seqlens, options)
+    return _stats(problem, backend, chunk_size, None, 1.0)
 
 
 def explain(
@@ -230,8 +246,8 @@ def explain(
     """
     formulas.check_formula(formula)
     formulas.check_scale(scale)
-    given = {"features": features, "weight": weight, "labels": labels, "bias": bias, **options}
-    problem = _checked(given)
+    more = {name: options.pop(name, None) for name in ("sample_weight", "cu_seqlens")}
+    problem = _checked(features, weight, labels, bias, **more, options=Options(**options))
     chosen, reasons = choose(problem, backend)
     plan = make_plan(problem, chunk_size)
     passes = chosen.prepare(problem, plan)
@@ -268,17 +284,18 @@ def explain(
     return "\n".join(lines)
 
 
-# Arguments that are neither tensors nor options: how it is run, and what is made of the results.
-_OTHERS = ("backend", "chunk_size", "formula", "scale")
-
-
-def _checked(given: Mapping[str, Any]) -> Problem:
-    """Return the checked problem of a call's arguments, by their names."""
-    for name in given:
-        if name not in TENSORS and name not in _OTHERS and name not in OPTION_NAMES:
-            raise TypeError(f"unknown argument {name!r}")
-    options = Options.among(given)
-    tensors = as_tensors(**{name: given.get(name) for name in TENSORS})
+def _checked(
+    features: Any,
+    weight: Any,
+    labels: Any,
+    bias: Any,
+    sample_weight: Any,
+    cu_seqlens: Any,
+    options: Options,
+) -> Problem:
+    """Return the checked problem of a call, whose tensors may still be arrays or lists."""
+    given = (features, weight, labels, bias, sample_weight, cu_seqlens)
+    tensors = as_tensors(**dict(zip(TENSORS, given, strict=True)))
     return build_problem(**dict(zip(TENSORS, tensors, strict=True)), options=options)
 
 

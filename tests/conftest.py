@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -39,20 +40,24 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20231210)
 
 
+# Tiers that run alone, when they are asked for.
+_APART = ("models", "generated")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none; leave out tiers that nobody has asked for.
 
     Plain ``pytest`` is quick: of a test with many parameter sets it runs as many as it takes to see
     every value of every parameter once, and none that is marked exhaustive. ``-m exhaustive`` runs
-    those and all other sets, ``-m models`` the layouts of other libraries. A test that is named
-    ("file.py::test") always runs.
+    those and all other sets, ``-m models`` the layouts of other libraries, ``-m generated`` looks
+    whether generated files are current. A test that is named ("file.py::test") always runs.
     """
     _mark_other_sets(items)
     if not config.option.markexpr:
         asked = [argument for argument in config.args if "::" in argument]
-        _leave_out(config, items, ("models", "exhaustive"), asked)
-    elif "models" not in config.option.markexpr:
-        _leave_out(config, items, ("models",), [])
+        _leave_out(config, items, ("exhaustive", *_APART), asked)
+    else:
+        _leave_out(config, items, [t for t in _APART if t not in config.option.markexpr], [])
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
@@ -62,21 +67,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _mark_other_sets(items: list[pytest.Item]) -> None:
-    """Mark the parameter sets of a test that hold no value which an earlier one has not."""
+    """Mark the parameter sets of a test that hold no value which an earlier one has not.
+
+    ``@pytest.mark.quick(n)``: those after the first n.
+    """
     seen: dict[str, set[tuple[str, int]]] = {}
+    taken: Counter[str] = Counter()
     for item in items:
         sets = getattr(item, "callspec", None)
         if sets is None or item.get_closest_marker("exhaustive"):
             continue
-        known = seen.setdefault(item.nodeid.partition("[")[0], set())
+        test = item.nodeid.partition("[")[0]
+        known, most = seen.setdefault(test, set()), item.get_closest_marker("quick")
         values = {(name, id(value)) for name, value in sets.params.items()}
-        if values <= known:
+        if values <= known or (most is not None and taken[test] >= most.args[0]):
             item.add_marker("exhaustive")
+            continue
         known |= values
+        taken[test] += 1
 
 
 def _leave_out(
-    config: pytest.Config, items: list[pytest.Item], tiers: tuple[str, ...], named: list[str]
+    config: pytest.Config, items: list[pytest.Item], tiers: Sequence[str], named: list[str]
 ) -> None:
     """Deselect the tests of some tiers, but for those that were named on the command line."""
     names = [argument.rpartition("/")[2] for argument in named]

@@ -26,4 +26,4 @@ unset PYTHONPATH PYTHONHOME TRITON_INTERPRET
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     "$torch" "triton==$oldest.*" "numpy<2.4" pytest pytest-timeout pytest-xdist hypothesis
 "$venv/bin/python" -c 'import triton; print("Triton", triton.__version__)'
-"$venv/bin/python" -m pytest -q -p no:cacheprovider tests/kernels/
+"$venv/bin/python" -m pytest -q -p no:cacheprovider -m "exhaustive or not exhaustive" tests/kernels/

@@ -107,6 +107,7 @@ def test_ours_is_held_to_the_contract() -> None:
     assert record["speedup"] is None and record["noise"] is None
 
 
+@pytest.mark.exhaustive
 def test_network_providers_agree_with_batch_size_one() -> None:
     inputs = make_inputs(NETWORK, 6)
     truth = exact(NETWORK, inputs)

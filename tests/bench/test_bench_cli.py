@@ -104,6 +104,7 @@ def test_list(tiny, capsys) -> None:
     assert "tiny-heavy" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_the_package_needs_nothing_of_the_source_tree() -> None:
     """Every module of moso_fast.bench and its command are there where `benches` is not."""
     script = (

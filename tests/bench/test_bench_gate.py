@@ -24,6 +24,7 @@ needs_valgrind = pytest.mark.skipif(
 SIZES = (10, 200, 40)
 
 
+@pytest.mark.exhaustive
 @needs_native
 @needs_valgrind
 def test_instructions_repeat_and_a_slower_kernel_shows() -> None:

@@ -12,6 +12,7 @@ from benches import readme
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.generated
 @pytest.mark.skipif(
     not (ROOT / readme.RESULTS).is_file(), reason=f"no full run is committed yet: {readme.RESULTS}"
 )
@@ -20,6 +21,7 @@ def test_block_is_what_the_results_give() -> None:
     assert readme.rewritten(text) == text, "run `python benches/readme.py`"
 
 
+@pytest.mark.generated
 @pytest.mark.parametrize("page", readme.pages(), ids=lambda page: page.name)
 def test_numbers_agree_with_their_files(page: Path) -> None:
     assert readme.page_errors(page, page.read_text(encoding="utf-8")) == []

@@ -46,6 +46,7 @@ def test_a_run_writes_json_charts_and_page(tiny, tmp_path, capsys) -> None:
     assert (tmp_path / "small.html").read_text() == text
 
 
+@pytest.mark.exhaustive
 def test_a_run_has_the_libraries_where_asked(tiny, tmp_path) -> None:
     command = ["--out", str(tmp_path), "--measure", "time", "--case", "tiny-heavy", "--quiet"]
     named = {}
@@ -116,6 +117,7 @@ def test_bad_input_is_exit_code_2(tiny, tmp_path, capsys) -> None:
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_two_runs_are_compared(tiny, tmp_path, capsys) -> None:
     for folder in ("a", "b"):
         command = ["--case", "tiny", "--measure", "time", "--quiet", "--no-charts", "--out"]
@@ -156,6 +158,7 @@ def test_exponents() -> None:
             growth.fit_exponent(*bad)
 
 
+@pytest.mark.exhaustive
 def test_growth_along_rows(tiny, tmp_path, monkeypatch, capsys) -> None:
     """Measured alone it has no case to draw; the run that adds one draws both."""
     small = replace(growth.AXES["N"][0], classes=10, dim=16)
@@ -209,6 +212,7 @@ def test_the_speed_chart_names_what_was_measured() -> None:
     assert names == ["best plain PyTorch", "naive closed form"]
 
 
+@pytest.mark.exhaustive
 def test_every_command_answers_for_itself() -> None:
     for words, code in ((["--help"], 0), ([], 0), (["nonsense"], 2), (["run", "--list"], 0)):
         child = subprocess.run(

@@ -79,6 +79,7 @@ def test_flipped_labels_are_wrong_exactly_where_the_mask_says():
     assert not torch.equal(flip_labels(labels, 0.1, seed=3)[0], flipped)
 
 
+@pytest.mark.exhaustive
 def test_network_learns_and_depends_on_its_seed_alone():
     digits = load_digits(0)
     torch.manual_seed(1)
@@ -108,6 +109,7 @@ def test_batched_closed_form_equals_the_autograd_loop():
     )
 
 
+@pytest.mark.exhaustive
 def test_numbers_of_a_run(run):
     result, summary, ticks = run
     assert len(ticks) == TINY.total_work()
@@ -182,6 +184,7 @@ def test_each_method_keeps_what_its_score_says(monkeypatch):
     assert result.found["loss"] == [pytest.approx(float(found))]
 
 
+@pytest.mark.exhaustive
 def test_same_seed_same_numbers(run):
     _, summary, _ = run
     threads = torch.get_num_threads()
@@ -277,6 +280,7 @@ def test_findings_claim_no_gain_that_the_numbers_do_not_show():
     assert "no score beat random clearly" in findings(summary)[0]
 
 
+@pytest.mark.exhaustive
 def test_files_of_a_run(run, tmp_path):
     result, summary, _ = run
     (tmp_path / "mine.txt").write_text("kept")
@@ -345,6 +349,7 @@ def command(monkeypatch):
     return lambda *args: CliRunner().invoke(app, ["--quick", *map(str, args)])
 
 
+@pytest.mark.exhaustive
 def test_command_prints_report_or_json_and_writes_files(command, run, tmp_path):
     _, summary, _ = run
     printed = command("--out", tmp_path / "a")

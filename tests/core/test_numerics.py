@@ -270,6 +270,7 @@ def test_bitwise_equal_over_runs(backend, name):
     assert_same_bits(first, bits(backend, copies))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["few classes", "many classes", "heads", "sequences"])
 @each_backend
 def test_chunk_sizes_differ_by_rounding_only(backend, name):

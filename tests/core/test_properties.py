@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from core_support import (
@@ -204,6 +205,7 @@ def test_two_class_softmax_is_logistic_regression(drawn):
     assert_same(case, two.el2n, one.el2n * 2**0.5)
 
 
+@pytest.mark.exhaustive
 @laws
 @given(cases(heads=(None,), least=2))
 def test_finite_differences(drawn):

@@ -253,6 +253,7 @@ def test_one_counted_sequence_has_no_others(backend):
         moso_scores(*case.args, backend=backend, **case.options)
 
 
+@pytest.mark.exhaustive
 @each_backend
 def test_many_sequences_under_every_cut(backend):
     """Sequences stay whole: a chunk is chunk_size rows at most, or one longer sequence."""

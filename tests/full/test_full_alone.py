@@ -42,6 +42,7 @@ def check(model: nn.Module, g: Tensor, loader: DataLoader, **options: Any) -> Sc
     return table
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", ["offsets", "dict", "ends", "lengths", "weights"])
 @pytest.mark.parametrize("texts", [Texts(), Texts(1, 0), Texts(1, 1)], ids=["0-8", "0-1", "1"])
 @pytest.mark.parametrize("by_value", [False, True])

@@ -25,6 +25,7 @@ def score(
     return scorer.score(TensorDataset(inputs, labels), formula=formula)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_and_formula_in_double_precision(name: str) -> None:
     model, (inputs, labels) = build(name), data(name, N)
@@ -40,6 +41,7 @@ def test_every_model_and_formula_in_double_precision(name: str) -> None:
     torch.testing.assert_close(table.metrics["loss"], losses, rtol=1e-10, atol=0)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_in_single_precision(name: str) -> None:
     inputs, labels = data(name, N)
@@ -50,6 +52,7 @@ def test_every_model_in_single_precision(name: str) -> None:
     assert (table.scores - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.exhaustive
 def test_what_is_traced_and_what_falls_back() -> None:
     for name in MODELS:
         facts = score(build(name), *data(name, N)).provenance
@@ -101,6 +104,7 @@ class Transpose(nn.Module):
         return x.transpose(1, 2)
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=25, deadline=None)
 @given(networks())
 def test_random_architectures(model: nn.Module) -> None:
@@ -116,6 +120,7 @@ def test_random_architectures(model: nn.Module) -> None:
     assert table.provenance["norms_explicit"] == []
 
 
+@pytest.mark.exhaustive
 def test_autocast_has_the_stated_error() -> None:
     for name in ("cnn", "vit"):
         inputs, labels = data(name, N)

@@ -203,6 +203,7 @@ class Squeezes(nn.Module):
         return self.fc(self.mix(tokens.squeeze()).tanh().mean(1).view(-1, 6))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["features", "logits", "weights", "silent"])
 def test_models_that_fail_in_a_batch_of_one(kind: str) -> None:
     torch.manual_seed(0)

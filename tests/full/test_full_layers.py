@@ -129,6 +129,7 @@ def test_bags_of_more_words_than_16_bits_count() -> None:
     assert found[0].provenance["norms_explicit"] == []
 
 
+@pytest.mark.exhaustive
 def test_sparse_gradients() -> None:
     torch.manual_seed(0)
     for padding in (None, 3):
@@ -217,6 +218,7 @@ class Packed(nn.Module):
         return self.fc(mixed if order is None else mixed[order.argsort()])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("outputs", [True, False])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_packed_sequences(kind: type[nn.RNNBase], outputs: bool) -> None:

@@ -78,6 +78,7 @@ class Stream(IterableDataset):
         return iter(list(samples()))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["tensors", "items", "loader", "stream"])
 @pytest.mark.parametrize("partition", [None, 3])
 def test_checkpoints_and_parts(kind: str, partition: int | None) -> None:
@@ -98,6 +99,7 @@ def test_checkpoints_and_parts(kind: str, partition: int | None) -> None:
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+@pytest.mark.exhaustive
 def test_metrics_are_those_of_the_last_layer() -> None:
     table = full(build("cnn")).score(samples(), checkpoints())
     other = MoSoScorer(build("cnn"), batch_size=5, progress=False).score(samples(), checkpoints())
@@ -131,6 +133,7 @@ class StopsAt(Listed):
         return super().__getitem__(index)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("at_pass", [1, 3, 4])
 def test_interrupted_run_goes_on_bitwise(tmp_path: Path, at_pass: int) -> None:
     """Two passes a checkpoint: what was finished is not computed again."""
@@ -149,6 +152,7 @@ def test_interrupted_run_goes_on_bitwise(tmp_path: Path, at_pass: int) -> None:
     assert again.passes == 0
 
 
+@pytest.mark.exhaustive
 def test_folder_of_a_different_run(tmp_path: Path) -> None:
     full(build("cnn")).score(samples(), checkpoints(), resume=tmp_path)
     for options, message in (
@@ -176,6 +180,7 @@ class Noisy(Listed):
         return x + torch.randn(x.shape, dtype=x.dtype) + random.random(), y
 
 
+@pytest.mark.exhaustive
 def test_views_are_averaged_and_repeatable() -> None:
     views, model = 3, build("cnn")
     table = full(model, views=views).score(Noisy(samples()), partition=2, seed=8)
@@ -206,6 +211,7 @@ def test_random_augmentation_is_refused_without_views() -> None:
         full(build("cnn")).score(Noisy(samples()))
 
 
+@pytest.mark.exhaustive
 def test_ignored_and_excluded_samples() -> None:
     inputs, labels = samples().tensors
     left_out = torch.arange(N) % 4 == 1
@@ -281,6 +287,7 @@ def test_callable_loss_and_dict_batches() -> None:
     assert "loss" in table.provenance["loss"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "mse", "soft"])
 def test_named_losses(loss: str) -> None:
     inputs, labels = samples().tensors
@@ -356,6 +363,7 @@ def test_near_converged_losses_keep_their_ranking() -> None:
     assert table.metrics["loss"].max() < 1e-6
 
 
+@pytest.mark.exhaustive
 def test_chunks_are_halved_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = full(build("cnn"), batch_size=17).score(samples())
     first, sizes = FullGradient._first, []
@@ -517,6 +525,7 @@ class Powers:
         return outputs.square().sum(1)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("first", "then", "message"),
     [
@@ -537,6 +546,7 @@ def test_every_setting_that_decides_the_statistics_binds(
         full(build("cnn"), **then).score(samples(), checkpoints(), resume=tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_the_seed_of_the_views_binds(tmp_path: Path) -> None:
     scorer = full(build("cnn"), views=2)
     scorer.score(samples(), checkpoints(), resume=tmp_path, seed=1)

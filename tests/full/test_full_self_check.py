@@ -29,6 +29,7 @@ def narrow(seed: int) -> tuple[nn.Module, Tensor, Tensor]:
     return nn.Sequential(*layers), torch.randn(12, 6), torch.randint(3, (12,))
 
 
+@pytest.mark.exhaustive
 def test_gradients_that_are_nearly_all_rounding() -> None:
     repeated = 0
     for seed in SEEDS:
@@ -65,6 +66,7 @@ def test_model_has_its_own_numbers_back() -> None:
     assert network.dtype is None
 
 
+@pytest.mark.exhaustive
 def test_gradients_that_the_caller_has_left() -> None:
     """They have the parameters' dtype: none can stay while that is float64."""
     repeated = 0

@@ -210,6 +210,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
 }
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_exact(name: str) -> None:
     build_it, explicit, alignment = CASES[name]
@@ -366,6 +367,7 @@ def test_compiled_model_and_other_dtype() -> None:
     torch.testing.assert_close(table.scores.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_under_inference_mode_and_autocast_of_the_caller() -> None:
     inputs, labels = data("cnn", N)
     model = build("cnn", torch.float32)

@@ -243,6 +243,7 @@ def test_searches_only_on_request_and_only_on_a_gpu(monkeypatch, path) -> None:
     assert found("cuda") == Tile(32)
 
 
+@pytest.mark.exhaustive
 def test_importing_it_imports_no_triton(tmp_path: Path) -> None:
     code = (
         "import sys, moso_fast.backends.triton.autotune; "

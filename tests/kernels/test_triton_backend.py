@@ -482,6 +482,7 @@ def test_import_and_availability_do_not_import_triton(tmp_path: Path) -> None:
     run_python(code, tmp_path)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "file", ["test_triton_scoring.py", "test_triton_memory.py", "test_triton_narrow.py"]
 )

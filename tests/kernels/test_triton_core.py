@@ -29,6 +29,7 @@ LEFT_OUT = (
 )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "file",
     ["test_engine.py", "test_engine_verdict.py", "test_engine_waits.py", "test_functional.py"],

@@ -10,6 +10,7 @@ from interpreter import run_interpreted
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("file", ["test_few_classes_first.py", "test_few_classes_second.py"])
 def test_in_interpreter(file: str, tmp_path: Path) -> None:
     run_interpreted(file, tmp_path)

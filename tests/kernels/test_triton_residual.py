@@ -10,6 +10,7 @@ from interpreter import run_interpreted
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "file",
     [

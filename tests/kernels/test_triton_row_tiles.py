@@ -10,6 +10,7 @@ from interpreter import run_interpreted
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("file", ["test_row_tiles.py", "test_row_norms.py"])
 def test_in_interpreter(file: str, tmp_path: Path) -> None:
     run_interpreted(file, tmp_path)

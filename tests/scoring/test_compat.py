@@ -205,6 +205,7 @@ def test_parts_are_those_of_the_authors() -> None:
     assert contiguous_parts(11, 3) == [range(0, 3), range(3, 6), range(6, 11)]
 
 
+@pytest.mark.exhaustive
 def test_help_in_a_process_of_its_own() -> None:
     root = str(Path(moso_fast.__file__).parents[1])
     done = subprocess.run(

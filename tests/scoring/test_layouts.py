@@ -14,11 +14,13 @@ def of(gradient: str) -> list[Layout]:
     return [one for one in LAYOUTS if getattr(one, attribute) != NOT_TRIED]
 
 
+@pytest.mark.quick(30)
 @pytest.mark.parametrize("layout", of("last_layer"), ids=lambda one: one.name)
 def test_last_layer(layout: Layout) -> None:
     check(layout, "last_layer")
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("layout", of("full"), ids=lambda one: one.name)
 def test_whole_network(layout: Layout) -> None:
     check(layout, "full")

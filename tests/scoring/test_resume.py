@@ -152,6 +152,7 @@ test_resume.score({folder!r}, Kills(3))
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_process(tmp_path: Path) -> None:
     paths = [str(Path(__file__).parent), str(Path(moso_fast.__file__).parents[1])]

@@ -151,6 +151,7 @@ def test_all_parts_start_from_the_same_weights_and_read_only_their_samples(data)
     assert len(watched.reads) == len(expected)
 
 
+@pytest.mark.exhaustive
 def test_it_learns():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(120, D, generator=generator)
@@ -193,6 +194,7 @@ def test_every_keeps_the_last_epoch_too(data, every, kept):
     assert [c.step for c in surrogate.checkpoints] == kept
 
 
+@pytest.mark.exhaustive
 def test_training_transform_is_seeded_and_used_in_training(data):
     def jitter(x):
         return x + torch.randn_like(x)
@@ -212,6 +214,7 @@ def test_workers_give_the_same_weights(data):
     assert same(weights(serial), weights(workers))
 
 
+@pytest.mark.exhaustive
 def test_soft_labels(data):
     inputs, labels = data.tensors
     soft = TensorDataset(inputs, F.one_hot(labels, C).float())
@@ -239,6 +242,7 @@ def test_files_have_the_authors_layout_and_the_same_weights(data, tmp_path):
     assert torch.equal(partition, partition_ids(N, 3, 0))
 
 
+@pytest.mark.exhaustive
 def test_finished_parts_are_not_trained_again(data, tmp_path):
     first = train_surrogates(Net, data, **QUICK, out=tmp_path)
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.iterdir()}
@@ -258,6 +262,7 @@ def test_finished_parts_are_not_trained_again(data, tmp_path):
     ]
 
 
+@pytest.mark.exhaustive
 def test_killed_run_continues_with_the_same_result(data, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_surrogates(Net, Watched(data, stop_after=N + 60), **QUICK, out=tmp_path)
@@ -270,6 +275,7 @@ def test_killed_run_continues_with_the_same_result(data, tmp_path):
     assert same([torch.load(f, weights_only=True)["net"] for f in files], expected)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("change", "key"),
     [
@@ -381,6 +387,7 @@ def test_scores_are_those_of_each_parts_own_surrogate(data):
     assert table.per_checkpoint["alignment"].shape == (3, N)
 
 
+@pytest.mark.exhaustive
 def test_scorer_arguments_are_passed_on(data):
     surrogates = train_surrogates(Net, data, **QUICK)
     plain = score_surrogates(surrogates, Net, data, samples=None, progress=False)
@@ -394,6 +401,7 @@ def test_scorer_arguments_are_passed_on(data):
         assert abs(zscore.scores[surrogate.index].mean()) < 1e-5
 
 
+@pytest.mark.exhaustive
 def test_scoring_continues_from_its_folder(data, tmp_path):
     surrogates = train_surrogates(Net, data, **QUICK)
     once = score_surrogates(surrogates, Net, data, samples=2, progress=False)

@@ -40,14 +40,23 @@ def run_python(code: str, cwd: Path, *arguments: str) -> str:
 def run_interpreted(file: str, cwd: Path, *, select: str | None = None) -> None:
     """Run ``file``; fail with the child's report unless every test in it passed.
 
-    ``file`` is in tests/kernels/interpreted, or in tests/kernels with ``select``, pytest's
-    expression for the tests to run, of which some may skip.
+    ``file`` is in tests/kernels/interpreted, or in tests/core with ``select``, pytest's expression
+    for the tests to run, of which some may skip. All their parameter sets are run.
     ``cwd`` is an empty folder: the source tree does not slip in for the package under test.
     """
     environment = child_environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     command = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    path = FOLDER / file if select is None else FOLDER.parent / file
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning:triton"]
+    path = FOLDER / file if select is None else FOLDER.parents[1] / "core" / file
+    options = [
+        "-q",
+        "--tb=short",
+        "-m",
+        "not gpu",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore::RuntimeWarning:triton",
+    ]
     chosen = [] if select is None else ["-k", select]
     if importlib.util.find_spec("xdist"):  # each test is one thread's work, for seconds
         options += ["-n", str(min(4, os.cpu_count() or 1)), "-p", "no:benchmark"]

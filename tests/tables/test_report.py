@@ -50,6 +50,7 @@ def assert_picture(path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file left
 
 
+@pytest.mark.exhaustive
 def test_histogram_shows_every_share(tmp_path, drawn, table):
     groups = {"clean": table.scores, "flipped": table.scores[:100] - 3}
     path = report.score_histogram(groups, tmp_path / "h.png", cut=0.0)
@@ -61,6 +62,7 @@ def test_histogram_shows_every_share(tmp_path, drawn, table):
     assert [float(sum(values)) for values in outlines] == pytest.approx([100.0] * 4)
 
 
+@pytest.mark.exhaustive
 def test_histogram_of_outliers_and_of_one_value(tmp_path, drawn):
     scores = torch.cat([torch.linspace(0, 1, 1000), torch.tensor([1e6, -1e6])])
     report.score_histogram({"all": scores}, tmp_path / "h.png")
@@ -93,6 +95,7 @@ def test_extremes_are_the_lowest_and_the_highest(tmp_path, drawn):
     assert titles == [f"class {i}\n{float(scores[i]):.2g}" for i in wanted]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shape", [(1, 8, 8), (5, 8, 6), (23, 8, 8, 3)])
 def test_extremes_of_few_images_and_of_colour(tmp_path, shape):
     count = shape[0]
@@ -129,6 +132,7 @@ def test_auroc_is_that_of_scikit_learn(generator):
         assert report.auroc(torch.tensor([NAN, other]), torch.tensor([True, False])) == 0.0
 
 
+@pytest.mark.exhaustive
 def test_panels_of_metrics(tmp_path, drawn, table):
     table.metrics["loss"] = table.scores.clone()
     table.metrics["entropy"] = torch.full((300,), torch.nan)  # as for the loss "mse"
@@ -137,6 +141,7 @@ def test_panels_of_metrics(tmp_path, drawn, table):
     assert titles["loss"] == "rank corr. +1.00" and "entropy" not in titles
 
 
+@pytest.mark.exhaustive
 def test_bands_of_checkpoints(tmp_path, drawn, table):
     assert_picture(report.checkpoint_bands(table, tmp_path / "c.png"))
     medians = drawn[0].axes[0].lines[0].get_ydata()
@@ -197,6 +202,7 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
         report.score_histogram({"a": torch.rand(9)}, tmp_path / "h.png")
 
 
+@pytest.mark.exhaustive
 def test_arrays_and_lists_are_drawn_as_tensors_are(tmp_path, drawn, generator):
     scores, wrong = torch.rand(12, generator=generator), torch.arange(12) % 3 == 0
     images, names = torch.rand(12, 4, 4, generator=generator), [f"class {i % 2}" for i in range(12)]

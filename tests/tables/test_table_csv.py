@@ -155,6 +155,7 @@ def test_columns_of_text_are_left_out_with_a_warning(tmp_path):
     assert list(table.metrics) == ["loss"]
 
 
+@pytest.mark.exhaustive
 def test_many_rows_are_read_block_by_block(tmp_path):
     rows = 140_000
     lines = [f"{2 * i};{i / 8:.3f}".replace(".", ",") for i in range(rows)]

@@ -73,6 +73,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     return {each["unit"]: each for each in report["results"]}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("gpu", ["Fake GPU", ""])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_in_every_stage_costs_no_other_result(kind, gpu, stages, tmp_path) -> None:
@@ -132,6 +133,7 @@ def left_over(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.exhaustive
 def test_the_next_run_does_what_was_not_done_and_nothing_else(stages, tmp_path) -> None:
     faults = {"kernels two": "signal", "calls three": "triton"}
     assert check(tmp_path, faults).returncode == 1
@@ -202,6 +204,7 @@ def wait_for(path: Path, text: str) -> None:
     raise AssertionError(f"{text!r} never came")
 
 
+@pytest.mark.exhaustive
 def test_what_the_time_did_not_suffice_for_is_left_and_no_failure(tmp_path) -> None:
     faults = {"smoke two": "hang", "smoke three": "hang"}
     first = check(tmp_path, faults, "--seconds", "8.5", FAKE_GPU_LIMIT="30")
@@ -238,6 +241,7 @@ def test_a_stage_has_its_share_and_goes_on_when_the_others_had_theirs(tmp_path) 
     assert done.stdout.rstrip().endswith("nothing is left")
 
 
+@pytest.mark.exhaustive
 def test_what_hangs_or_dies_twice_is_not_run_again(tmp_path) -> None:
     faults = {"kernels one": "hang", "kernels two": "signal"}
     done = check(tmp_path, faults, FAKE_GPU_CONTENDER="cuda")
@@ -263,6 +267,7 @@ def test_results_of_another_folder_are_gone_on_with(tmp_path) -> None:
     assert absent.returncode == 1 and "there is no results.jsonl in it" in absent.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_table_that_cannot_be_made_ends_no_run(stages, tmp_path) -> None:
     """What is printed must never cost what is measured."""
     script = START.replace(
@@ -341,6 +346,7 @@ def test_tables_are_made_of_what_a_gpu_gives(stages) -> None:
     assert "0.8125" in text["calls"]
 
 
+@pytest.mark.exhaustive
 def test_a_stage_that_cannot_be_planned_fails_alone(stages, tmp_path) -> None:
     done = check(tmp_path, FAKE_GPU_PLAN="profile")
     assert done.returncode == 1

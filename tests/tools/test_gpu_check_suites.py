@@ -90,6 +90,7 @@ def suite(tmp_path: Path, text: str) -> dict[str, Any]:
     return {"name": "made/up", "tests": [str(path)], "scratch": str(tmp_path)}
 
 
+@pytest.mark.exhaustive
 def test_a_lost_context_costs_the_tests_of_one_process_no_more(tmp_path, monkeypatch) -> None:
     """An error that stays with the process would fail every test behind it."""
     suites = work("suites")
@@ -108,6 +109,7 @@ def test_a_lost_context_costs_the_tests_of_one_process_no_more(tmp_path, monkeyp
     assert passed >= 4, told
 
 
+@pytest.mark.exhaustive
 def test_failing_tests_are_named_and_counted(tmp_path) -> None:
     text = "import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2, 'not alike'\n"
     text += "@pytest.mark.skip\ndef test_c(): pass\n"
@@ -184,6 +186,7 @@ def test_what_the_sanitizer_finds_is_a_failure(tmp_path, monkeypatch) -> None:
 # --- the network
 
 
+@pytest.mark.exhaustive
 def test_a_wrong_network_gets_no_number(monkeypatch) -> None:
     network = work("network")
     honest = network.authors_loop

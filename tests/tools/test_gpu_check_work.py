@@ -34,6 +34,7 @@ def run_check(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.exhaustive
 def test_a_dry_run_ends_and_the_next_goes_on(tmp_path: Path) -> None:
     done = run_check(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -37,6 +37,7 @@ def passes(tool: Any, contender: str, precision: str, data: list[torch.Tensor]) 
     return [name for name, _ in compiled[:before]]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype, precision", [("bfloat16", "medium"), ("float32", "highest")])
 @pytest.mark.parametrize(
     "contender, head",
@@ -57,6 +58,7 @@ def test_a_regime_compiles_and_is_launched_again(tool, contender, head, dtype, p
     assert passes(tool, contender, precision, list(data))
 
 
+@pytest.mark.exhaustive
 def test_other_losses_compile(tool) -> None:
     problem = importlib.import_module("moso_fast.core.problem")
     kernels = importlib.import_module("benches.gpu.check.work.kernels")

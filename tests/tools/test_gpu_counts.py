@@ -32,6 +32,7 @@ def built() -> None:
         pytest.skip("moso_fast._cuda, whose plans and code are looked at, is not built")
 
 
+@pytest.mark.generated
 @compiles
 def test_launches_are_those_that_are_counted(load) -> None:
     script = load("model.predictions")
@@ -41,6 +42,7 @@ def test_launches_are_those_that_are_counted(load) -> None:
         assert abs(once - committed[name][0]) <= 4 and abs(each - committed[name][1]) <= 4, name
 
 
+@pytest.mark.generated
 @compiles
 def test_instructions_are_those_that_the_compiler_makes(load) -> None:
     instructions, occupancy = load("model.instructions"), load("model.occupancy")
@@ -57,6 +59,7 @@ def test_instructions_are_those_that_the_compiler_makes(load) -> None:
         assert abs(committed[case][phase][1] - barriers) <= 3, phase
 
 
+@pytest.mark.generated
 def test_loops_of_cuda_kernels_are_those_that_were_counted(load, built, tmp_path) -> None:
     """Innermost loops that multiply: the last one makes the gradient, those before the logits."""
     if "90a" not in build_info().get("cuda_architectures", []):

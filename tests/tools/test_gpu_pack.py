@@ -51,7 +51,7 @@ def test_the_archive_is_the_checkout_and_what_was_built(pack, monkeypatch, tmp_p
             names = {info.name for info in file}
             assert all(info.uid == 0 and not info.uname for info in file)
         assert f"moso_fast/build/{folder.name}/commit" in names
-        wanted = ("Makefile", "kernels/tiles.py", "moso_fast/scorer.py", "tests/gpu/conftest.py")
+        wanted = ("Makefile", "kernels/tiles.py", "moso_fast/scorer.py", "tests/conftest.py")
         assert {f"moso_fast/{name}" for name in wanted} <= names
         assert not any(".git/" in name or "__pycache__" in name for name in names)
         monkeypatch.setattr(pack, "MOST_BYTES", 10_000)

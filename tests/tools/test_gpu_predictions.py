@@ -54,6 +54,7 @@ def built() -> None:
         pytest.skip("moso_fast._cuda, whose plans are part of the table, is not built")
 
 
+@pytest.mark.generated
 def test_committed_predictions_follow_the_code(script, built) -> None:
     found = script.record()
     assert script.JSON_FILE.read_text(encoding="utf-8") == script.dump(found)

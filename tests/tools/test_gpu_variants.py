@@ -22,6 +22,7 @@ def variants(*arguments: str, interpret: bool = True) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.exhaustive
 def test_every_variant_runs(tmp_path) -> None:
     out = tmp_path / "variants.jsonl"
     done = variants("--out", str(out))
@@ -34,6 +35,7 @@ def test_every_variant_runs(tmp_path) -> None:
     assert {part for part, _ in names} == parts
 
 
+@pytest.mark.exhaustive
 def test_one_share_is_compiled_by_one_process(tmp_path) -> None:
     done = variants("--part", "sweeps", "--compile", "1/3")
     assert done.returncode == 0 and done.stdout == ""

@@ -11,6 +11,8 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+pytestmark = pytest.mark.generated
+
 
 @pytest.fixture
 def resources():

@@ -18,6 +18,8 @@ from aot import ARCHITECTURES
 from aot_few_classes import cases
 from aot_products import ProductCase, instructions, sums_leave_tensor_cores
 
+pytestmark = pytest.mark.quick(1)
+
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 CASES = [
     pytest.param(case, arch, id=f"{case.name}-sm_{arch}")

@@ -15,6 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from aot_products import ProductCase, instructions, product_cases, sums_leave_tensor_cores
 
+pytestmark = pytest.mark.quick(1)
+
 CASES = [
     pytest.param(case, arch, id=f"{case.name}-sm_{arch}")
     for case in product_cases()

@@ -13,6 +13,8 @@ import triton.language as tl  # noqa: E402
 from aot import compile_kernel  # noqa: E402
 from aot_races import overwritten_operands  # noqa: E402
 
+pytestmark = pytest.mark.quick(1)
+
 CASES = [
     case
     for cases in (

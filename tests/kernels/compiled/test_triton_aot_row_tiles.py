@@ -17,6 +17,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from aot_products import ProductCase, instructions, spilled, sums_leave_tensor_cores
 from aot_row_tiles import column_cases, plain_cases, row_tiles_cases
 
+pytestmark = pytest.mark.quick(1)
+
 CASES = (
     [
         pytest.param(case, arch, id=f"{case.name}-sm_{arch}")

@@ -112,6 +112,7 @@ def test_medium_precision(monkeypatch, variant, dtype, rows, classes, dim, heads
         assert (error > 1e-6) == rounds
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", [True, False])
@@ -187,6 +188,7 @@ def peak_bytes(tmp_path, *sizes):
     return int(run_python(_PEAK, tmp_path, *map(str, sizes)))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_peak_memory(tmp_path):
     results = 6 * 4  # bytes a row that the caller keeps
@@ -362,6 +364,7 @@ print("hangs" if status == (0, 0) else os.waitstatus_to_exitcode(status[1]))
 """
 
 
+@pytest.mark.exhaustive
 def test_a_child_of_plain_fork_can_score(tmp_path):
     """Nothing tells such a child that it is one, but for its process id."""
     assert run_python(FORKED, tmp_path) == "0\n"

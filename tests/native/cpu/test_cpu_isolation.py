@@ -66,6 +66,7 @@ def inline_files() -> list[Path]:
     return sorted(SIMD.glob("*-inl.h"))
 
 
+@pytest.mark.exhaustive
 def test_each_file_includes_what_it_needs() -> None:
     assert len(inline_files()) > 10
     for file in inline_files():
@@ -94,6 +95,7 @@ def weak_functions(object_file: Path) -> list[str]:
     return [line.split()[-1] for line in lines if " W " in line]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not X86, reason="other processors have one instruction set")
 @pytest.mark.parametrize("variant", ["baseline", "avx512", "amx"])
 def test_inline_functions_are_of_their_instruction_set(tmp_path: Path, variant: str) -> None:

@@ -28,7 +28,10 @@ from moso_fast.core.problem import build_problem
 from moso_fast.core.reference import closed_form_stats, explicit_stats
 from moso_fast.functional import last_layer_stats, moso_scores
 
-pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs a C++ compiler"),
+    pytest.mark.quick(1),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ERROR = {"highest": 1e-5, "high": 2e-3, "medium": 1e-2}

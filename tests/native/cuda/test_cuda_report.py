@@ -157,12 +157,14 @@ def count(opcodes: Counter[str], pattern: str) -> int:
     return sum(n for name, n in opcodes.items() if re.fullmatch(pattern, name))
 
 
+@pytest.mark.exhaustive
 def test_local_memory_is_never_touched(instructions) -> None:
     assert set(instructions) == EVERY
     for kernel, opcodes in instructions.items():
         assert count(opcodes, r"(LDL|STL).*") == 0, kernel
 
 
+@pytest.mark.exhaustive
 def test_matrix_products_and_wide_loads_are_there(instructions) -> None:
     for kernel, opcodes in instructions.items():
         if kernel.name == "reduce":
@@ -188,6 +190,7 @@ def test_waits_are_bounded_in_debug_builds_alone(instructions) -> None:
         assert (count(opcodes, r"BPT\.TRAP") > 0) == (debug and kernel.name in FIRST), kernel
 
 
+@pytest.mark.exhaustive
 def test_debug_builds_end_a_wait_without_end(monkeypatch, tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[3]
     if not (root / "csrc" / "cuda").is_dir() or tools() is None:

@@ -1,14 +1,17 @@
 """What setup.py builds: which native modules, with which compilers, and why the rest is left out.
 
-The native modules know neither torch nor a GPU, so compilers are all that decides.
+The native modules do not know torch, so compilers and wishes are all that decides.
 MOSO_FAST_BUILD says what is wanted:
 
-auto   (default) moso_fast._cpu where a C++ compiler is found, moso_fast._cuda where nvcc is found
+auto   (default) moso_fast._cpu where a C++ compiler is found; moso_fast._cuda where nvcc is found
+       too and the machine has a GPU, for that GPU alone: CUDA takes most of an installation.
+       A wheel that is built to be passed on has it for every GPU
 none   pure Python
 cpu    moso_fast._cpu, or an error
-cuda   moso_fast._cpu and moso_fast._cuda, or an error
+cuda   moso_fast._cpu and, for every GPU, moso_fast._cuda, or an error
+all    every native module, or an error: at present the same as cuda
 
-MOSO_FAST_CUDA_ARCHITECTURES ("80 90a") restricts the GPUs compiled for, which saves build time.
+MOSO_FAST_CUDA_ARCHITECTURES ("80 90a", or "all") says for which GPUs, also where there is none.
 MOSO_FAST_CUDA_DEBUG=1 has kernels that wait for bytes which never come end with an error after
 seconds instead of hanging, and keeps line numbers for profilers.
 """
@@ -20,10 +23,11 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from native_gpu import architecture_of, capabilities, output_of
 
 MODULES = ("_cpu", "_cuda")
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -31,6 +35,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "none": (),
     "cpu": ("_cpu",),
     "cuda": ("_cpu", "_cuda"),
+    "all": MODULES,
 }
 INFO_NAME = "_build_info.json"
 # Binary code for A100, H100/H200 and B200, and PTX of the newest. The backend offers its kernels
@@ -64,9 +69,32 @@ class Plan:
         """Names of the native modules to build."""
         return [name for name in MODULES if name not in self.missing and not self.error]
 
+    @property
+    def required(self) -> list[str]:
+        """Names of those without which the build has failed: C++, and what was asked for."""
+        return [name for name in self.modules if name == "_cpu" or name in REQUIRED[self.mode]]
 
-def make_plan(env: Mapping[str, str]) -> Plan:
-    """Decide what to build from MOSO_FAST_BUILD and the compilers that are found."""
+
+def wheel_to_pass_on(argv: Sequence[str], env: Mapping[str, str]) -> bool:
+    """Whether setup.py's arguments build a wheel for other machines than this one.
+
+    pip and uv build a wheel too when they install from source; both leave their mark in the
+    environment. `pip wheel` and `uv build` look the same: there MOSO_FAST_BUILD=all asks for it.
+    """
+    installers = ("PIP_BUILD_TRACKER", "PIP_REQ_TRACKER", "UV")  # the second: pip before 22.1
+    return "bdist_wheel" in argv and not any(env.get(name) for name in installers)
+
+
+def make_plan(env: Mapping[str, str], pass_on: bool = False) -> Plan:
+    """Decide what to build from MOSO_FAST_BUILD and the compilers and GPUs that are found.
+
+    Parameters
+    ----------
+    env : mapping
+        The environment.
+    pass_on : bool
+        Whether the modules are for other machines too: then this one's GPUs do not matter.
+    """
     plan = Plan(mode=env.get("MOSO_FAST_BUILD", "").strip().lower() or "auto")
     if plan.mode not in REQUIRED:
         plan.error = f"MOSO_FAST_BUILD={plan.mode!r} is not one of {', '.join(REQUIRED)}"
@@ -86,15 +114,18 @@ def make_plan(env: Mapping[str, str]) -> Plan:
     else:
         plan.nvcc, plan.cuda_architectures, reason = find_nvcc(env)
         plan.cuda_debug = env.get("MOSO_FAST_CUDA_DEBUG", "").strip() not in ("", "0")
-        if reason:
-            plan.missing["_cuda"] = reason
-        elif env.get("MOSO_FAST_CUDA_ARCHITECTURES", "").strip():  # an explicit choice
-            plan.error = restrict_architectures(plan, env["MOSO_FAST_CUDA_ARCHITECTURES"])
+        names = env.get("MOSO_FAST_CUDA_ARCHITECTURES", "").strip()
+        if not reason and names:  # an explicit choice
+            plan.error = restrict_architectures(plan, names)
             if plan.error:
                 return plan
+        elif not reason and plan.mode == "auto" and not pass_on:
+            reason = choose_own_architectures(plan, capabilities(env, plan.nvcc))
+        if reason:
+            plan.missing["_cuda"] = reason
 
     unmet = [plan.missing[name] for name in REQUIRED[plan.mode] if name in plan.missing]
-    if plan.mode == "cuda" and not plan.cxx:
+    if "_cuda" in REQUIRED[plan.mode] and not plan.cxx:
         unmet[0] += ", and nvcc needs it too"
     if unmet:
         plan.error = f"MOSO_FAST_BUILD={plan.mode} cannot be met: {unmet[0]}"
@@ -147,12 +178,33 @@ def supported_architectures(gpu_codes: str) -> list[str]:
 
 def restrict_architectures(plan: Plan, names: str) -> str:
     """Keep the named architectures of the plan; return what is wrong with the names, or ""."""
+    if names.lower() == "all":
+        return ""
     wanted = re.split(r"[\s,;]+", names.strip())
     unknown = [name for name in wanted if name not in plan.cuda_architectures]
     if unknown:
-        known = " ".join(plan.cuda_architectures)
+        known = " ".join([*plan.cuda_architectures, "all"])
         return f"MOSO_FAST_CUDA_ARCHITECTURES names {unknown[0]!r}, which is not one of {known}"
     plan.cuda_architectures = [arch for arch in plan.cuda_architectures if arch in wanted]
+    return ""
+
+
+def choose_own_architectures(plan: Plan, of_machine: Sequence[str]) -> str:
+    """Keep what this machine's GPUs run; return why that is nothing, or ""."""
+    if not of_machine:
+        return (
+            "it was left out at installation, where nvcc was found but no GPU: "
+            "its kernels take minutes to compile"
+        )
+    names = ", ".join(f"sm_{capability}" for capability in of_machine)
+    own = {architecture_of(capability, CUDA_ARCHITECTURES) for capability in of_machine} - {None}
+    if not own:
+        known = ", ".join(f"sm_{arch}" for arch in CUDA_ARCHITECTURES)
+        return f"its kernels are for {known}, and this machine's GPU is {names}"
+    kept = [arch for arch in plan.cuda_architectures if arch in own]
+    if not kept:
+        return f"{plan.nvcc} is too old for this machine's GPU, {names}"
+    plan.cuda_architectures = kept
     return ""
 
 
@@ -166,15 +218,6 @@ def gencode_flags(architectures: Sequence[str]) -> list[str]:
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     newest = ptx_architecture(architectures)
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
-
-
-def output_of(command: Sequence[str]) -> str | None:
-    """Return what the command prints, or None where it cannot be run or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout
 
 
 def write_info(plan: Plan, folder: Path) -> None:

@@ -14,6 +14,7 @@ from moso_fast.bench.providers.ours import OURS
 from moso_fast.cli import main
 
 
+@pytest.mark.exhaustive
 def test_a_run_writes_its_results(tiny, tmp_path, capsys) -> None:
     command = ["bench", "--out", str(tmp_path), "--measure", "time"]
     assert main([*command, "--case", "tiny"]) == 0

@@ -23,6 +23,7 @@ from moso_fast.bench.providers.ours import OURS
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.exhaustive
 def test_a_run_writes_json_charts_and_page(tiny, tmp_path, capsys) -> None:
     command = ["--out", str(tmp_path), "--measure", "time"]
     assert run.main([*command, "--case", "tiny", "--no-charts"]) == 0

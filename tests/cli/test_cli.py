@@ -477,6 +477,7 @@ def test_without_typer_or_rich_the_extra_is_named(capsys, monkeypatch, package):
     assert 'pip install "moso-fast[cli]"' in result.err and result.err.count("\n") == 1
 
 
+@pytest.mark.exhaustive
 def test_exit_codes_reach_the_shell(folder):
     bad = spawn(SCORE + " --formula x", folder)
     assert (bad.returncode, bad.stdout) == (2, "")
@@ -485,6 +486,7 @@ def test_exit_codes_reach_the_shell(folder):
     assert good.returncode == 0 and good.stderr == "" and "o.parquet" in good.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not hasattr(signal, "SIGINT"), reason="needs signals")
 def test_ctrl_c_gives_130_and_leaves_nothing(folder):
     source = "--model cli_user_module:net --data cli_user_module:interrupting"
@@ -500,6 +502,7 @@ def test_ctrl_c_gives_130_and_leaves_nothing(folder):
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.exhaustive
 def test_a_closed_pipe_is_no_traceback(folder):
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -98,6 +98,7 @@ def test_accuracy_counts_right_answers():
     assert accuracy(torch.nn.Identity(), torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
 
 
+@pytest.mark.exhaustive
 def test_batched_closed_form_equals_the_autograd_loop():
     torch.manual_seed(0)
     digits = load_digits(0)

@@ -474,6 +474,7 @@ def test_a_gpu_of_another_generation_gets_the_tiles_of_the_oldest(
     assert triton_products.pick_tile(*arguments).name == "oldest"
 
 
+@pytest.mark.exhaustive
 def test_import_and_availability_do_not_import_triton(tmp_path: Path) -> None:
     code = (
         "import sys, moso_fast; moso_fast.backends(); "

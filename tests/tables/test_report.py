@@ -83,6 +83,7 @@ def test_pruning_curve_draws_means_and_bands(tmp_path, drawn):
     assert (band.ymin, band.ymax) == (79.0, 92.0)
 
 
+@pytest.mark.exhaustive
 def test_extremes_are_the_lowest_and_the_highest(tmp_path, drawn):
     images = torch.arange(30.0)[:, None, None].expand(30, 8, 8)
     scores = torch.randperm(30, generator=torch.Generator().manual_seed(0)).float()

@@ -217,7 +217,7 @@ def test_regimes_of_triton_read_once(regime, name, reads, queued, monkeypatch) -
     # Products by cuBLAS know no mask. Ahead of them bad rows must be cleared: a look at a chunk's
     # norms saves a copy of it. Where residuals are rounded a flag says whether a kernel that
     # leaves bad rows out must make the gradient sum instead.
-    where = "_narrow_first_pass" if name == "bfloat16" else "safe_features"
+    where = "_narrow_first" if name == "bfloat16" else "safe_features"
     looks = [f"_local_scalar_dense in {where}"] if regime == "blas" else []
     assert reads.found == [*looks, "tolist in _read"]
 
@@ -230,7 +230,7 @@ def test_triton_asks_for_bad_rows_once_a_chunk_and_never_under_capture(
     monkeypatch.setenv(REGIME_VARIABLE, "blas")
     given = random_case("ids", dtype=torch.bfloat16, **case)
     last_layer_stats(*given.args, backend="triton", chunk_size=6)
-    flag = "_local_scalar_dense in _narrow_first_pass"
+    flag = "_local_scalar_dense in _narrow_first"
     assert reads.found == [flag, flag, flag, "tolist in _read"]
     reads.found.clear()
     monkeypatch.setattr(engine, "_capturing", lambda problem: True)

@@ -85,9 +85,16 @@ class Regime(Passes):
     def fits(cls, problem: Problem) -> str | None:
         """Why this problem cannot run in this regime, or None."""
 
-    @abstractmethod
     def row_bytes(self) -> int:
-        """Bytes of working memory that every row of a chunk takes."""
+        """Bytes of working memory that every row of a chunk takes.
+
+        Its logits, and a copy of the features where cuBLAS cannot take them as they are.
+        """
+        problem = self.problem
+        a_row = 4 * problem.heads * problem.classes
+        if self.operand != problem.features.dtype:
+            a_row += 4 * problem.dim
+        return a_row
 
     def fixed_bytes(self) -> int:
         """Bytes of working memory that a chunk takes whatever its rows: partial sums."""

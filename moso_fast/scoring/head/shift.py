@@ -23,8 +23,8 @@ from ...sources.find_head import predicts_next_token
 _IGNORED = -100
 # The nearer reading is taken where the model's loss is that much nearer to it than to the other.
 _NEARER = 0.2
-# Readings that differ by less, relative to the loss, tell nothing.
-_APART = 1e-3
+# Readings that differ by less, relative to the loss, differ by rounding alone.
+_APART = 1e-5
 
 Forward = Callable[[], Any]
 

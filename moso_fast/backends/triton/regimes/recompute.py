@@ -50,14 +50,6 @@ class RecomputeRegime(Regime):
             return "it makes residuals again for cross-entropy with class ids alone"
         return None
 
-    def row_bytes(self) -> int:
-        """Logits, and a copy of the features where cuBLAS cannot take them as they are."""
-        problem = self.problem
-        a_row = 4 * problem.heads * problem.classes
-        if self.operand != problem.features.dtype:
-            a_row += 4 * problem.dim
-        return a_row
-
     def fixed_bytes(self) -> int:
         """Gradient sums and what is added to them, in float64, and their float32 partials."""
         return sum_bytes(self.problem)

@@ -45,14 +45,9 @@ class StoredRegime(Regime):
         return None
 
     def row_bytes(self) -> int:
-        """Logits, and a copy of the features where cuBLAS cannot take them as they are."""
-        problem = self.problem
-        a_row = 4 * problem.heads * problem.classes
-        if narrow_ones(problem):
-            a_row += 2 * problem.classes
-        if self.operand != problem.features.dtype:
-            a_row += 4 * problem.dim
-        return a_row
+        """Logits and copies, and rounded residuals where they do not lie in their place."""
+        narrow = 2 * self.problem.classes if narrow_ones(self.problem) else 0
+        return super().row_bytes() + narrow
 
     def fixed_bytes(self) -> int:
         """Gradient sums and what is added to them, in float64, and their float32 partials."""

@@ -31,7 +31,7 @@ class Choice(NamedTuple):
 
 _NEWER = (3, 9)
 
-# By the compiler's figures, not yet by a clock: none spills on sm_80, sm_90 and sm_100 with any
+# By the compiler's figures, most of them not timed: none spills on sm_80, sm_90 and sm_100 with any
 # Triton from ``since`` on, whose figures they bound. The weights and the gradient of a tile stay in
 # registers, which bounds classes x D.
 FIRST_TILES = (

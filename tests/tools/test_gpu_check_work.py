@@ -273,14 +273,20 @@ def test_the_smoke_test_finds_every_wrong_field(monkeypatch) -> None:
 
 def test_smoke_has_every_regime_dtype_and_precision() -> None:
     pytest.importorskip("triton", reason="regimes ask the Triton kernels' tables")
+    from moso_fast.backends.triton.regime import triton_version
+
     with importlib.import_module("benches.gpu.compile_times").as_on_a_gpu() as smoke:
         found = list(smoke.cases(torch.device("cpu")))
     kinds = {(case["contender"], case["dtype"], case["precision"]) for case in found}
     regimes = {f"triton/{name}" for name in smoke.REGIMES}
     assert {contender for contender, _, _ in kinds} == regimes
+    old = triton_version() < (3, 9)  # whose compiler spills in the tf32 tiles of few classes
     for contender in regimes:
         for dtype in ("bfloat16", "float32", "float16"):
-            assert {p for c, d, p in kinds if (c, d) == (contender, dtype)} == set(smoke.OURS)
+            expected = set(smoke.OURS)
+            if old and contender == "triton/few_classes" and dtype != "bfloat16":
+                expected.remove("medium")
+            assert {p for c, d, p in kinds if (c, d) == (contender, dtype)} == expected
     heads = {case["head"] for case in found if case["contender"] == "triton/few_classes"}
     assert any(head[0] for head in heads), "several heads: the batched product"
 

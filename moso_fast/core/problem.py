@@ -53,6 +53,9 @@ class Problem(Options):
     # From the heads' outputs to the logits that the loss is taken of; None = they are the same.
     logit_map: LogitMap | None = None
 
+    def __post_init__(self) -> None:
+        """Nothing: `build_problem` is handed options that were checked."""
+
     @property
     def rows(self) -> int:
         """Lines of ``features``."""

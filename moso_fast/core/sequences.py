@@ -10,18 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .options import Options
 from .problem import Problem
 
 # Numbers in the padded (batch, T, D + K C) blocks that one round of short sequences may hold.
 _BLOCK_ELEMENTS = 2**24
 # Tokens of a long sequence that are multiplied at a time.
 _DIRECT_ROWS = 8192
-
-
-def check_per(per: str) -> str:
-    """Return ``per``, or raise ValueError naming the known ones."""
-    return Options(per=per).per
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from ..core.options import Options
+from ..core.options import OPTION_NAMES, Options
 from ..version import __version__
 from .parts import PartStats
 from .settings import Settings
 
-_RECORDED = ("loss", "label_smoothing", "ignore_index", "precision", "nonfinite")
+# What a sample of several tokens is, is said with the facts: rows of files know no ``per``.
+_RECORDED = tuple(name for name in OPTION_NAMES if name != "per")
 
 
 def recorded(options: Options | Settings) -> dict[str, Any]:

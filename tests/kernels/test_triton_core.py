@@ -32,7 +32,13 @@ LEFT_OUT = (
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "file",
-    ["test_engine.py", "test_engine_verdict.py", "test_engine_waits.py", "test_functional.py"],
+    [
+        "test_engine.py",
+        "test_engine_verdict.py",
+        "test_engine_waits.py",
+        "test_functional.py",
+        "test_operator.py",
+    ],
 )
 def test_in_interpreter(file: str, tmp_path: Path) -> None:
     run_interpreted(file, tmp_path, select=f"triton and not ({' or '.join(LEFT_OUT)})")

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from full_cases import CLASSES, build, data, gradients, scores
+from full_cases import CLASSES, data, gradients, scores
+from full_scorer_cases import score
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from moso_fast.scorer import MoSoScorer
-from moso_fast.tables.table import ScoreTable
 
 N = 13
-
-
-def score(model: nn.Module, inputs: Tensor, labels: Tensor, **options: object) -> ScoreTable:
-    scorer = MoSoScorer(model, gradient="full", batch_size=5, progress=False, **options)
-    return scorer.score(TensorDataset(inputs, labels))
 
 
 class Frames(nn.Module):
@@ -156,19 +150,6 @@ class Bag(nn.Module):
         return self.fc(self.embed(x))
 
 
-class Positions(nn.Module):
-    """Positions looked up once for all samples."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.embed, self.positions = nn.Embedding(11, 6), nn.Embedding(length, 6)
-        self.fc = nn.Linear(6, 11)
-
-    def forward(self, x: Tensor) -> Tensor:
-        where = torch.arange(x.shape[1], device=x.device)
-        return self.fc((self.embed(x) + self.positions(where)).tanh().mean(1))
-
-
 class Temperature(nn.Module):
     """A parameter without dimensions that no rule knows."""
 
@@ -225,39 +206,6 @@ def test_scores_are_exact(name: str) -> None:
     assert table.provenance["alignment"].startswith(alignment)
 
 
-@pytest.mark.parametrize("length", [5, 10])
-def test_as_many_positions_as_samples_in_a_batch(length: int) -> None:
-    """Or a multiple of it: by the size alone they could belong to the samples."""
-    torch.manual_seed(0)
-    model = Positions(length).double()
-    inputs, labels = torch.randint(11, (N, length)), torch.randint(11, (N,))
-    expected = scores(gradients(model, inputs, labels), "moso")
-    table = score(model, inputs, labels)
-    torch.testing.assert_close(table.scores, expected, rtol=1e-10, atol=1e-12)
-    assert table.provenance["norms_explicit"] == []
-
-
-def test_numbers_as_outputs_and_parameters() -> None:
-    class Regression(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.scale = nn.Linear(108, 1), nn.Parameter(torch.tensor(0.3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x.flatten(1)).squeeze(1) * self.scale
-
-    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets).square()
-
-    torch.manual_seed(0)
-    model, inputs = Regression().double(), data("cnn", N)[0]
-    targets = torch.randn(N, dtype=torch.float64)
-    expected = scores(gradients(model, inputs, targets, loss), "moso")
-    table = score(model, inputs, targets, loss=loss)
-    torch.testing.assert_close(table.scores, expected, rtol=1e-10, atol=1e-12)
-    assert table.provenance["norms_explicit"] == []
-
-
 def test_frozen_batch_norm_and_a_batch_of_one() -> None:
     """Six samples in batches of 5 and 1: plain autograd of torch 2.13 is wrong there on a CPU."""
     torch.manual_seed(0)
@@ -281,139 +229,3 @@ def test_layouts_that_the_first_checkpoint_does_not_show() -> None:
     table = scorer.score(TensorDataset(inputs, labels), [start, trained])
     found = table.per_checkpoint["grad_sqnorm"][1]
     torch.testing.assert_close(found, g.square().sum(1), rtol=1e-10, atol=1e-12)
-
-
-def test_branch_that_only_a_later_sample_takes() -> None:
-    """Not one of the first three of its batch, on which the layouts are found."""
-
-    class Branch(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.rare = nn.Linear(108, 6), nn.Linear(6, 6)
-            self.also, self.fc = nn.Linear(6, 6), nn.Linear(6, CLASSES)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.first(x.flatten(1)).tanh()
-            chosen = x[:, 0, 0, 0] > 0
-            if bool(chosen.any()):
-                h = torch.where(chosen[:, None], self.also(self.rare(h)), h)
-            return self.fc(h)
-
-    torch.manual_seed(0)
-    model, (inputs, labels) = Branch().double(), data("cnn", N)
-    inputs[:, 0, 0, 0] = -1.0
-    inputs[9, 0, 0, 0] = 1.0
-    expected = scores(gradients(model, inputs, labels), "moso")
-    table = score(model, inputs, labels)
-    torch.testing.assert_close(table.scores, expected, rtol=1e-10, atol=1e-12)
-    explicit = table.provenance["norms_explicit"]
-    names = ["also.bias", "also.weight", "rare.bias", "rare.weight"]
-    assert [one.split()[0] for one in explicit] == names
-    assert all("used in a call that few samples make" in one for one in explicit)
-
-
-@pytest.mark.parametrize("by_operation", [False, True])
-def test_precision_of_the_caller_is_not_taken_over(by_operation: bool) -> None:
-    """TF32 and bfloat16 products would miss the bounds for float32."""
-    cudnn: Any = torch.backends.cudnn
-    seen = set()
-
-    def settings() -> tuple[str, ...]:
-        matmul = torch.get_float32_matmul_precision()
-        return matmul, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-
-    class Looks(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            seen.add(settings())
-            return super().forward(x.flatten(1))
-
-    inputs, labels = data("cnn", N, torch.float32)
-    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    torch.set_float32_matmul_precision("medium")
-    cudnn.allow_tf32 = True
-    if by_operation:
-        cudnn.rnn.fp32_precision = "ieee"
-    try:
-        own = settings()
-        score(Looks(108, CLASSES), inputs, labels)
-        assert settings() == own
-        assert seen == {("highest", *["ieee" if by_operation else "none"] * 2)}
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32 = before[1]
-    assert cudnn.allow_tf32 == before[1]
-
-
-def test_batches_of_every_size_one_after_the_other() -> None:
-    inputs, labels = data("resnet", N)
-    expected = score(build("resnet"), inputs, labels).scores
-    sizes = [[0], [1, 2, 3, 4, 5, 6], [7], [8, 9, 10, 11, 12]]
-    loader = DataLoader(TensorDataset(inputs, labels), batch_sampler=sizes)
-    scorer = MoSoScorer(build("resnet"), gradient="full", progress=False)
-    table = scorer.score(loader)
-    torch.testing.assert_close(table.scores, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_compiled_model_and_other_dtype() -> None:
-    inputs, labels = data("cnn", N)
-    expected = score(build("cnn"), inputs, labels).scores
-    compiled = torch.compile(build("cnn"), backend="eager")
-    torch.testing.assert_close(score(compiled, inputs, labels).scores, expected)
-    model = build("cnn")
-    kept = copy.deepcopy(model.state_dict())
-    table = score(model, inputs, labels, dtype=torch.float32)
-    assert table.scores.dtype == torch.float32
-    assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items())
-    torch.testing.assert_close(table.scores.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.exhaustive
-def test_under_inference_mode_and_autocast_of_the_caller() -> None:
-    inputs, labels = data("cnn", N)
-    model = build("cnn", torch.float32)
-    inputs = inputs.float()
-    expected = score(model, inputs, labels)
-    with torch.inference_mode():
-        table = score(model, inputs, labels)
-    assert torch.equal(table.scores, expected.scores)
-    assert not table.scores.is_inference()
-    own = score(model, inputs, labels, autocast=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        callers = score(model, inputs, labels)
-        after = model(inputs)
-    assert torch.equal(callers.scores, own.scores)
-    assert callers.provenance["autocast"] == own.provenance["autocast"] == "torch.bfloat16"
-    assert own.provenance["alignment"] == "forward mode"
-    assert after.dtype == torch.bfloat16
-
-
-def test_numbers_are_repeatable() -> None:
-    inputs, labels = data("resnet", N, torch.float32)
-    one = score(build("resnet", torch.float32), inputs, labels)
-    other = score(build("resnet", torch.float32), inputs, labels)
-    assert torch.equal(one.scores, other.scores)
-
-
-class Words(nn.Module):
-    """An embedding with options, and a head."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6, **options)
-        self.fc = nn.Linear(6, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.tanh(self.embed(x)).mean(1))
-
-
-def test_embedding_options() -> None:
-    torch.manual_seed(0)
-    inputs, labels = torch.randint(11, (9, 12)), torch.randint(CLASSES, (9,))
-    scaled = Words(scale_grad_by_freq=True).double().eval()
-    with pytest.raises(ValueError, match="embedding 'embed' divides gradients by how often"):
-        score(scaled, inputs, labels)
-    scaled.embed.weight.requires_grad_(False)
-    for model in (scaled, Words(padding_idx=-1).double().eval()):
-        expected = scores(gradients(model, inputs, labels), "moso")
-        error = (score(model, inputs, labels).scores - expected).abs().max()
-        assert error <= 1e-10 * expected.abs().max()

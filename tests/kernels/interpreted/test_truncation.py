@@ -24,8 +24,8 @@ from moso_fast.kernels.few_classes import Recompute
 from moso_fast.kernels.few_classes_tiles import FIRST_TILES, SECOND_TILES
 from moso_fast.kernels.tiles import Tile
 from residual_support import reference
+from row_tiles_support import run as rows_pass
 from test_few_classes_second import run as second_pass
-from test_row_tiles import run as rows_pass
 from test_stacked_alignment import Job
 from test_stored_alignment import launch
 from torch import Tensor

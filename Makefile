@@ -3,7 +3,7 @@ PYTHON ?= python
 CXX_FOLDERS = csrc csrc/* csrc/cpu/simd tests/native/cuda/emulator
 CXX_SOURCES = $(wildcard $(foreach type,cpp h cu cuh,$(addsuffix /*.$(type),$(CXX_FOLDERS))))
 
-.PHONY: build test test-all check-generated bench bench-peers bench-gate gpu-check gpu-pack lint format clean
+.PHONY: build test test-all check-generated mutants bench bench-peers bench-gate gpu-check gpu-pack lint format clean
 
 # CUDA too where nvcc is found, with or without a GPU: its tests need none.
 build: export MOSO_FAST_CUDA_ARCHITECTURES ?= all
@@ -20,6 +20,10 @@ check-generated: build  ## whether pages and figures that are made of others are
 	$(PYTHON) tools/layouts_table.py --check
 	$(PYTHON) benches/readme.py --check
 	$(PYTHON) -m pytest -q -m generated
+
+mutants: build  ## changes the package at 200 random places: which of them do the tests not notice?
+	$(PYTHON) tools/mutants.py --seed $(SEED)
+SEED = 0
 
 bench: build  ## under three minutes: moso_fast beside plain PyTorch on this machine
 	$(PYTHON) -m benches run
@@ -54,5 +58,5 @@ format:
 	clang-format -i $(CXX_SOURCES)
 
 clean:
-	rm -rf build dist *.egg-info moso_fast/_build_info.json moso_fast/*.so
+	rm -rf build dist mutants *.egg-info moso_fast/_build_info.json moso_fast/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..util.array_like import as_tensor
+from ..util.array_like import RaggedRows, as_tensor
 
 TO_IDS = "map them to ids: {name: i for i, name in enumerate(sorted(set(labels)))}"
 # Integers that most of torch's operators do not take.
@@ -61,9 +61,7 @@ def _tensor(labels: Any) -> Tensor:
         return torch.tensor(labels)  # refused as what it is, a single number
     try:
         return as_tensor("data: labels", labels)
-    except ValueError as error:
-        if "differ in length" not in str(error):
-            raise
+    except RaggedRows:
         raise ValueError(
             "data: labels of one batch differ in length; pad them with ignore_index (-100) in "
             "collate_fn"

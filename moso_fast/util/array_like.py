@@ -21,6 +21,10 @@ from torch import Tensor
 _DLPACK_CPU = (1, 3)
 
 
+class RaggedRows(ValueError):
+    """Rows of nested lists that differ in length, so that they are no array."""
+
+
 def as_tensors(**given: Any) -> list[Any]:
     """Return the named arguments in their order: tensors and None as they are, others converted.
 
@@ -151,7 +155,7 @@ def _from_sequence(name: str, value: Sequence[Any]) -> Tensor:
     try:
         array = np.asarray(value if known else list(value))
     except ValueError as error:
-        raise ValueError(f"{name} must be one array, but its rows differ in length") from error
+        raise RaggedRows(f"{name} must be one array, but its rows differ in length") from error
     return _from_numpy(name, array)
 
 

@@ -14,9 +14,9 @@ ITEMS = (2, 4)  # bytes of a feature
 LANES = range(32)
 
 
-@pytest.fixture(scope="module")
-def index():
-    return cuda_emulator.build()
+@pytest.fixture
+def index(emulator):
+    return emulator
 
 
 def banks(offset: int, size: int) -> set[int]:

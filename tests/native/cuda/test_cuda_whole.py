@@ -18,11 +18,6 @@ from moso_fast.core.reference import closed_form_stats
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="needs a C++ compiler")
 
 
-@pytest.fixture(scope="module")
-def emulator():
-    return cuda_emulator.build()
-
-
 @pytest.fixture
 def gpu(emulator, monkeypatch):
     return in_place_of_a_gpu(emulator, monkeypatch)

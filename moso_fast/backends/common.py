@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.losses import SOFT_LABEL_TOLERANCE
+from ..core.losses import KNOWN, SOFT_LABEL_TOLERANCE
 from ..core.problem import Problem
 
 
@@ -122,9 +122,8 @@ def note(status: Tensor, slot: int, bad: Tensor, rows: slice) -> None:
 
 def bad_targets(problem: Problem, targets: Tensor) -> Tensor:
     """Mask of the rows whose targets (n, C) are none for the loss."""
-    if problem.loss == "mse":
-        return ~torch.isfinite(targets).all(1)
-    bad = ~((targets >= 0) & (targets <= 1)).all(1)
-    if problem.loss == "cross_entropy":
+    loss = KNOWN[problem.loss]
+    bad = loss.wrong(targets).any(1)
+    if loss.sum_to_one:
         bad |= (targets.sum(1) - 1).abs() > SOFT_LABEL_TOLERANCE
     return bad

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.losses import LOSSES, SOFT_LABEL_TOLERANCE
+from ..core.losses import SOFT_LABEL_TOLERANCE
 from ..core.passes import FirstPass, Passes, Plan, RowBuffers
 from ..core.problem import Problem
 from ..util.native import load_native
@@ -24,6 +24,8 @@ from .base import Availability, Backend
 
 SIMD_VARIABLE = "MOSO_FAST_SIMD"
 
+# As csrc/cpu/jobs.h numbers them.
+_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # From this many elements on, the mean gradient is made block by block from stored residuals: a
 # partial sum for every slab of rows would cost a sweep over it, which weighs more where the
@@ -68,6 +70,8 @@ class CpuBackend(Backend):
             return f"features are on {problem.device}; the C++ kernels read main memory"
         if problem.features.dtype not in _DTYPES:
             return "float64 features need float64 accumulators, which only torch has"
+        if problem.loss not in _LOSSES:
+            return f"the C++ kernels know {', '.join(_LOSSES)}"
         return None
 
     def prepare(self, problem: Problem, plan: Plan) -> CpuPasses:
@@ -211,7 +215,7 @@ class CpuPasses(Passes):
             "labels": _address(labels),
             "targets": _address(targets),
             "sample_weight": _address(sample_weight),
-            "loss": LOSSES.index(problem.loss),
+            "loss": _LOSSES.index(problem.loss),
             "label_smoothing": problem.label_smoothing,
             "target_tolerance": SOFT_LABEL_TOLERANCE,
             "ignore_index": problem.ignore_index,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.losses import RowStatistics, mapped_statistics
+from ..core.losses import KNOWN, RowStatistics, mapped_statistics
 from ..core.passes import FirstPass, Passes, Plan, RowBuffers
 from ..core.problem import Problem
 from ..core.status import STATUS_FEATURE, STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
@@ -85,7 +85,7 @@ class TorchPasses(Passes):
         out.counted[rows] = counted
         norms = stats.residual_sqnorm * sqnorm[:, None]
         total = norms + stats.loss
-        if problem.loss != "mse":
+        if KNOWN[problem.loss].entropy:
             total = total + stats.entropy  # NaN where some logit is -inf, the others being finite
         overflow = counted & finite & ~torch.isfinite(total).all(1)
         bad = {STATUS_LABEL: bad_label, STATUS_FEATURE: bad_feature, STATUS_LOGITS: overflow}

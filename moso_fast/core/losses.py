@@ -7,6 +7,7 @@ near 1e-8 the textbook forms round to exactly 0 in float32 and the ranking is lo
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,28 @@ from torch import Tensor
 
 from .logit_map import LogitMap
 
-LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
+
+class Loss(NamedTuple):
+    """What a loss wants of the targets of a row, and whether its outputs are a distribution."""
+
+    least: float  # the smallest target, and the largest: finite ones in any case
+    most: float
+    sum_to_one: bool = False
+    entropy: bool = True  # else margin and entropy are NaN
+
+    def wrong(self, targets: Tensor) -> Tensor:
+        """Mask of the entries that are no targets."""
+        if self.least < self.most < math.inf:
+            return ~((targets >= self.least) & (targets <= self.most))
+        return ~(torch.isfinite(targets) & (targets >= self.least))
+
+
+KNOWN = {
+    "cross_entropy": Loss(0.0, 1.0, sum_to_one=True),
+    "binary_cross_entropy": Loss(0.0, 1.0),
+    "mse": Loss(-math.inf, math.inf, entropy=False),
+}
+LOSSES = tuple(KNOWN)
 
 # Largest deviation of a row of label probabilities from sum 1 that rounding (bfloat16) explains.
 SOFT_LABEL_TOLERANCE = 1e-2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
-from .losses import SOFT_LABEL_TOLERANCE
+from .losses import KNOWN, SOFT_LABEL_TOLERANCE
 from .problem import Problem
 
 # Slots of the status word: each holds the first offending row, or the number of rows.
@@ -115,13 +115,15 @@ def raise_for_status(problem: Problem, status: Sequence[float]) -> None:
 
 def _target_error(problem: Problem, row: int) -> DataError:
     target = problem.labels[row].double()
-    if problem.loss == "mse":
+    loss = KNOWN[problem.loss]
+    outside = loss.wrong(target).nonzero()
+    if outside.numel() and (loss.least, loss.most) == (-math.inf, math.inf):
         return DataError("labels[{row}] holds a non-finite target", row=row)
-    outside = ((target >= 0) & (target <= 1)).logical_not().nonzero()
     if outside.numel():
         column = int(outside[0])
         return DataError(
-            "labels[{row}] holds {value} at class {column}; targets must lie in [0, 1]",
+            "labels[{row}] holds {value} at class {column}; "
+            f"targets must lie in [{loss.least:g}, {loss.most:g}]",
             row=row,
             column=column,
             value=float(target[column]),

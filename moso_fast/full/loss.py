@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.errors import DataError
 from ..core.labels import fit_labels
-from ..core.losses import LOSSES, SOFT_LABEL_TOLERANCE, row_statistics
+from ..core.losses import KNOWN, LOSSES, SOFT_LABEL_TOLERANCE, row_statistics
 
 
 @dataclass
@@ -184,17 +184,19 @@ class OutputLoss:
                     value=int(ids[row][wrong[row]].flatten()[0]),
                 )
             return
+        loss = KNOWN[self.loss]
         if self.loss == "mse" or labels.dim() < 2:
             return
-        wrong = ~((labels >= 0) & (labels <= 1)).reshape(len(labels), -1).all(1)
-        if self.loss == "cross_entropy":
+        wrong = loss.wrong(labels).reshape(len(labels), -1).any(1)
+        if loss.sum_to_one:
             total = labels.double().sum(-1).reshape(len(labels), -1)
             wrong |= ((total - 1).abs() > SOFT_LABEL_TOLERANCE).any(1)
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
             raise DataError(
-                "labels[{row}] must hold probabilities"
-                + (" that sum to 1" if self.loss == "cross_entropy" else ""),
+                "labels[{row}] must hold "
+                + ("probabilities" if loss.most == 1 else f"targets of at least {loss.least:g}")
+                + (" that sum to 1" if loss.sum_to_one else ""),
                 row=int(index[row // views]),
             )
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..backends import backends
 from ..core.formulas import check_formula
+from ..core.losses import LOSSES
 from ..core.memory import check_chunk_size
 from ..core.options import Options
 from ..full.loss import check_loss
@@ -67,8 +68,8 @@ class Settings:
         _one_of("gradient", self.gradient, GRADIENTS)
         if self.gradient == "last_layer" and callable(self.loss):
             raise ValueError(
-                "loss must be the name of a loss for gradient='last_layer' (cross_entropy, "
-                f"binary_cross_entropy, mse), got {type(self.loss).__name__} (a callable)"
+                f"loss must be the name of a loss for gradient='last_layer' ({', '.join(LOSSES)}), "
+                f"got {type(self.loss).__name__} (a callable)"
             )
         _one_of("feature_cache", self.feature_cache, FEATURE_CACHES)
         _one_of("backend", self.backend, ("auto", *backends()))

@@ -11,6 +11,7 @@ from core_support import random_case
 from problem_cases import NAN, C, D, N, assert_refused, good, table, zeros
 
 from moso_fast.core import engine
+from moso_fast.core.losses import LOSSES
 from moso_fast.core.problem import build_problem
 from moso_fast.functional import explain, last_layer_stats, moso_scores
 
@@ -110,7 +111,7 @@ SHOWN_BY_SHAPES = table(
     ("labels device", ValueError, "labels must be on the device of features (cpu), got meta",
      {"labels": torch.zeros(N, dtype=LONG, device=META)}),
     ("loss", ValueError,
-     "loss must be one of cross_entropy, binary_cross_entropy, mse; got 'nll'", {"loss": "nll"}),
+     f"loss must be one of {', '.join(LOSSES)}; got 'nll'", {"loss": "nll"}),
     ("smoothing one", ValueError, "label_smoothing must be in [0, 1), got 1.0",
      {"label_smoothing": 1.0}),
     ("smoothing negative", ValueError, "label_smoothing must be in [0, 1), got -0.1",

@@ -16,8 +16,9 @@ from core_support import (
     generator,
     oracle_loss,
     random_case,
+    refusal,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -54,6 +55,7 @@ def cases(draw, kinds=tuple(KINDS), least: int = 1, heads=(None, 2)):
         dtype=dtype,
         seed=draw(seeds),
     )
+    assume(refusal(backend, case) is None)
     return backend, case
 
 

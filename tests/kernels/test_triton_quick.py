@@ -34,3 +34,10 @@ def test_every_kernel_and_regime(tmp_path: Path) -> None:
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-4000:]
     passed = re.search(r"^(\d+) passed", child.stdout, re.MULTILINE)
     assert passed and int(passed[1]) > 60, child.stdout[-2000:]
+
+
+def test_every_file_of_the_folder_is_run() -> None:
+    """In a process of its own: nobody else collects them."""
+    runners = "".join(file.read_text() for file in FOLDER.parent.glob("test_*.py"))
+    run = set(re.findall(r'"(test_\w+\.py)"', runners))
+    assert {file.name for file in FOLDER.glob("test_*.py")} - run == set()

@@ -169,14 +169,19 @@ def oracle_gradients(case: Case) -> tuple[Tensor, Tensor]:
     return torch.stack(gradients), torch.stack(losses)
 
 
+def refusal(backend: str, case: Case) -> str | None:
+    """Why this backend cannot run the problem, or None."""
+    options = {k: v for k, v in case.options.items() if k != "chunk_size"}
+    return get(backend).supports(build_problem(*case.args, **options))
+
+
 def score_with(backend: str, case: Case, **options: Any) -> Any:
     """``last_layer_stats`` with this backend; skips where it says it cannot run the problem."""
-    options = {**case.options, **options}
-    checked = {k: v for k, v in options.items() if k != "chunk_size"}
-    reason = get(backend).supports(build_problem(*case.args, **checked))
+    case = case.with_options(**options)
+    reason = refusal(backend, case)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
-    stats = last_layer_stats(*case.args, backend=backend, **options)
+    stats = last_layer_stats(*case.args, backend=backend, **case.options)
     assert stats.backend == backend
     return stats
 

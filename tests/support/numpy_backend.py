@@ -12,7 +12,7 @@ from torch import Tensor
 from moso_fast.backends import _REGISTRY
 from moso_fast.backends.base import Availability, Backend
 from moso_fast.backends.common import bad_targets, note, safe_features, safe_labels
-from moso_fast.core.losses import RowStatistics, row_statistics
+from moso_fast.core.losses import KNOWN, RowStatistics, row_statistics
 from moso_fast.core.passes import FirstPass, Passes, Plan, RowBuffers
 from moso_fast.core.problem import Problem
 from moso_fast.core.status import STATUS_FEATURE, STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
@@ -64,7 +64,7 @@ class NumpyPasses(Passes):
             note(out.status, STATUS_TARGET, bad_targets(p, y), rows)
         stats = self.statistics(rows, h, y, counted)
         total = stats.residual_sqnorm * norm[:, None] + stats.loss
-        if p.loss != "mse":
+        if KNOWN[p.loss].entropy:
             total = total + stats.entropy
         note(out.status, STATUS_LOGITS, counted & finite & ~total.isfinite().all(1), rows)
         for name in ("loss", "residual_sqnorm", "margin", "entropy"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_a_fault_in_every_stage_costs_no_other_result(kind, gpu, stages, tmp_pat
     done = check(tmp_path, faults, FAKE_GPU_NAME=gpu)
     assert done.returncode == 1, done.stdout + done.stderr
     found = results(tmp_path)
-    assert len(found) == 3 * len(stages) == 30
+    assert len(found) == 3 * len(stages)
     outcome, why = OUTCOMES[kind]
     for unit, result in found.items():
         if unit in faults:
@@ -205,7 +206,7 @@ def wait_for(path: Path, text: str) -> None:
 
 
 @pytest.mark.exhaustive
-def test_what_the_time_did_not_suffice_for_is_left_and_no_failure(tmp_path) -> None:
+def test_what_the_time_did_not_suffice_for_is_left_and_no_failure(stages, tmp_path) -> None:
     faults = {"smoke two": "hang", "smoke three": "hang"}
     first = check(tmp_path, faults, "--seconds", "8.5", FAKE_GPU_LIMIT="30")
     assert first.returncode == 0, first.stdout
@@ -217,7 +218,8 @@ def test_what_the_time_did_not_suffice_for_is_left_and_no_failure(tmp_path) -> N
         "late",
         "the time is up",
     )
-    assert "to be done by another run: 2" in first.stdout
+    left = re.search(r"to be done by another run: (\d+)", first.stdout)
+    assert left and 3 * len(stages) - 11 < int(left[1]) < 3 * len(stages)
     second = check(tmp_path)
     assert second.returncode == 0 and second.stdout.rstrip().endswith("nothing is left")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +36,13 @@ def test_every_tile_is_there_for_the_oldest_and_a_newer_triton(resources) -> Non
             for case in resources.cases(version)
         }
         assert {name: set(row) for name, row in found.items()} == expected, version
+
+
+def test_every_kernel_has_a_case(resources) -> None:
+    named = {case.kernel.__name__ for case in resources.cases("4.0")}
+    files = Path(resources.ROOT, "kernels").glob("*.py")
+    shipped = {name for f in files for name in re.findall(r"def (\w+_kernel)\(", f.read_text())}
+    assert shipped - named == set()
 
 
 def test_no_tile_spills(resources) -> None:

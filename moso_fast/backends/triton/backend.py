@@ -25,6 +25,7 @@ from .regime import TESTED_MAJORS, Regime, interpreted, operand_dtype
 __all__ = ["TritonBackend", "operand_dtype"]
 
 _MINIMUM = (3, 6)
+_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")  # of kernels/row_losses.py
 _INSTALL = 'pip install "triton>=3.6"'
 
 
@@ -74,6 +75,8 @@ class TritonBackend(Backend):
             return f"features are on {problem.device}; Triton kernels read the memory of a GPU"
         if problem.compute_dtype == torch.float64:
             return "float64 features need float64 accumulators, which only torch has"
+        if problem.loss not in _LOSSES:
+            return f"the Triton kernels know {', '.join(_LOSSES)}"
         try:
             forced = forced_regime(self._named)
         except ValueError as error:

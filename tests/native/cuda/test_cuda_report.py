@@ -20,13 +20,14 @@ import pytest
 from moso_fast.util.native import build_info, load_native
 
 NAME = re.compile(
-    r"(first|second)_pass_(narrow_)?kernelILNS\w*?7FeatureE(\d)ELb([01])ELi(\d+)EE|reduce_kernel"
+    r"(first|second)_pass_(narrow_)?kernelILNS\w*?7FeatureE(\d)ELb([01])ELi(\d+)EE"
+    r"|\d([a-z_]+)_kernelE"  # every other one
 )
 FEATURES = {"0": 4, "1": 2, "2": 2}  # Feature of few_classes.h -> bytes of a number
 
 
 class Kernel(NamedTuple):
-    name: str  # "first", "narrow" (a first pass as well), "second" or "reduce"
+    name: str  # "first", "narrow" (a first pass as well), "second", or what stands before _kernel
     feature: str
     exact: bool
     tiles: int  # of 16 classes
@@ -37,7 +38,7 @@ def kernel_of(mangled: str) -> Kernel | None:
     if found is None:
         return None
     if found[1] is None:
-        return Kernel("reduce", "", False, 0)
+        return Kernel(found[6], "", False, 0)
     name = "narrow" if found[2] else found[1]
     return Kernel(name, found[3], found[4] == "1", int(found[5]))
 
@@ -49,7 +50,7 @@ EVERY = {
     for exact in (False, True)
     for tiles in (1, 2, 5, 7)
 } | {
-    Kernel("reduce", "", False, 0),
+    *(Kernel(name, "", False, 0) for name in ("reduce", "finish", "judge", "score")),
     Kernel("narrow", "1", False, 1),  # 16-bit numbers that meet one term of the weights
     Kernel("narrow", "2", False, 1),
 }
@@ -167,8 +168,8 @@ def test_local_memory_is_never_touched(instructions) -> None:
 @pytest.mark.exhaustive
 def test_matrix_products_and_wide_loads_are_there(instructions) -> None:
     for kernel, opcodes in instructions.items():
-        if kernel.name == "reduce":
-            continue
+        if not kernel.feature:
+            continue  # no products
         assert count(opcodes, r"HMMA\.16816\.F32\.BF16") > 0, kernel
         assert count(opcodes, r"LDS\.(64|128)") > 0, kernel
         if kernel.name == "second":

@@ -49,6 +49,9 @@ def main() -> int:
         parser.error(f"no mutant is called {options.only!r}")
     mutmut.run(list(chosen))
     outcomes = mutmut.outcomes()
+    for name in chosen:
+        if outcomes[name] == "no tests":
+            outcomes[name] = mutmut.by_processes(name)
     for name, change in chosen.items():
         if outcomes[name] not in _DEAD:
             print(f"\n{name}: {outcomes[name]}\n{change}")
@@ -76,6 +79,23 @@ class _Mutmut:
             check=True,
         )
 
+    def by_processes(self, name: str) -> str:
+        """Run the tests of a function that none reaches in pytest's own process; return its end.
+
+        Commands, the demo and Triton's interpreter run in processes of their own, which mutmut does
+        not look into, but which obey the same variable.
+        """
+        interpreted = name.startswith("moso_fast.backends.triton.")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, "-m", "exhaustive or not exhaustive", *_tests_of(name)],
+            cwd="mutants",
+            env=self._environment
+            | {"MUTANT_UNDER_TEST": name, "TRITON_INTERPRET": str(int(interpreted))},
+            capture_output=True,
+        )
+        return "killed" if done.returncode == 1 else "survived"
+
     def outcomes(self) -> dict[str, str]:
         """Return what became of each mutant, by its name."""
         lines = subprocess.run(
@@ -86,6 +106,18 @@ class _Mutmut:
             text=True,
         ).stdout.splitlines()
         return dict(line.strip().split(": ", 1) for line in lines if "__mutmut_" in line)
+
+
+def _tests_of(name: str) -> list[str]:
+    """Return the tests of the folder that a mutant lies in; those folders mirror the package's."""
+    folder = name.split(".")[1]
+    if name.startswith("moso_fast.backends."):
+        kind = name.split(".")[2]
+        folder = {"triton": "kernels/interpreted", "cuda": "native/cuda", "cpu": "native/cpu"}.get(
+            kind, "core"
+        )
+    folder = {"demo": "cli", "compat": "scoring", "surrogate": "scoring"}.get(folder, folder)
+    return [f"tests/{folder}" if os.path.isdir(f"tests/{folder}") else "tests"]
 
 
 def _first(count: int, names: list[str]) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Pieces that several Triton kernels share: accurate scalar functions and the status word.
+"""Pieces that several Triton kernels share: accurate scalar functions, what is finite, the status.
 
 Everything here also runs in Triton's interpreter, which knows no libdevice: what libdevice
 offers (log1p) is written in plain arithmetic.
@@ -35,11 +35,28 @@ def is_finite(x):
 
 
 @triton.jit
-def note_first_row(status, SLOT: tl.constexpr, bad, row):
-    """Lower ``status[SLOT]`` to the smallest ``row`` (int64) marked ``bad``.
+def note_first_row(report, SLOT: tl.constexpr, bad, row):
+    """Lower ``status[SLOT]`` to the smallest ``row`` (int64) marked ``bad``, plus ``first_row``.
 
-    The minimum does not depend on the order of the programs, so the outcome is deterministic;
-    programs without a bad row touch no memory.
+    ``report`` is a row_tuples.Report; nothing is done where its status is None. The minimum does
+    not depend on the order of the programs, so the outcome is deterministic; programs without a
+    bad row touch no memory.
     """
-    first = tl.min(tl.where(bad, row, _NO_ROW), axis=0)
-    tl.atomic_min(status + SLOT, first, mask=first != _NO_ROW, sem="relaxed")
+    if report.status is not None:
+        first = tl.min(tl.where(bad, row + report.first_row, _NO_ROW), axis=0)
+        tl.atomic_min(report.status + SLOT, first, mask=first != _NO_ROW, sem="relaxed")
+
+
+@triton.jit
+def finite_elements(at, exists, d, DIM: tl.constexpr):
+    """1 where all DIM elements of a row are finite, else 0: int32 (rows,), read in one walk.
+
+    ``at`` (rows, lanes) points to the first elements, numbered ``d`` (lanes,), of every row. A norm
+    may overflow although a row is finite: kernels look here where one did.
+    """
+    sound = tl.full([at.shape[0]], 1, tl.int32)
+    for start in range(0, DIM, at.shape[1]):
+        inside = exists[:, None] & (start + d < DIM)[None, :]
+        h = tl.load(at + start, mask=inside, other=0.0).to(tl.float32)
+        sound = tl.minimum(sound, tl.min(is_finite(h).to(tl.int32), axis=1))
+    return sound

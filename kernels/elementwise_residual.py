@@ -20,7 +20,10 @@ import triton.language as tl
 
 from moso_fast.core.status import STATUS_LOGITS, STATUS_TARGET
 
-from .common import INF, is_finite, log1p, note_first_row
+from .common import INF, is_finite, note_first_row
+from .logit_rows import logit_rows
+from .row_losses import binary_terms
+from .row_tuples import Report
 
 _LOGITS = tl.constexpr(STATUS_LOGITS)
 _TARGET = tl.constexpr(STATUS_TARGET)
@@ -28,20 +31,24 @@ _TARGET = tl.constexpr(STATUS_TARGET)
 
 @triton.jit
 def elementwise_residual_kernel(
+    # Read; logits are written too.
     logits,  # (n, K * C) float32: logits in, residuals out
     targets,  # (n, C), any real dtype
     sample_weight,  # (n,) float32 or None
     counted,  # (n,) bool or None
+    # Written.
     loss,  # (K, n) float32, as the next three
     residual_sqnorm,
     margin,
     entropy,
     status,  # (STATUS_SLOTS,) int64
+    # Rows and strides.
     items,  # n * K
     first_row,  # what row 0 of this chunk is called in status
     row_stride,  # logits
     target_stride,
     head_stride,  # loss, residual_sqnorm, margin, entropy
+    # The problem, and the tile.
     HEADS: tl.constexpr,
     CLASSES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -55,15 +62,9 @@ def elementwise_residual_kernel(
     ``status``.
     """
     lane = tl.arange(0, BLOCK_CLASSES)[None, :]
-    item = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    exists = item < items
-    row = item // HEADS
-    head = item % HEADS
-    start_of_row = item * CLASSES if CONTIGUOUS else row * row_stride + head * CLASSES
-    base = logits + start_of_row
-    live = exists
-    if counted is not None:
-        live &= tl.load(counted + row, mask=exists, other=0).to(tl.int1)
+    rows = logit_rows(logits, counted, items, row_stride, HEADS, CLASSES, BLOCK_ROWS, CONTIGUOUS)
+    base, row, exists, live = rows.base, rows.row, rows.exists, rows.counted
+    report = Report(status, first_row)
     scale = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     if sample_weight is not None:
         scale = tl.load(sample_weight + row, mask=live, other=0.0)
@@ -81,15 +82,7 @@ def elementwise_residual_kernel(
         address = targets + row[:, None] * target_stride + column
         t = tl.load(address, mask=inside, other=0.0).to(tl.float32)
         if BINARY:
-            shrunk = tl.exp(-tl.abs(z))
-            tail = log1p(shrunk)
-            large = 1.0 / (1.0 + shrunk)
-            small = shrunk * large
-            p = tl.where(z >= 0.0, large, small)
-            not_p = tl.where(z >= 0.0, small, large)
-            if_off = tl.maximum(z, 0.0) + tail
-            if_on = tl.maximum(-z, 0.0) + tail
-            r = (1.0 - t) * p - t * not_p
+            r, p, not_p, if_off, if_on = binary_terms(z, t)
             term = (1.0 - t) * if_off + t * if_on
             spread += tl.where(inside, p * if_on + not_p * if_off, 0.0)
             closest = tl.minimum(closest, tl.where(inside, tl.where(t >= 0.5, z, -z), INF))
@@ -106,15 +99,13 @@ def elementwise_residual_kernel(
         squares += r * r
 
     sound = tl.max(unsound, axis=1) == 0
-    note_first_row(status, _TARGET, live & (sound == 0), row + first_row)
+    note_first_row(report, _TARGET, live & (sound == 0), row)
     value = tl.where(live, tl.sum(cost, axis=1) * scale, float("nan"))
     # A NaN loss takes the other statistics of its row with it.
     spoilt = tl.where(value == value, 0.0, float("nan"))
     sqnorm = tl.sum(squares, axis=1) + spoilt
-    note_first_row(
-        status, _LOGITS, live & sound & (is_finite(value + sqnorm) == 0), row + first_row
-    )
-    out = head * head_stride + row
+    note_first_row(report, _LOGITS, live & sound & (is_finite(value + sqnorm) == 0), row)
+    out = rows.head * head_stride + row
     tl.store(loss + out, value, mask=exists)
     tl.store(residual_sqnorm + out, sqnorm, mask=exists)
     if BINARY:

@@ -34,6 +34,7 @@ import triton.language as tl
 from .common import is_finite
 from .operands import as_operand
 from .row_epilogue import class_columns, item_residuals, items_of, to_items, write_rows
+from .row_tuples import ItemInputs, LossSettings, OutputPointers, Report
 
 
 @triton.jit
@@ -47,12 +48,32 @@ def _features_of(
 
 
 @triton.jit
+def _finite_rows(h):
+    """Rows of a tile (PARTS, BLOCK_ROWS, BLOCK_DIM) that are finite: their norms, and which.
+
+    Returns the tile too, 0 in the rows that are not.
+    """
+    wide = h.to(tl.float32)
+    sqnorm = tl.sum(tl.sum(wide * wide, axis=2), axis=0)
+    finite = is_finite(sqnorm)
+    if tl.min(finite.to(tl.int32), axis=0) == 0:
+        # A norm may overflow although the row is finite: look at its elements.
+        sound = is_finite(h.to(tl.float32)).to(tl.int32)
+        finite = tl.min(tl.min(sound, axis=2), axis=0) > 0
+        h = tl.where(finite[None, :, None], h, 0.0)
+        sqnorm = tl.where(finite, sqnorm, 0.0)
+    return h, sqnorm, finite
+
+
+@triton.jit
 def few_classes_first_kernel(
+    # Read.
     features,  # (n, D)
     weight,  # (K C, D) float32, contiguous
     bias,  # (K, C) float32 or None
     labels,  # (n,) integers, or (n, C) targets
     sample_weight,  # (n,) float32 or None
+    # Written.
     loss,  # (K, n) float32, as the next three
     residual_sqnorm,
     margin,
@@ -63,26 +84,32 @@ def few_classes_first_kernel(
     status,  # (STATUS_SLOTS,) int64
     grad_partials,  # (S, K C, D) float32
     bias_partials,  # (S, K C) float32
+    # Rows and strides.
     rows,  # n
     slab_rows,  # a multiple of BLOCK_ROWS
     first_row,
     target_stride,
     head_stride,
     residual_stride,
+    # The loss; its kind follows among the constants.
     ignore_index,
     smoothing,
+    # The problem.
     HEADS: tl.constexpr,
     CLASSES: tl.constexpr,
     DIM: tl.constexpr,
     FEATURE_STRIDE: tl.constexpr,  # a constant: the compiler sees which loads can be wide
+    # The tile.
     BLOCK_ROWS: tl.constexpr,
     HEADS_A_TILE: tl.constexpr,
     LANES: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    # The loss, as in row_tuples.LossSettings.
     LOSS: tl.constexpr,
     SMOOTH: tl.constexpr,
     EXCLUDE: tl.constexpr,
+    # How features and operands are handled.
     PREFETCH: tl.constexpr,  # ask for the next tile of features before working on this one
     RELOAD: tl.constexpr,  # fetch the features again for the second product: from L1, or L2
     ROUND: tl.constexpr,  # bfloat16 operands, else PRECISION on float32 ones
@@ -108,6 +135,18 @@ def few_classes_first_kernel(
     grad = tl.zeros([PARTS, TILE, BLOCK_DIM], tl.float32)
     bias_grad = tl.zeros([TILE], tl.float32)
 
+    report = Report(status, first_row)
+    out = OutputPointers(
+        loss,
+        residual_sqnorm,
+        margin,
+        entropy,
+        head_stride,
+        feature_sqnorm,
+        counted,
+        residual,
+        residual_stride,
+    )
     start = slab * slab_rows
     stop = tl.minimum(start + slab_rows, rows)
     if PREFETCH:
@@ -123,64 +162,21 @@ def few_classes_first_kernel(
             h = _features_of(features, at, stop, dim, in_dim, True, FEATURE_STRIDE, BLOCK_ROWS)
         if UPCAST or not ROUND:
             h = h.to(tl.float32)
-        wide = h.to(tl.float32)
-        sqnorm = tl.sum(tl.sum(wide * wide, axis=2), axis=0)
-        finite = is_finite(sqnorm)
-        if tl.min(finite.to(tl.int32), axis=0) == 0:
-            # A norm may overflow although the row is finite: look at its elements.
-            sound = is_finite(h.to(tl.float32)).to(tl.int32)
-            finite = tl.min(tl.min(sound, axis=2), axis=0) > 0
-            h = tl.where(finite[None, :, None], h, 0.0)
-            sqnorm = tl.where(finite, sqnorm, 0.0)
+        h, sqnorm, finite = _finite_rows(h)
         z = tl.sum(tl.dot(h, w, input_precision=PRECISION), axis=0)
 
-        row, head, exists = items_of(at, stop, group, HEADS, HEADS_A_TILE, BLOCK_ROWS)
-        r, value, gap, spread, counts, live = item_residuals(
+        items = items_of(at, stop, group, HEADS, HEADS_A_TILE, BLOCK_ROWS)
+        made = item_residuals(
             tl.reshape(z, [BLOCK_ROWS * HEADS_A_TILE, LANES]),
-            row,
-            head,
-            exists,
+            items,
             to_items(finite, BLOCK_ROWS, HEADS_A_TILE),
-            bias,
-            labels,
-            sample_weight,
-            status,
-            first_row,
-            target_stride,
-            ignore_index,
-            smoothing,
-            LOSS,
-            SMOOTH,
-            EXCLUDE,
+            ItemInputs(bias, labels, target_stride, sample_weight),
+            LossSettings(LOSS, SMOOTH, EXCLUDE, ignore_index, smoothing),
+            report,
             CLASSES,
-            LANES,
         )
-        write_rows(
-            r,
-            value,
-            gap,
-            spread,
-            counts,
-            live,
-            row,
-            head,
-            exists,
-            to_items(sqnorm, BLOCK_ROWS, HEADS_A_TILE),
-            loss,
-            residual_sqnorm,
-            margin,
-            entropy,
-            feature_sqnorm,
-            counted,
-            residual,
-            status,
-            first_row,
-            head_stride,
-            residual_stride,
-            CLASSES,
-            LANES,
-        )
-        r = tl.reshape(r, [BLOCK_ROWS, TILE])
+        write_rows(made, items, to_items(sqnorm, BLOCK_ROWS, HEADS_A_TILE), out, report, CLASSES)
+        r = tl.reshape(made.residual, [BLOCK_ROWS, TILE])
         bias_grad += tl.sum(r, axis=0)
         left = tl.trans(as_operand(r, ROUND, UPCAST))[None, :, :]
         left = tl.broadcast_to(left, [PARTS, TILE, BLOCK_ROWS])

@@ -27,10 +27,12 @@ import triton.language as tl
 
 from .operands import as_operand
 from .row_epilogue import class_columns, item_residuals, items_of
+from .row_tuples import ItemInputs, Items, LossSettings, Report
 
 
 @triton.jit
 def few_classes_second_kernel(
+    # Read.
     features,  # (n, D)
     weight,  # (K C, D) float32, contiguous; None: residuals are given
     bias,  # (K, C) float32 or None
@@ -42,23 +44,30 @@ def few_classes_second_kernel(
     counted,  # (n,) bool
     feature_sqnorm,  # (n,) float32
     count,  # () int64: N, where rounding takes from the self-term; or None
+    # Written.
     alignment,  # (K, n) float32
+    # Rows and strides.
     rows,  # n
     target_stride,
     residual_stride,
     head_stride,  # alignment
+    # The loss; its kind follows among the constants.
     ignore_index,
     smoothing,
+    # The problem.
     HEADS: tl.constexpr,
     CLASSES: tl.constexpr,
     DIM: tl.constexpr,
     FEATURE_STRIDE: tl.constexpr,  # a constant: the compiler sees which loads can be wide
+    # The tile.
     BLOCK_ROWS: tl.constexpr,
     HEADS_A_TILE: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    # The loss, as in row_tuples.LossSettings.
     LOSS: tl.constexpr,
     SMOOTH: tl.constexpr,
+    # Operands.
     ROUND: tl.constexpr,  # bfloat16 operands, else PRECISION on float32 ones
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -95,26 +104,16 @@ def few_classes_second_kernel(
     lane = tl.arange(0, LANES)[None, :]
     inside = (exists & counts)[:, None] & (lane < CLASSES)
     if residual is None:
-        r, _, _, _, _, _ = item_residuals(
+        made = item_residuals(
             tl.reshape(z, [BLOCK_ROWS * HEADS_A_TILE, LANES]),
-            row,
-            head,
-            exists & counts,
+            Items(row, head, exists & counts),
             counts,
-            bias,
-            labels,
-            sample_weight,
-            None,
-            0,
-            target_stride,
-            ignore_index,
-            smoothing,
-            LOSS,
-            SMOOTH,
-            False,
+            ItemInputs(bias, labels, target_stride, sample_weight),
+            LossSettings(LOSS, SMOOTH, False, ignore_index, smoothing),
+            Report(None, 0),
             CLASSES,
-            LANES,
         )
+        r = made.residual
     else:
         address = residual + row[:, None] * residual_stride + head[:, None] * CLASSES + lane
         r = tl.load(address, mask=inside, other=0.0)

@@ -19,6 +19,7 @@ from moso_fast.core.status import STATUS_FEATURE, STATUS_LABEL, STATUS_LOGITS, S
 
 from .common import is_finite, note_first_row
 from .row_losses import row_loss
+from .row_tuples import ItemResults, Items
 
 _LABEL = tl.constexpr(STATUS_LABEL)
 _FEATURE = tl.constexpr(STATUS_FEATURE)
@@ -40,7 +41,7 @@ def items_of(
     item = tl.arange(0, BLOCK_ROWS * HEADS_A_TILE)
     row = at + item // HEADS_A_TILE
     head = group * HEADS_A_TILE + item % HEADS_A_TILE
-    return row, head, (row < stop) & (head < HEADS)
+    return Items(row, head, (row < stop) & (head < HEADS))
 
 
 @triton.jit
@@ -70,71 +71,50 @@ def to_items(x, BLOCK_ROWS: tl.constexpr, HEADS_A_TILE: tl.constexpr):
 @triton.jit
 def item_residuals(
     z,  # (items, LANES) logits, without their bias
-    row,  # (items,) int64
-    head,
-    exists,
+    items,  # Items
     finite,  # (items,) are the features of the row finite?
-    bias,  # (K, C) float32 or None
-    labels,  # (n,) integers, or (n, C) targets of any real dtype
-    sample_weight,  # (n,) float32 or None
-    status,  # (STATUS_SLOTS,) int64; None: report nothing
-    first_row,
-    target_stride,
-    ignore_index,
-    smoothing,
-    LOSS: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    EXCLUDE: tl.constexpr,  # rows with non-finite features do not count, else they are reported
+    inputs,  # ItemInputs
+    settings,  # LossSettings
+    report,  # Report
     CLASSES: tl.constexpr,
-    LANES: tl.constexpr,
 ):
-    """Residuals (items, LANES), 0 where an item yields none, and what is known of the items.
-
-    Returns residuals; loss, margin and entropy (NaN where there is no residual); which items
-    count, and which of them yield a residual.
-    """
+    """ItemResults of a tile of logits; labels that are out of range or unsound are reported."""
+    LANES: tl.constexpr = z.shape[1]
+    LOSS: tl.constexpr = settings.LOSS
+    row = items.row
     lane = tl.arange(0, LANES)[None, :]
-    counted = exists
+    counted = items.exists
     if LOSS == "ids":
-        label = tl.load(labels + row, mask=exists, other=0).to(tl.int64)
-        counted &= label != ignore_index
-    if EXCLUDE:
+        label = tl.load(inputs.labels + row, mask=items.exists, other=0).to(tl.int64)
+        counted &= label != settings.ignore_index
+    if settings.EXCLUDE:
         counted &= finite
     live = counted & finite
     if LOSS == "ids":
         in_range = (label >= 0) & (label < CLASSES)
-        if status is not None:
-            note_first_row(status, _LABEL, counted & (in_range == 0), row + first_row)
+        note_first_row(report, _LABEL, counted & (in_range == 0), row)
         live &= in_range
-    if status is not None and not EXCLUDE:
-        note_first_row(status, _FEATURE, counted & (finite == 0), row + first_row)
+    if not settings.EXCLUDE:
+        note_first_row(report, _FEATURE, counted & (finite == 0), row)
 
     inside = (lane < CLASSES) & live[:, None]
-    if bias is not None:
-        z += tl.load(bias + head[:, None] * CLASSES + lane, mask=inside, other=0.0)
+    if inputs.bias is not None:
+        bias_at = inputs.bias + items.head[:, None] * CLASSES + lane
+        z += tl.load(bias_at, mask=inside, other=0.0)
     z = tl.where(inside, z, 0.0)
     t = z
     if LOSS != "ids":
-        address = labels + row[:, None] * target_stride + lane
+        address = inputs.labels + row[:, None] * inputs.target_stride + lane
         t = tl.load(address, mask=inside, other=0.0).to(tl.float32)
-        if LOSS == "squared":
-            sound = tl.min(is_finite(t).to(tl.int32), axis=1) > 0
-        else:
-            sound = tl.min(((t >= 0.0) & (t <= 1.0)).to(tl.int32), axis=1) > 0
-        label = row
-        if LOSS == "soft":
-            sound &= tl.abs(tl.sum(t, axis=1) - 1.0) <= _TARGET_TOLERANCE
-            best = tl.max(t, axis=1)
-            label = tl.min(tl.where(inside & (t == best[:, None]), lane, LANES), axis=1)
-        if status is not None:
-            note_first_row(status, _TARGET, live & (sound == 0), row + first_row)
+        label, sound = _read_targets(t, inside, row, LOSS)
+        note_first_row(report, _TARGET, live & (sound == 0), row)
         live &= sound
 
     r, value, margin, entropy, sane = row_loss(
-        z, inside, label, t, smoothing, LOSS, CLASSES, SMOOTH
+        z, inside, label, t, settings.smoothing, LOSS, CLASSES, settings.SMOOTH
     )
-    if sample_weight is not None:
-        scale = tl.load(sample_weight + row, mask=live, other=0.0)
+    if inputs.sample_weight is not None:
+        scale = tl.load(inputs.sample_weight + row, mask=live, other=0.0)
         r *= scale[:, None]
         value *= scale
     sane &= live
@@ -142,48 +122,49 @@ def item_residuals(
     value = tl.where(sane, value, float("nan"))
     margin = tl.where(sane, margin, float("nan"))
     entropy = tl.where(sane, entropy, float("nan"))
-    return r, value, margin, entropy, counted, live
+    return ItemResults(r, value, margin, entropy, counted, live)
+
+
+@triton.jit
+def _read_targets(t, inside, row, LOSS: tl.constexpr):
+    """Class that plays the label, and whether the targets (items, LANES) are sound; (items,)."""
+    if LOSS == "squared":
+        sound = tl.min(is_finite(t).to(tl.int32), axis=1) > 0
+    else:
+        sound = tl.min(((t >= 0.0) & (t <= 1.0)).to(tl.int32), axis=1) > 0
+    label = row  # read by no other loss than "soft"
+    if LOSS == "soft":
+        sound &= tl.abs(tl.sum(t, axis=1) - 1.0) <= _TARGET_TOLERANCE
+        best = tl.max(t, axis=1)
+        lane = tl.arange(0, t.shape[1])[None, :]
+        label = tl.min(tl.where(inside & (t == best[:, None]), lane, t.shape[1]), axis=1)
+    return label, sound
 
 
 @triton.jit
 def write_rows(
-    r,  # (items, LANES)
-    value,  # (items,) and so on, as item_residuals returns them
-    margin,
-    entropy,
-    counted,
-    live,
-    row,
-    head,
-    exists,
+    made,  # ItemResults
+    items,  # Items
     sqnorm_of_features,  # (items,)
-    loss,  # (K, n) float32, as the next three
-    residual_sqnorm,
-    margin_out,
-    entropy_out,
-    feature_sqnorm,  # (n,) float32
-    counted_out,  # (n,) bool
-    residual,  # (n, K C) float32 or None
-    status,
-    first_row,
-    head_stride,
-    residual_stride,
+    out,  # OutputPointers
+    report,  # Report
     CLASSES: tl.constexpr,
-    LANES: tl.constexpr,
 ):
     """Write the statistics of the rows, their residuals if asked for, and report overflows."""
+    r, value, row, exists = made.residual, made.loss, items.row, items.exists
     squares = tl.sum(r * r, axis=1) + tl.where(value == value, 0.0, float("nan"))
     overflow = is_finite(value + squares * sqnorm_of_features) == 0
-    note_first_row(status, _LOGITS, live & overflow, row + first_row)
-    out = head.to(tl.int64) * head_stride + row
-    tl.store(loss + out, value, mask=exists)
-    tl.store(residual_sqnorm + out, squares, mask=exists)
-    tl.store(margin_out + out, margin, mask=exists)
-    tl.store(entropy_out + out, entropy, mask=exists)
-    first = exists & (head == 0)
-    tl.store(feature_sqnorm + row, sqnorm_of_features, mask=first)
-    tl.store(counted_out + row, counted, mask=first)
-    if residual is not None:
-        lane = tl.arange(0, LANES)[None, :]
-        address = residual + row[:, None] * residual_stride + head[:, None] * CLASSES + lane
+    note_first_row(report, _LOGITS, made.live & overflow, row)
+    at = items.head.to(tl.int64) * out.head_stride + row
+    tl.store(out.loss + at, value, mask=exists)
+    tl.store(out.residual_sqnorm + at, squares, mask=exists)
+    tl.store(out.margin + at, made.margin, mask=exists)
+    tl.store(out.entropy + at, made.entropy, mask=exists)
+    first = exists & (items.head == 0)
+    tl.store(out.feature_sqnorm + row, sqnorm_of_features, mask=first)
+    tl.store(out.counted + row, made.counted, mask=first)
+    if out.residual is not None:
+        lane = tl.arange(0, r.shape[1])[None, :]
+        row_at = out.residual + row[:, None] * out.residual_stride
+        address = row_at + items.head[:, None] * CLASSES + lane
         tl.store(address, r, mask=exists[:, None] & (lane < CLASSES))

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .common import INF, is_finite, log1p
+from .row_tuples import SoftmaxSums
 
 
 @triton.jit
@@ -28,6 +29,33 @@ def largest_and_rest(x, ok):
     terms = tl.where(at_top, 0.0, tl.exp(x - top[:, None]))
     ties = tl.sum(at_top.to(tl.int32), axis=1) - 1
     return top, tl.sum(tl.where(ok, terms, float("nan")), axis=1) + ties.to(tl.float32)
+
+
+@triton.jit
+def softmax_sums(z_label, top_rival, rest):
+    """SoftmaxSums of items of which one class plays the label.
+
+    ``z_label`` is the label's logit, ``top_rival`` the largest of the others, ``rest`` the sum of
+    e^(z - top_rival) over the others but one at that max; (items,) each.
+    """
+    top = tl.maximum(top_rival, z_label)
+    exp_label = tl.exp(z_label - top)
+    others = (1.0 + rest) * tl.exp(top_rival - top)
+    # log S from S without one of its largest terms, whoever owns that term.
+    sum_but_one = tl.where(z_label >= top_rival, others, rest + exp_label)
+    log_sum = log1p(sum_but_one)
+    inverse = 1.0 / (1.0 + sum_but_one)
+    return SoftmaxSums(top, log_sum, inverse, others * inverse)
+
+
+@triton.jit
+def soft_residual(p, t, is_label, not_label, total):
+    """Residual (items, lanes) for targets ``t`` of the sum ``total`` (items,), both smoothed.
+
+    ``not_label`` (items,) is 1 - p of the class that plays the label, as softmax_sums makes it.
+    """
+    not_p = tl.where(is_label, not_label[:, None], 1.0 - p)
+    return p * (total[:, None] - t) - t * not_p
 
 
 @triton.jit
@@ -47,14 +75,7 @@ def _softmax(
     rival = inside & (is_label == 0)
     top_rival, rest = largest_and_rest(tl.where(rival, z, -INF), is_finite(z))
     finite = is_finite(rest + z_label)
-    top = tl.maximum(top_rival, z_label)
-    exp_label = tl.exp(z_label - top)
-    others = (1.0 + rest) * tl.exp(top_rival - top)
-    # log S from S without one of its largest terms, whoever owns that term.
-    sum_but_one = tl.where(z_label >= top_rival, others, rest + exp_label)
-    log_sum = log1p(sum_but_one)
-    inverse = 1.0 / (1.0 + sum_but_one)
-    not_label = others * inverse
+    top, log_sum, inverse, not_label = softmax_sums(z_label, top_rival, rest)
 
     below = tl.where(inside, top[:, None] - z, 0.0)
     e = tl.where(inside, tl.exp(-below), 0.0)
@@ -65,8 +86,7 @@ def _softmax(
         if SMOOTH:
             t = tl.where(inside, (1.0 - smoothing) * t + smoothing / CLASSES, 0.0)
             total = (1.0 - smoothing) * total + smoothing
-        not_p = tl.where(is_label, not_label[:, None], 1.0 - p)
-        r = p * (total[:, None] - t) - t * not_p
+        r = soft_residual(p, t, is_label, not_label, total)
         cost = tl.sum(tl.where(t == 0.0, 0.0, t * below), axis=1)  # 0 * inf is no cost
         value = total * log_sum + cost
     else:
@@ -80,7 +100,8 @@ def _softmax(
 
 
 @triton.jit
-def _binary(z, inside, t):
+def binary_terms(z, t):
+    """Of every class, of any shape: residual, s(z), s(-z), loss where t = 0, loss where t = 1."""
     shrunk = tl.exp(-tl.abs(z))
     tail = log1p(shrunk)
     large = 1.0 / (1.0 + shrunk)
@@ -89,7 +110,12 @@ def _binary(z, inside, t):
     not_p = tl.where(z >= 0.0, small, large)
     if_off = tl.maximum(z, 0.0) + tail
     if_on = tl.maximum(-z, 0.0) + tail
-    r = (1.0 - t) * p - t * not_p
+    return (1.0 - t) * p - t * not_p, p, not_p, if_off, if_on
+
+
+@triton.jit
+def _binary(z, inside, t):
+    r, p, not_p, if_off, if_on = binary_terms(z, t)
     cost = tl.where(inside, (1.0 - t) * if_off + t * if_on, 0.0)
     closest = tl.where(inside, tl.where(t >= 0.5, z, -z), INF)
     spread = tl.where(inside, p * if_on + not_p * if_off, 0.0)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from moso_fast.core.status import STATUS_FEATURE
 
-from .common import is_finite, note_first_row
+from .common import finite_elements, is_finite, note_first_row
 from .operands import FLOAT_DTYPES, check_matrix, check_vector, describe
+from .row_tuples import Report
 
 _FEATURE = tl.constexpr(STATUS_FEATURE)
 # Rows, columns. The quickest of six on an H200 at D = 512: 0.303 ms for 1.28 million rows of
@@ -59,11 +60,7 @@ def row_norms_kernel(
     norm = tl.sum(squares, axis=1)
     finite = is_finite(norm)
     if tl.min(finite.to(tl.int32), axis=0) == 0:
-        sound = tl.full([BLOCK_ROWS], 1, tl.int32)
-        for start in range(0, DIM, BLOCK_DIM):
-            inside = exists[:, None] & (start + d < DIM)[None, :]
-            h = tl.load(at + start, mask=inside, other=0.0).to(tl.float32)
-            sound = tl.minimum(sound, tl.min(is_finite(h).to(tl.int32), axis=1))
+        sound = finite_elements(at, exists, d, DIM)
         finite = sound > 0
         norm = tl.where(finite, norm, 0.0)
         if dirty is not None:
@@ -73,7 +70,7 @@ def row_norms_kernel(
     if EXCLUDE:
         tl.store(counted + row, counts & finite, mask=exists)
     else:
-        note_first_row(status, _FEATURE, counts & (finite == 0), row + first_row)
+        note_first_row(Report(status, first_row), _FEATURE, counts & (finite == 0), row)
 
 
 def row_norms(

@@ -19,18 +19,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import is_finite
+from .common import finite_elements, is_finite
 from .operands import as_operand
 from .row_epilogue import item_residuals, write_rows
+from .row_tuples import ItemInputs, Items, LossSettings, OutputPointers, Report
 
 
 @triton.jit
 def row_tiles_kernel(
+    # Read.
     features,  # (n, DIM)
     weight,  # (CLASSES, DIM) float32, or bfloat16 with ROUND; contiguous
     bias,  # (CLASSES,) float32 or None
     labels,  # (n,) integers, or (n, CLASSES) targets
     sample_weight,  # (n,) float32 or None
+    # Written.
     loss,  # (n,) float32, as the next four
     residual_sqnorm,
     margin,
@@ -41,21 +44,27 @@ def row_tiles_kernel(
     lost,  # (n,) float32: |r|^2 less that of the stored residual; None: not asked for
     bias_partials,  # (programs, CLASSES) float32
     status,  # (STATUS_SLOTS,) int64
+    # Rows and strides.
     rows,  # n
     first_row,
     target_stride,
+    # The loss; its kind follows among the constants.
     ignore_index,
     smoothing,
+    # The problem.
     CLASSES: tl.constexpr,
     COLUMNS: tl.constexpr,
     DIM: tl.constexpr,
     FEATURE_STRIDE: tl.constexpr,  # a constant: the compiler sees which loads can be wide
+    # The tile.
     BLOCK_ROWS: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    # The loss, as in row_tuples.LossSettings.
     LOSS: tl.constexpr,
     SMOOTH: tl.constexpr,
     EXCLUDE: tl.constexpr,
+    # Operands.
     ROUND: tl.constexpr,  # bfloat16 operands, else PRECISION on float32 ones
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -95,61 +104,26 @@ def row_tiles_kernel(
         sqnorm = tl.sum(squares, axis=1)
     finite = is_finite(sqnorm)
     if tl.min(finite.to(tl.int32), axis=0) == 0:
-        # A norm may overflow although the row is finite: look at its elements.
-        sound = tl.full([BLOCK_ROWS], 1, tl.int32)
-        for start in range(0, DIM, BLOCK_DIM):
-            within = (start + d < DIM)[None, :]
-            h = tl.load(feature_at + start, mask=exists[:, None] & within, other=0.0)
-            sound = tl.minimum(sound, tl.min(is_finite(h.to(tl.float32)).to(tl.int32), axis=1))
-        finite = sound > 0
+        finite = finite_elements(feature_at, exists, d, DIM) > 0
         sqnorm = tl.where(finite, sqnorm, 0.0)
 
-    head = tl.zeros([BLOCK_ROWS], tl.int32)
-    r, value, gap, spread, counts, live = item_residuals(
+    items = Items(row, tl.zeros([BLOCK_ROWS], tl.int32), exists)
+    report = Report(status, first_row)
+    made = item_residuals(
         z,
-        row,
-        head,
-        exists,
+        items,
         finite,
-        bias,
-        labels,
-        sample_weight,
-        status,
-        first_row,
-        target_stride,
-        ignore_index,
-        smoothing,
-        LOSS,
-        SMOOTH,
-        EXCLUDE,
+        ItemInputs(bias, labels, target_stride, sample_weight),
+        LossSettings(LOSS, SMOOTH, EXCLUDE, ignore_index, smoothing),
+        report,
         CLASSES,
-        LANES,
     )
-    write_rows(
-        r,
-        value,
-        gap,
-        spread,
-        counts,
-        live,
-        row,
-        head,
-        exists,
-        sqnorm,
-        loss,
-        residual_sqnorm,
-        margin,
-        entropy,
-        feature_sqnorm,
-        counted,
-        None,  # residuals are written below, in another dtype
-        status,
-        first_row,
-        0,
-        0,
-        CLASSES,
-        LANES,
+    # Residuals are written below, in another dtype.
+    out = OutputPointers(
+        loss, residual_sqnorm, margin, entropy, 0, feature_sqnorm, counted, None, 0
     )
+    write_rows(made, items, sqnorm, out, report, CLASSES)
+    r = made.residual
     address = residual + row[:, None] * COLUMNS + lane[None, :]
     stored = exists[:, None] & (lane < COLUMNS)[None, :]
     if ROUND:

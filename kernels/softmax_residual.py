@@ -36,101 +36,117 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moso_fast.core.losses import SOFT_LABEL_TOLERANCE
-from moso_fast.core.status import STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
+from moso_fast.core.status import STATUS_LOGITS
 
-from .common import INF, is_finite, log1p, note_first_row
+from .common import INF, is_finite, note_first_row
+from .logit_rows import logit_rows
+from .row_losses import soft_residual, softmax_sums
+from .row_tuples import ItemInputs, Report
+from .softmax_walk import load_logits, merge_lanes, read_labels, walk_rivals
 
-_LABEL = tl.constexpr(STATUS_LABEL)
 _LOGITS = tl.constexpr(STATUS_LOGITS)
-_TARGET = tl.constexpr(STATUS_TARGET)
-_TARGET_TOLERANCE = tl.constexpr(SOFT_LABEL_TOLERANCE)
 
 
 @triton.jit
-def _read_targets(
-    targets,
-    row,
-    target_stride,
-    live,
-    lane,
+def _tile_residual(
+    z,  # (rows, lanes) logits, as all that is not said to be of another shape
+    column,  # (1, lanes)
+    inside,
+    rows,  # LogitRows
+    inputs,  # ItemInputs
+    known,  # Labels
+    sums,  # SoftmaxSums
+    smoothing,
     CLASSES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
+    SOFT: tl.constexpr,
+    SMOOTH: tl.constexpr,
 ):
-    """First walk over soft labels: (their argmax, the first one; their sum; are they sound?)."""
-    top = tl.full([BLOCK_ROWS, BLOCK_CLASSES], -INF, tl.float32)
-    where_top = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.int32)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
-    outside = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.int32)
-    for start in range(0, CLASSES, BLOCK_CLASSES):
-        column = start + lane
-        inside = (column < CLASSES) & live[:, None]
-        address = targets + row[:, None] * target_stride + column
-        t = tl.load(address, mask=inside, other=0.0).to(tl.float32)
-        total += t
-        outside |= tl.where((t >= 0.0) & (t <= 1.0), 0, 1)
-        better = inside & (t > top)
-        top = tl.where(better, t, top)
-        where_top = tl.where(better, column, where_top)
-    at_top = top == tl.max(top, axis=1)[:, None]
-    label = tl.min(tl.where(at_top, where_top, CLASSES), axis=1)
-    sum_of_targets = tl.sum(total, axis=1)
-    sound = (tl.max(outside, axis=1) == 0) & (tl.abs(sum_of_targets - 1.0) <= _TARGET_TOLERANCE)
-    # All NaN: no lane found a top, and the label must still be a column.
-    return tl.where(label < CLASSES, label, 0), sum_of_targets, sound
+    """Residuals of weight 1; what a class adds to the cost; e^(z - top); top - z.
 
-
-@triton.jit
-def _merge_lanes(top, rest):
-    """Max over lanes, and the sum of e^(x - max) over everything but one entry at that max.
-
-    ``top`` and ``rest`` (rows, lanes) are each lane's max and the sum of its other terms.
+    The costs sum to that of _loss_of; without SOFT and SMOOTH they mean nothing.
     """
-    best = tl.max(top, axis=1)
-    at_best = top == best[:, None]
-    terms = tl.where(at_best, rest, (1.0 + rest) * tl.exp(top - best[:, None]))
-    ties = tl.sum(at_best.to(tl.int32), axis=1) - 1
-    return best, tl.sum(terms, axis=1) + ties.to(tl.float32)
+    below = tl.where(inside, sums.top[:, None] - z, 0.0)
+    e = tl.where(inside, tl.exp(-below), 0.0)
+    p = e * sums.inverse[:, None]
+    is_label = column == known.label[:, None]
+    if SOFT:
+        address = inputs.labels + rows.row[:, None] * inputs.target_stride + column
+        t = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+        if SMOOTH:
+            t = tl.where(inside, (1.0 - smoothing) * t + smoothing / CLASSES, 0.0)
+        r = soft_residual(p, t, is_label, sums.not_label, known.target_sum)
+        cost = tl.where(t == 0.0, 0.0, t * below)  # 0 * inf is no cost
+    else:
+        r = tl.where(is_label, -sums.not_label[:, None], p)
+        if SMOOTH:
+            r += tl.where(is_label, smoothing - smoothing / CLASSES, -smoothing / CLASSES)
+        cost = below
+    return r, cost, e, below
 
 
 @triton.jit
-def _with_bias(z, bias, head, column, live, HEADS: tl.constexpr, CLASSES: tl.constexpr):
-    """Logits ``z`` (items, lanes) of the columns (1, lanes) plus their bias, if there is one."""
-    if bias is None:
-        return z
-    elif HEADS == 1:  # the same line for all rows
-        return z + tl.load(bias + column, mask=column < CLASSES, other=0.0)
+def _store_narrow(narrow, r, rows, column, COLUMNS: tl.constexpr):
+    """Store residuals (rows, lanes) in bfloat16; return what that takes from their squares."""
+    rounded = r.to(tl.bfloat16)
+    padded = (column < COLUMNS) & rows.exists[:, None]
+    tl.store(narrow + rows.row[:, None] * COLUMNS + column, rounded, mask=padded)
+    return (r - rounded.to(tl.float32)) * (r + rounded.to(tl.float32))
+
+
+@triton.jit
+def _loss_of(
+    sums,  # SoftmaxSums
+    z_label,  # (rows,)
+    target_sum,  # (rows,)
+    cost,  # (rows, lanes): sums of t (top - z), or of top - z with SMOOTH class ids
+    smoothing,
+    CLASSES: tl.constexpr,
+    SOFT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):
+    """Loss of every row, of weight 1."""
+    if SOFT:
+        return target_sum * sums.log_sum + tl.sum(cost, axis=1)
     else:
-        inside = (column < CLASSES) & live[:, None]
-        return z + tl.load(bias + head[:, None] * CLASSES + column, mask=inside, other=0.0)
+        value = sums.log_sum + (sums.top - z_label)
+        if SMOOTH:
+            mean_cost = tl.sum(cost, axis=1) / CLASSES
+            value = (1.0 - smoothing) * value + smoothing * (sums.log_sum + mean_cost)
+        return value
 
 
 @triton.jit
 def softmax_residual_kernel(
+    # Read; logits are written too.
     logits,  # (n, K * C) float32: logits in, residuals out
     labels,  # (n,) integers; SOFT: (n, C) floats
     sample_weight,  # (n,) float32 or None
     counted,  # (n,) bool or None
+    # Written.
     loss,  # (K, n) float32, as the next three
     residual_sqnorm,
     margin,
     entropy,
     status,  # (STATUS_SLOTS,) int64
+    # Rows and strides.
     items,  # n * K
     first_row,  # what row 0 of this chunk is called in status
     row_stride,  # logits
     target_stride,  # soft labels
     head_stride,  # loss, residual_sqnorm, margin, entropy
+    # The loss; its kind follows among the constants.
     ignore_index,
     smoothing,
+    # The problem, and the tile.
     HEADS: tl.constexpr,
     CLASSES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     CONTIGUOUS: tl.constexpr,  # row_stride == K * C, known when compiling: wider loads
+    # The loss: soft labels, label smoothing.
     SOFT: tl.constexpr,
     SMOOTH: tl.constexpr,
+    # What not every caller wants.
     softmax_top=None,  # (K, n) float32 or None, as the next two; see residual.SoftmaxState
     softmax_log_sum=None,
     label_residual=None,
@@ -142,74 +158,32 @@ def softmax_residual_kernel(
     """Softmax residual in place and row statistics; see the head of this file."""
     ONE_TILE: tl.constexpr = BLOCK_CLASSES >= CLASSES
     lane = tl.arange(0, BLOCK_CLASSES)[None, :]
-    item = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    exists = item < items
-    row = item // HEADS
-    head = item % HEADS
-    start_of_row = item * CLASSES if CONTIGUOUS else row * row_stride + head * CLASSES
-    base = logits + start_of_row
-
-    # Which rows count, and the class that plays the label.
-    live = exists
-    if counted is not None:
-        live &= tl.load(counted + row, mask=exists, other=0).to(tl.int1)
-    if SOFT:
-        label, target_sum, sound = _read_targets(
-            labels, row, target_stride, live, lane, CLASSES, BLOCK_ROWS, BLOCK_CLASSES
-        )
-        note_first_row(status, _TARGET, live & (sound == 0), row + first_row)
-        if SMOOTH:
-            target_sum = (1.0 - smoothing) * target_sum + smoothing
-    else:
-        label = tl.load(labels + row, mask=exists, other=0).to(tl.int64)
-        live &= label != ignore_index
-        in_range = (label >= 0) & (label < CLASSES)
-        note_first_row(status, _LABEL, live & (in_range == 0), row + first_row)
-        live &= in_range
-    z_label = tl.load(base + label, mask=live, other=0.0)
+    rows = logit_rows(logits, counted, items, row_stride, HEADS, CLASSES, BLOCK_ROWS, CONTIGUOUS)
+    inputs = ItemInputs(bias, labels, target_stride, sample_weight)
+    report = Report(status, first_row)
+    known = read_labels(inputs, rows, lane, ignore_index, smoothing, report, CLASSES, SOFT, SMOOTH)
+    label, live = known.label, known.live
+    z_label = tl.load(rows.base + label, mask=live, other=0.0)
     if bias is not None:
-        z_label += tl.load(bias + head * CLASSES + label, mask=live, other=0.0)
+        z_label += tl.load(bias + rows.head * CLASSES + label, mask=live, other=0.0)
 
     # First walk: max and sum over the classes that are not the label.
     if ONE_TILE:
-        z = tl.load(base[:, None] + lane, mask=(lane < CLASSES) & live[:, None], other=0.0)
-        z = _with_bias(z, bias, head, lane, live, HEADS, CLASSES)
+        z = load_logits(rows, lane, live, bias, HEADS, CLASSES, "")
         rival = (lane < CLASSES) & (lane != label[:, None])
         top = tl.where(rival, z, -INF)
         rest = tl.where(is_finite(z), 0.0, float("nan"))
     else:
-        top = tl.full([BLOCK_ROWS, BLOCK_CLASSES], -INF, tl.float32)
-        rest = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
-        for start in range(0, CLASSES, BLOCK_CLASSES):
-            column = start + lane
-            inside = (column < CLASSES) & live[:, None]
-            z = tl.load(
-                base[:, None] + column, mask=inside, other=0.0, eviction_policy="evict_last"
-            )
-            z = _with_bias(z, bias, head, column, live, HEADS, CLASSES)
-            rival = inside & (column != label[:, None])
-            x = tl.where(rival, z, -INF)
-            higher = x > top
-            # e^(lower - higher); NaN while a lane has seen nothing (-inf - -inf), then unused.
-            fade = tl.exp(-tl.abs(x - top))
-            rest = tl.where(higher, (rest + 1.0) * fade, rest + tl.where(rival, fade, 0.0))
-            rest = tl.where(is_finite(z), rest, float("nan"))  # stays NaN: the mark of a bad row
-            top = tl.where(higher, x, top)
-    top_rival, rest = _merge_lanes(top, rest)
+        top, rest = walk_rivals(rows, label, live, lane, bias, HEADS, CLASSES)
+    top_rival, rest = merge_lanes(top, rest)
 
     # Scalars of a row.
     # One comparison for both: rest is NaN or small, so the sum cannot overflow.
     sane = live & is_finite(rest + z_label)
-    top = tl.maximum(top_rival, z_label)
-    exp_label = tl.exp(z_label - top)
-    others = (1.0 + rest) * tl.exp(top_rival - top)
-    sum_but_one = tl.where(z_label >= top_rival, others, rest + exp_label)
-    log_sum = log1p(sum_but_one)
-    inverse = 1.0 / (1.0 + sum_but_one)
-    not_label = others * inverse
+    sums = softmax_sums(z_label, top_rival, rest)
     scale = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     if sample_weight is not None:
-        scale = tl.load(sample_weight + row, mask=live, other=0.0)
+        scale = tl.load(sample_weight + rows.row, mask=live, other=0.0)
 
     # Every thread has read what it needs of these rows before any thread overwrites them.
     tl.debug_barrier()
@@ -223,65 +197,41 @@ def softmax_residual_kernel(
     TILES: tl.constexpr = (CLASSES + BLOCK_CLASSES - 1) // BLOCK_CLASSES
     for step in range(0, TILES):
         column = (TILES - 1 - step) * BLOCK_CLASSES + lane
-        stored = (column < CLASSES) & exists[:, None]
+        stored = (column < CLASSES) & rows.exists[:, None]
         inside = (column < CLASSES) & live[:, None]
         if not ONE_TILE:
-            z = tl.load(
-                base[:, None] + column, mask=inside, other=0.0, eviction_policy="evict_first"
-            )
-            z = _with_bias(z, bias, head, column, live, HEADS, CLASSES)
-        below = tl.where(inside, top[:, None] - z, 0.0)
-        e = tl.where(inside, tl.exp(-below), 0.0)
-        p = e * inverse[:, None]
-        is_label = column == label[:, None]
-        if SOFT:
-            t = tl.load(labels + row[:, None] * target_stride + column, mask=inside, other=0.0).to(
-                tl.float32
-            )
-            if SMOOTH:
-                t = tl.where(inside, (1.0 - smoothing) * t + smoothing / CLASSES, 0.0)
-            not_p = tl.where(is_label, not_label[:, None], 1.0 - p)
-            r = p * (target_sum[:, None] - t) - t * not_p
-            cost += tl.where(t == 0.0, 0.0, t * below)  # 0 * inf is no cost
-        else:
-            r = tl.where(is_label, -not_label[:, None], p)
-            if SMOOTH:
-                r += tl.where(is_label, smoothing - smoothing / CLASSES, -smoothing / CLASSES)
-                cost += below
+            z = load_logits(rows, column, live, bias, HEADS, CLASSES, "evict_first")
+        r, term, e, below = _tile_residual(
+            z, column, inside, rows, inputs, known, sums, smoothing, CLASSES, SOFT, SMOOTH
+        )
+        if SOFT or SMOOTH:
+            cost += term
         r = tl.where(inside & sane[:, None], r * scale[:, None], 0.0)
         if narrow is None:
-            tl.store(base[:, None] + column, r, mask=stored)
+            tl.store(rows.base[:, None] + column, r, mask=stored)
         else:
-            rounded = r.to(tl.bfloat16)
-            padded = (column < COLUMNS) & exists[:, None]
-            tl.store(narrow + row[:, None] * COLUMNS + column, rounded, mask=padded)
-            missing += (r - rounded.to(tl.float32)) * (r + rounded.to(tl.float32))
+            missing += _store_narrow(narrow, r, rows, column, COLUMNS)
         squares += r * r
         spread += tl.where(e == 0.0, 0.0, e * below)  # 0 * inf is no entropy
 
     # Statistics; NaN where a row does not count.
-    if SOFT:
-        value = target_sum * log_sum + tl.sum(cost, axis=1)
-    else:
-        value = log_sum + (top - z_label)
-        if SMOOTH:
-            mean_cost = tl.sum(cost, axis=1) / CLASSES
-            value = (1.0 - smoothing) * value + smoothing * (log_sum + mean_cost)
+    row, exists = rows.row, rows.exists
+    value = _loss_of(sums, z_label, known.target_sum, cost, smoothing, CLASSES, SOFT, SMOOTH)
     value = tl.where(sane, value * scale, float("nan"))
     sqnorm = tl.where(sane, tl.sum(squares, axis=1), float("nan"))
-    note_first_row(status, _LOGITS, live & (is_finite(value + sqnorm) == 0), row + first_row)
-    out = head * head_stride + row
+    note_first_row(report, _LOGITS, live & (is_finite(value + sqnorm) == 0), row)
+    out = rows.head * head_stride + row
     tl.store(loss + out, value, mask=exists)
     tl.store(residual_sqnorm + out, sqnorm, mask=exists)
     tl.store(margin + out, tl.where(sane, z_label - top_rival, float("nan")), mask=exists)
-    spread_mean = tl.sum(spread, axis=1) * inverse
-    tl.store(entropy + out, tl.where(sane, log_sum + spread_mean, float("nan")), mask=exists)
+    spread_mean = tl.sum(spread, axis=1) * sums.inverse
+    tl.store(entropy + out, tl.where(sane, sums.log_sum + spread_mean, float("nan")), mask=exists)
     if narrow is not None:
         tl.store(lost + row, tl.sum(missing, axis=1), mask=exists)
     if softmax_top is not None:
-        r_label = -not_label
+        r_label = -sums.not_label
         if SMOOTH:
             r_label += smoothing - smoothing / CLASSES
-        tl.store(softmax_top + out, tl.where(sane, top, float("nan")), mask=exists)
-        tl.store(softmax_log_sum + out, tl.where(sane, log_sum, float("nan")), mask=exists)
+        tl.store(softmax_top + out, tl.where(sane, sums.top, float("nan")), mask=exists)
+        tl.store(softmax_log_sum + out, tl.where(sane, sums.log_sum, float("nan")), mask=exists)
         tl.store(label_residual + out, tl.where(sane, r_label * scale, 0.0), mask=exists)

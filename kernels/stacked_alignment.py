@@ -23,21 +23,19 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from .operands import (
     aligned,
-    as_operand,
     capability_major,
     check_matrix,
     check_vector,
     describe,
-    halves,
     input_precision,
     interpreted,
 )
 from .residual import SoftmaxState
+from .stacked_alignment_kernel import stacked_alignment_kernel
 from .stored_alignment import (
     Choice,
     SelfTerm,
@@ -46,7 +44,6 @@ from .stored_alignment import (
     class_splits,
     fitting_tile,
 )
-from .stored_alignment_kernels import own_weight
 from .tiles import Tile
 
 # By the compiler's figures and the traffic model, not yet by a clock: the largest that compile
@@ -217,119 +214,3 @@ def _check_state(softmax: SoftmaxState, heads: int, rows: int, device: torch.dev
             raise ValueError(
                 f"softmax.{name} must be on {device} with features, got {value.device}"
             )
-
-
-@triton.jit
-def _fold(z, s, grad_row, first, bias, mean_bias_grad, labels, top, log_sum, label_residual,
-          sample_weight, smoothing_share, feature_sqnorm, count, row, state, live,
-          CLASSES: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """Sum over the classes from ``first`` on of r (s + gb), and the self-term that was lost.
-
-    What a row needs is loaded here, and again for the next tile, rather than held in registers
-    through the products.
-    """
-    column = first + tl.arange(0, LANES)
-    inside = column < CLASSES
-    if bias is not None:
-        z += tl.load(bias + grad_row + column, mask=inside, other=0.0)[None, :]
-    if mean_bias_grad is not None:
-        s += tl.load(mean_bias_grad + grad_row + column, mask=inside, other=0.0)[None, :]
-    z -= tl.load(top + state, mask=live, other=0.0)[:, None]
-    z -= tl.load(log_sum + state, mask=live, other=0.0)[:, None]
-    r = tl.exp(z) - smoothing_share
-    if sample_weight is not None:
-        r *= tl.load(sample_weight + row, mask=live, other=0.0)[:, None]
-    label = tl.load(labels + row, mask=live, other=0).to(tl.int32)
-    r_label = tl.load(label_residual + state, mask=live, other=0.0)
-    r = tl.where(column[None, :] == label[:, None], r_label[:, None], r)
-    r = tl.where(inside[None, :] & live[:, None], r, 0.0)
-    dot = tl.sum(r * s, axis=1)
-    if feature_sqnorm is not None:
-        rounded = r.to(tl.bfloat16).to(tl.float32)
-        own = own_weight(feature_sqnorm, count, row, live)
-        dot += own * tl.sum((r - rounded) * r, axis=1)
-    return dot
-
-
-@triton.jit
-def stacked_alignment_kernel(
-    features,  # (rows, DIM) float32, bfloat16 or float16
-    weight,  # (HEADS * CLASSES, DIM) float32, or bfloat16 with ROUND
-    mean_grad,  # as weight
-    bias,  # (HEADS * CLASSES,) float32 or None
-    mean_bias_grad,  # (HEADS * CLASSES,) float32 or None
-    labels,  # (rows,) integers
-    top,  # (HEADS, rows) float32, head stride state_stride, as the next two
-    log_sum,
-    label_residual,
-    sample_weight,  # (rows,) float32 or None
-    feature_sqnorm,  # (rows,) float32 or None
-    count,  # () int64 or None
-    parts,  # (HEADS * SPLITS, rows) float32, row stride part_stride
-    rows,
-    part_stride,
-    state_stride,
-    smoothing_share,  # label smoothing / CLASSES
-    HEADS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    DIM: tl.constexpr,
-    FEATURE_STRIDE: tl.constexpr,  # constants: the compiler sees which loads can be wide
-    WEIGHT_STRIDE: tl.constexpr,
-    GRAD_STRIDE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    ROUND: tl.constexpr,  # bfloat16 operands
-    PRECISION: tl.constexpr,  # of float32 operands
-    UPCAST: tl.constexpr,
-):
-    """Residuals again and their product with H G^T, tile by tile; see the head of this file."""
-    TILES: tl.constexpr = (CLASSES + BLOCK_CLASSES - 1) // BLOCK_CLASSES
-    EACH: tl.constexpr = (TILES + SPLITS - 1) // SPLITS
-    part = tl.program_id(0) % (HEADS * SPLITS)
-    head = (part // SPLITS).to(tl.int64)
-    split = part % SPLITS
-    row_tile = tl.cdiv(rows, BLOCK_ROWS) - 1 - tl.program_id(0) // (HEADS * SPLITS)
-    row = row_tile.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    state = head * state_stride + row
-    mark = tl.load(top + state, mask=row < rows, other=float("nan"))
-    live = mark == mark  # no NaN
-
-    d = tl.arange(0, BLOCK_DIM)
-    grad_row = head * CLASSES
-    feature_at = features + row[:, None] * FEATURE_STRIDE + d[None, :]
-    dot = tl.zeros([BLOCK_ROWS], tl.float32)
-    for tile in range(split * EACH, tl.minimum(split * EACH + EACH, TILES)):
-        first = tile * BLOCK_CLASSES
-        column = first + tl.arange(0, BLOCK_CLASSES)
-        inside = (column < CLASSES)[:, None]
-        weight_at = weight + (grad_row + column)[:, None] * WEIGHT_STRIDE + d[None, :]
-        grad_at = mean_grad + (grad_row + column)[:, None] * GRAD_STRIDE + d[None, :]
-        z = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
-        s = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
-        for start in range(0, DIM, BLOCK_DIM):
-            within = (start + d < DIM)[None, :]
-            h = tl.load(feature_at + start, mask=live[:, None] & within, other=0.0)
-            w = tl.load(weight_at + start, mask=inside & within, other=0.0)
-            g = tl.load(grad_at + start, mask=inside & within, other=0.0)
-            h = as_operand(h, ROUND, UPCAST)
-            w = as_operand(w, ROUND, UPCAST)
-            g = as_operand(g, ROUND, UPCAST)
-            z = tl.dot(h, tl.trans(w), z, input_precision=PRECISION)
-            s = tl.dot(h, tl.trans(g), s, input_precision=PRECISION)
-        if BLOCK_CLASSES >= 128:
-            HALF: tl.constexpr = BLOCK_CLASSES // 2
-            z_left, z_right = halves(z, BLOCK_ROWS, BLOCK_CLASSES)
-            s_left, s_right = halves(s, BLOCK_ROWS, BLOCK_CLASSES)
-            dot += _fold(z_left, s_left, grad_row, first, bias, mean_bias_grad, labels, top,
-                         log_sum, label_residual, sample_weight, smoothing_share, feature_sqnorm,
-                         count, row, state, live, CLASSES, HALF)  # fmt: skip
-            dot += _fold(z_right, s_right, grad_row, first + HALF, bias, mean_bias_grad, labels,
-                         top, log_sum, label_residual, sample_weight, smoothing_share,
-                         feature_sqnorm, count, row, state, live, CLASSES, HALF)  # fmt: skip
-        else:
-            dot += _fold(z, s, grad_row, first, bias, mean_bias_grad, labels, top, log_sum,
-                         label_residual, sample_weight, smoothing_share, feature_sqnorm, count,
-                         row, state, live, CLASSES, BLOCK_CLASSES)  # fmt: skip
-    tl.store(parts + part.to(tl.int64) * part_stride + row, dot, mask=row < rows)

@@ -155,7 +155,7 @@ def _csv_description(path: Path) -> tuple[str | None, dict[str, str]]:
         description = json.loads(beside.read_text(encoding="utf-8"))
         dtypes = {str(name): str(kind) for name, kind in description.pop("dtypes").items()}
         digest = description.pop("sha256")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise damaged(beside, error) from error
     if not set(dtypes.values()) <= {"int64", "float32", "float64"}:
         raise not_a_table(beside, f"unknown dtypes {sorted(set(dtypes.values()))}")

@@ -222,8 +222,10 @@ def _same_values(own: Tensor, stored: Tensor) -> bool:
     if not stored.is_floating_point():
         return bool((own == stored).all())
     # Tables such as rotary frequencies differ in the last bits from one machine to another.
-    close = (own.double() - stored.double()).abs() <= 1e-6 * own.double().abs() + 1e-12
-    return bool((close | (own == stored)).all())
+    # Of an infinity, as masks hold it, everything would be that close.
+    own64, stored64 = own.double(), stored.double()
+    close = (own64 - stored64).abs() <= 1e-6 * own64.abs() + 1e-12
+    return bool(((close & own64.isfinite()) | (own == stored)).all())
 
 
 def _matches_any(names: Iterable[str], *patterns: str) -> bool:

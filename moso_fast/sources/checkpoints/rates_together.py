@@ -125,9 +125,10 @@ def check_rates(
         )
     if combine == "mean":
         names = ", ".join(f"{k} ({where[k]})" for k in zero[:_SHOWN])
-        which = f"checkpoint {names} has" if len(zero) == 1 else f"checkpoints {names} have"
+        one = len(zero) == 1
+        which = f"checkpoint {names} has" if one else f"checkpoints {names} have"
         warnings.warn(
-            f"{which} learning rate 0 and counts nothing in the scores: {why}; {option} gives "
-            "another",
+            f"{which} learning rate 0 and {'counts' if one else 'count'} nothing in the scores: "
+            f"{why}; {option} gives another",
             stacklevel=2,
         )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ...util.array_like import bytes_of
 from .checkpoint import LoadedCheckpoint
 from .fit import Fitted
 from .models import fitted
@@ -184,8 +185,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     """Return a name for the values of ``tensors``: equal names, shapes, dtypes and bits agree."""
     result = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach().cpu()
         result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
-            result.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            result.update(bytes_of(tensor))
     return result.hexdigest()

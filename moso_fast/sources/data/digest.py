@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, IterableDataset
 
+from ...util.array_like import bytes_of
 from .batch_parts import parts_of
 
 SAMPLES = 64  # the first, the last, and others evenly between them
@@ -112,12 +113,12 @@ class _Inputs:
             for part in parts:
                 yield self.digest(part)
             return
-        tensor = tensor.cpu().resolve_conj().resolve_neg()
+        tensor = tensor.cpu()
         if tensor.layout != torch.strided or tensor.is_quantized:
             tensor = tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
         yield f"{tensor.dtype} {tuple(tensor.shape)}".encode()
         if tensor.numel():
-            yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            yield bytes_of(tensor).tobytes()
 
     def _of_container(self, value: Any) -> Iterator[bytes]:
         """Look into lists, dictionaries, what pytree knows, images and objects with attributes."""

@@ -234,9 +234,9 @@ def _example(array: npt.NDArray[Any]) -> str:
     return " (dtype object); convert it with .astype(float) or .astype(int)"
 
 
-def bytes_of(tensor: Tensor) -> npt.NDArray[np.uint8]:
+def bytes_of(tensor: Tensor) -> memoryview:
     """Return the elements of a tensor in main memory, in their order, as bytes."""
     tensor = tensor.resolve_conj().resolve_neg().contiguous()
     # A single element is contiguous whatever its stride says; a view as bytes asks for 1.
     flat = tensor.as_strided((tensor.numel(),), (1,))
-    return flat.view(torch.uint8).numpy()
+    return flat.view(torch.uint8).numpy().data

@@ -49,7 +49,7 @@ def choose(problem: Problem, requested: str = "auto") -> tuple[Backend, list[str
     """
     source = f"backend={requested!r}"
     if requested == "auto":
-        requested = os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto"
+        requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         source = f"{ENVIRONMENT_VARIABLE}={requested}"
     if requested != "auto":
         backend = get(requested)

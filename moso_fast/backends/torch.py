@@ -59,7 +59,7 @@ class TorchPasses(Passes):
         if problem.features.dtype != problem.compute_dtype:
             a_row += item * problem.dim
         budget = max(64, _of(_CHUNK_BYTES, problem.device) // a_row)
-        self.chunk_rows = max(1, min(_of(_MAX_CHUNK_ROWS, problem.device), budget))
+        self.chunk_rows = min(_of(_MAX_CHUNK_ROWS, problem.device), budget)
 
     def describe(self) -> str:
         """See :class:`moso_fast.core.passes.Passes`."""

@@ -17,6 +17,8 @@ __all__ = ["Inputs", "Result", "errors_of", "exact", "make_inputs"]
 # Quantity -> (N,) values, or (K, N) for K heads.
 Result = dict[str, Tensor]
 
+_BLOCK = 2**24  # elements of a block of rows of the float64 answer
+
 
 @dataclass
 class Inputs:
@@ -109,7 +111,7 @@ def _residual(inputs: Inputs, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
 def _exact_head(inputs: Inputs) -> Result:
     """Evaluate the closed form in float64, in blocks of rows that bound its memory."""
     count, classes = len(inputs.labels), inputs.weight.shape[0]
-    step = max(1, 2**24 // max(classes, inputs.features.shape[1]))
+    step = max(1, _BLOCK // max(classes, inputs.features.shape[1]))
     blocks = [slice(start, start + step) for start in range(0, count, step)]
     grad = torch.zeros_like(inputs.weight, dtype=torch.float64)
     bias_grad = torch.zeros_like(inputs.bias, dtype=torch.float64)

@@ -84,8 +84,8 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except _USAGE_ERRORS as error:
-        where = getattr(getattr(error, "ctx", None), "command_path", "")
-        message = f"{_one_line(_text_of(error))} (see {where or 'moso-fast'} --help)"
+        where = getattr(getattr(error, "ctx", None), "command_path", "moso-fast")
+        message = f"{_one_line(_text_of(error))} (see {where} --help)"
         return _report(message, BAD_INPUT, debug)
     except Exception as error:  # every error gets its code here, and its traceback with --debug
         if is_bad_input(error):

@@ -175,7 +175,6 @@ def _of_subset(loader: DataLoader[Any], members: Tensor) -> DataLoader[Any] | No
     return DataLoader(
         Subset(loader.dataset, numbers),
         batch_size=fixed,
-        shuffle=False,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -236,7 +235,6 @@ def seeded_views(loader: DataLoader[Any], views: int, seed: int) -> DataLoader[A
     return DataLoader(
         SeededViews(loader.dataset, views, seed),
         batch_size=size,
-        shuffle=False,
         num_workers=loader.num_workers,
         collate_fn=_Flat(collate),
         pin_memory=loader.pin_memory,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,3 +39,24 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Sequence[cases.Case]:
 
     monkeypatch.setattr(runner, "providers_for", without_compiling)
     return TINY, HEAVY
+
+
+class Clock:
+    """Seconds that pass when something is said to take them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        for name in ("perf_counter", "monotonic"):
+            monkeypatch.setattr(time, name, lambda: self.now)
+
+    def takes(self, seconds, result=None):
+        def job():
+            self.now += seconds
+            return result
+
+        return job
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)

@@ -22,6 +22,7 @@ from core_support import (
 )
 
 import moso_fast
+from moso_fast.core import operator
 from moso_fast.core.formulas import FORMULAS
 from moso_fast.core.reference import closed_form_stats, explicit_stats
 from moso_fast.functional import LastLayerStats, last_layer_stats, moso_scores
@@ -228,6 +229,42 @@ def test_stats_are_one_frozen_object():
     for formula in FORMULAS:
         expected = moso_scores(*case.args, formula=formula, scale=0.3)
         assert torch.equal(stats.scores(formula, 0.3), expected)
+
+
+@pytest.mark.parametrize("heads", [None, 1, 2])
+def test_scores_that_a_backend_brings_are_taken(heads, monkeypatch):
+    """Some compute them with the rest: nothing is computed again then."""
+    asked = []
+    real = operator.score
+
+    def bringing(problem, backend, chunk_size, formula, scale):
+        asked.append((backend, chunk_size, formula, scale))
+        results, _, name = real(problem, backend, chunk_size, None, 1.0)
+        return results, None if formula is None else brought, name
+
+    case, brought = random_case("ids", heads=heads), torch.randn(heads or 1, 17)
+    monkeypatch.setattr(operator, "score", bringing)
+    scores = moso_scores(*case.args, formula="one_step", scale=0.3, backend="torch", chunk_size=5)
+    assert torch.equal(scores, brought[0] if heads is None else brought)
+    stats = last_layer_stats(*case.args, backend="torch", chunk_size=5)
+    assert stats._score is None
+    assert asked == [("torch", 5, "one_step", 0.3), ("torch", 5, None, 1.0)]
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_a_single_sample_that_counts(formula):
+    """An error where it is compared with the others, else a score."""
+    case = random_case("ids", n=3, ignore_index=-1)
+    case.labels[1:] = -1
+    stats = score_with("torch", case)
+    if formula in ("official", "alignment", "cosine"):
+        assert stats.scores(formula).isnan().tolist() == [False, True, True]
+        return
+    message = f"^formula='{formula}' compares a sample with the others, but only 1 sample counts"
+    with pytest.raises(ValueError, match=message):
+        stats.scores(formula)
+    with pytest.raises(ValueError, match=message):
+        moso_scores(*case.args, formula=formula, **case.options)
 
 
 def test_equals_the_formula_in_the_docstring():

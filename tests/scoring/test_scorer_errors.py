@@ -15,6 +15,8 @@ from scorer_cases import (
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from moso_fast.backends import backends
+from moso_fast.core.losses import LOSSES
 from moso_fast.scorer import MoSoScorer
 from moso_fast.sources.checkpoints.checkpoint import Checkpoint
 
@@ -42,12 +44,24 @@ BAD_SETTINGS: list[tuple[dict, type, str]] = [
         "loss must be the name of a loss for gradient='last_layer' (cross_entropy, "
         "binary_cross_entropy, mse), got function (a callable)",
     ),
-    ({"loss": "hinge"}, ValueError, "loss must be one of "),
+    (
+        {"loss": "hinge"},
+        ValueError,
+        f"loss must be one of {', '.join(LOSSES)}; got 'hinge'",
+    ),
     ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be in [0, 1), got 1.5"),
     ({"ignore_index": 0.5}, TypeError, "ignore_index must be an int, got 0.5"),
-    ({"precision": "low"}, ValueError, "precision must be None or one of "),
-    ({"nonfinite": "skip"}, ValueError, "nonfinite must be one of "),
-    ({"backend": "gpu"}, ValueError, "backend must be one of auto, "),
+    (
+        {"precision": "low"},
+        ValueError,
+        "precision must be None or one of highest, high, medium; got 'low'",
+    ),
+    ({"nonfinite": "skip"}, ValueError, "nonfinite must be one of raise, exclude; got 'skip'"),
+    (
+        {"backend": "gpu"},
+        ValueError,
+        f"backend must be one of auto, {', '.join(backends())}, got 'gpu'",
+    ),
     (
         {"feature_cache": "int8"},
         ValueError,
@@ -72,7 +86,11 @@ BAD_SETTINGS: list[tuple[dict, type, str]] = [
     ),
     ({"columns": [3]}, TypeError, "columns must be names of entries of a batch, got [3]"),
     ({"columns": []}, TypeError, "columns must be names of entries of a batch, got []"),
-    ({"head": "nothing"}, ValueError, "head 'nothing' is no module of the model; its nn.Linear"),
+    (
+        {"head": "nothing"},
+        ValueError,
+        "head 'nothing' is no module of the model; its nn.Linear modules are 'fc' (12 -> 4)",
+    ),
 ]
 
 
@@ -80,8 +98,7 @@ BAD_SETTINGS: list[tuple[dict, type, str]] = [
 def test_bad_settings(model: SmallNet, options: dict, error: type, message: str) -> None:
     with pytest.raises(error) as caught:
         MoSoScorer(model, **options)
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == message
 
 
 def test_model_must_be_a_module() -> None:
@@ -98,23 +115,35 @@ ONE_EACH = TensorDataset(torch.randn(3, 1, 4, 4), torch.tensor([0, -100, -100]))
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"formula": "best"}, ValueError, "formula must be one of "),
-        ({"combine": "max"}, ValueError, "combine must be one of "),
-        ({"num_steps": 0}, ValueError, "num_steps must be "),
+        (
+            {"formula": "best"},
+            ValueError,
+            "formula must be one of moso, one_step, official, official_exact, alignment, "
+            "cosine; got 'best'",
+        ),
+        ({"combine": "max"}, ValueError, "combine must be one of mean, zscore; got 'max'"),
+        ({"num_steps": 0}, ValueError, "num_steps must be None or a whole number >= 1; got 0"),
         ({"data": 3}, TypeError, "data must be a DataLoader or a Dataset, got int"),
         (
             {"data": DataLoader(images(), shuffle=True)},
             ValueError,
-            "data: scores come back in data-set order",
+            "data: scores come back in data-set order, but the loader may shuffle or leave "
+            "samples out (its sampler is a RandomSampler); use DataLoader(dataset, "
+            "shuffle=False), with a Subset for a part of the data",
         ),
-        ({"checkpoints": []}, ValueError, "checkpoints is empty; give at least one Checkpoint"),
+        (
+            {"checkpoints": []},
+            ValueError,
+            "checkpoints is empty; give at least one Checkpoint, or None for the model as it is",
+        ),
         ({"checkpoints": 3}, TypeError, "checkpoints must be an iterable of Checkpoint, got int"),
         ({"checkpoints": ["missing.pt"]}, ValueError, "checkpoint missing.pt does not exist"),
         (
             {"checkpoints": [Checkpoint(STATE, lr=0.1), Checkpoint(STATE)]},
             ValueError,
-            "checkpoints: either all have a learning rate or none, but checkpoint 0 has one and "
-            "checkpoint 1 has none; give Checkpoint(source, lr=...) for each",
+            "checkpoints: either all have a learning rate or none, but checkpoint 0 has one "
+            "and checkpoint 1 has none; give Checkpoint(source, lr=...) for each (without: a "
+            "state dict in memory)",
         ),
         (
             {"partition": [0] * 22 + [1]},
@@ -122,14 +151,27 @@ ONE_EACH = TensorDataset(torch.randn(3, 1, 4, 4), torch.tensor([0, -100, -100]))
             "partition: every part needs at least 2 samples to be scored against its own mean, "
             "part 1 has 1",
         ),
-        ({"partition": 12}, ValueError, "partition: every part needs at least 2 samples"),
-        ({"partition": [0, 1]}, ValueError, "partition must have one id per sample, shape (23,)"),
-        ({"partition": 0.5}, TypeError, "partition ids must be integers, got "),
+        (
+            {"partition": 12},
+            ValueError,
+            "partition: every part needs at least 2 samples to be scored against its own mean, "
+            "part 11 has 1",
+        ),
+        (
+            {"partition": [0, 1]},
+            ValueError,
+            "partition must have one id per sample, shape (23,), got (2,)",
+        ),
+        ({"partition": 0.5}, TypeError, "partition ids must be integers, got torch.float32"),
         ({"index": [0, 1]}, ValueError, "index must have one entry per sample, 23, got 2"),
         ({"index": torch.ones(N)}, TypeError, "index must hold integers, got torch.float32"),
         ({"index": torch.ones(N) * 1j}, TypeError, "index must hold integers, got torch.complex64"),
         ({"index": torch.ones(1, 1).long()}, ValueError, "index must have shape (N,), got (1, 1)"),
-        ({"index": [0, *range(N - 1)]}, ValueError, "index 0 stands in the table twice; it must"),
+        (
+            {"index": [0, *range(N - 1)]},
+            ValueError,
+            "index 0 stands in the table twice; it must be unique",
+        ),
         ({"index": range(-1, N - 1)}, ValueError, "index must not be negative; got -1"),
     ],
 )
@@ -140,8 +182,7 @@ def test_bad_arguments_are_refused_before_any_forward_pass(
     arguments = {"data": images(), **arguments}
     with pytest.raises(error) as caught:
         scorer(model).score(arguments.pop("data"), **arguments)
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == message
     assert model.forwards == 0
 
 

@@ -10,6 +10,7 @@ import torch
 from scorer_cases import N, SmallNet, images, scorer
 
 from moso_fast import MoSoScorer
+from moso_fast.core.losses import LOSSES
 from moso_fast.scoring import settings as settings_module
 from moso_fast.scoring.run import JOBS, make_job
 from moso_fast.scoring.settings import GRADIENTS, Call, ScoredModel, Settings
@@ -71,3 +72,84 @@ def test_a_call_owns_its_tensors() -> None:
     table = scorer(SmallNet()).score(images(), index=torch.arange(N))
     table.index[0] = 5
     assert call.combine == "mean" and call.num_steps is None
+
+
+OF_THE_OTHER = [
+    ("last_layer", {"scope": "fc"}, "full"),
+    ("last_layer", {"views": 2}, "full"),
+    ("last_layer", {"autocast": torch.bfloat16}, "full"),
+    ("full", {"precision": "high"}, "last_layer"),
+    ("full", {"backend": "torch"}, "last_layer"),
+    ("full", {"feature_cache": "float32"}, "last_layer"),
+    ("full", {"class_weight": [1.0]}, "last_layer"),
+    ("full", {"head": "fc"}, "last_layer"),
+]
+
+
+@pytest.mark.parametrize(("gradient", "given", "other"), OF_THE_OTHER)
+def test_arguments_of_the_other_gradient(gradient: str, given: dict, other: str) -> None:
+    (name,) = given
+    with pytest.raises(ValueError) as caught:
+        MoSoScorer(SmallNet(), gradient=gradient, **given)
+    message = f"{name} goes with gradient={other!r}, not with {gradient!r}"
+    assert str(caught.value) == message
+
+
+def test_sample_weights_of_the_other_gradient() -> None:
+    with pytest.raises(ValueError) as caught:
+        scorer(SmallNet(), gradient="full").score(images(), sample_weight=torch.ones(N))
+    assert str(caught.value) == (
+        "sample_weight goes with gradient='last_layer', not with 'full'; there, put the weights "
+        "beside the labels and give a loss of your own that multiplies by them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gradient": "last_layer", "views": 0}, "views must be a positive int, got 0"),
+        ({"gradient": "full", "views": True}, "views must be a positive int, got True"),
+        ({"gradient": "full", "views": 1.5}, "views must be a positive int, got 1.5"),
+        ({"batch_size": -1}, "batch_size must be a positive int, got -1"),
+        ({"batch_size": True}, "batch_size must be a positive int, got True"),
+        ({"batch_size": 8.0}, "batch_size must be a positive int, got 8.0"),
+        (
+            {"gradient": "full", "autocast": torch.float32},
+            "autocast must be None, bfloat16 or float16, got torch.float32",
+        ),
+        ({"shift_labels": 1}, "shift_labels must be 'auto', True or False, got 1"),
+        ({"shift_labels": "AUTO"}, "shift_labels must be 'auto', True or False, got 'AUTO'"),
+        ({"dtype": "float32"}, "dtype must be a floating-point torch.dtype or None, got 'float32'"),
+        (
+            {"gradient": "full", "loss": "hinge"},
+            f"loss must be a callable or one of {', '.join(LOSSES)}; got 'hinge'",
+        ),
+        (
+            {"gradient": "full", "chunk_size": 0},
+            "chunk_size must be a positive number of rows, got 0",
+        ),
+        ({"gradient": "full", "label_smoothing": -1}, "label_smoothing must be in [0, 1), got -1"),
+    ],
+)
+def test_values_that_are_refused(given: dict, message: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        Settings(**given)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"gradient": "full", "views": 2, "autocast": torch.float16, "scope": "fc"},
+        {"gradient": "full", "loss": lambda outputs, labels: outputs[:, 0]},
+        {"batch_size": 1, "shift_labels": False, "dtype": torch.bfloat16},
+        {"precision": "high", "backend": "torch", "feature_cache": "float32"},
+        {"device": "cpu:0", "loss": "mse"},
+    ],
+)
+def test_values_that_are_taken_are_kept(given: dict) -> None:
+    found = Settings(**given)
+    for name, value in given.items():
+        assert getattr(found, name) == (torch.device(value) if name == "device" else value)
+    loss = given.get("loss", "cross_entropy")
+    assert found.options.loss == ("cross_entropy" if callable(loss) else loss)

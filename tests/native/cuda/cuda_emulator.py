@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -119,9 +120,9 @@ class EmulatedCuda(cuda.CudaBackend):
         self.launches: list[tuple[str, dict[str, Any]]] = []
         self.wide_loads: dict[str, list[int]] = {}  # of the last launch by each name
         patch.setattr(cuda_device, "module", lambda: emulator)
-        patch.setattr(cuda_device, "shared_limit", lambda device: shared)
-        patch.setattr(cuda_device, "multiprocessors", lambda device: self.multiprocessors)
-        patch.setattr(cuda_device, "bulk_copies", lambda device: self.bulk)
+        patch.setattr(cuda_device, "shared_limit", _of_device(lambda: shared))
+        patch.setattr(cuda_device, "multiprocessors", _of_device(lambda: self.multiprocessors))
+        patch.setattr(cuda_device, "bulk_copies", _of_device(lambda: self.bulk))
         patch.setattr(cuda_device, "launch", self._launch)
         patch.setattr(cuda_device, "empty", self._empty)
         patch.setattr(cuda_device, "facts", self._facts)
@@ -147,6 +148,7 @@ class EmulatedCuda(cuda.CudaBackend):
         return self._empty(problem, numbers, dtype=torch.float64)
 
     def _launch(self, device: Any, function: Any, job: dict[str, Any], *parts: Any) -> None:
+        assert device == _DEVICE, "launched where the problem is not"
         name = function.__name__
         if name == "few_classes_whole":
             # What the module does in one call, with the arrays of each kernel known by themselves.
@@ -176,6 +178,20 @@ class EmulatedCuda(cuda.CudaBackend):
         for whole in self._guarded:
             inside = bool((whole[:64] == 12345.0).all() and (whole[-64:] == 12345.0).all())
             assert inside, f"{name} wrote beside an array"
+
+
+# Where the problems lie that the emulator is given.
+_DEVICE = torch.device("cpu")
+
+
+def _of_device(answer: Callable[[], Any]) -> Callable[[torch.device], Any]:
+    """What is asked about a device must be asked about that of the problem."""
+
+    def asked(device: torch.device) -> Any:
+        assert device == _DEVICE
+        return answer()
+
+    return asked
 
 
 def in_place_of_a_gpu(emulator: ModuleType, patch: Any) -> EmulatedCuda:

@@ -13,9 +13,9 @@ enum class Feature : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 constexpr int kStatusLabel = 0, kStatusFeature = 1, kStatusLogits = 2;
 
 // Registers a thread that ptxas may use, by tiles of 16 classes; 255 is the most there is.
-// tests/native/cuda/test_cuda_report.py holds every architecture to them, without spills. 128 let two blocks of
-// the second pass share a multiprocessor, which keeps more loads under way,
-// and of narrow first passes too: one's products beside the other's exponentials.
+// tests/native/cuda/test_cuda_report.py holds every architecture to them, without spills. 128 let
+// two blocks of the second pass share a multiprocessor, which keeps more loads under way, and of
+// narrow first passes too: one's products beside the other's exponentials.
 constexpr int kFirstRegisters = 255, kNarrowRegisters = 128;
 constexpr int second_registers(int tiles) { return tiles <= 2 ? 128 : 255; }
 

@@ -12,6 +12,7 @@ import torch
 from bench_cases import HEAD, HEADS, NARROW_HEAD, NETWORK, PERCEPTRON, SEQUENCES, made_anew
 from torch import nn
 
+from moso_fast.bench import inputs as inputs_module
 from moso_fast.bench.cases import CASES, select_cases
 from moso_fast.bench.inputs import Inputs, errors_of, exact, make_inputs
 from moso_fast.bench.networks import NETWORKS, make_network
@@ -106,6 +107,28 @@ def test_dtypes_and_sequences_of_inputs() -> None:
     assert make_inputs(SEQUENCES, 8, "meta").cu_seqlens.device.type == "meta"
     empty = Inputs(torch.zeros(1, 2), torch.zeros(1))
     assert empty.weight.numel() == empty.bias.numel() == 0 and empty.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("elements", [7 * 5, 7 * 5 + 6, 7, 1])
+def test_an_exact_answer_in_blocks(elements, monkeypatch) -> None:
+    monkeypatch.setattr(inputs_module, "_BLOCK", elements)
+    sizes = []
+    honest = inputs_module._residual
+    monkeypatch.setattr(
+        inputs_module,
+        "_residual",
+        lambda given, rows: sizes.append(rows.stop - rows.start) or honest(given, rows),
+    )
+    inputs = make_inputs(HEAD, 23)
+    expected = explicit_stats(*inputs.head)
+    for name, values in exact(HEAD, inputs).items():
+        if name != "alignment_without_bias":
+            torch.testing.assert_close(values, getattr(expected, name)[0], rtol=1e-11, atol=1e-13)
+    assert set(sizes) == {max(1, elements // 7)}  # the wider of classes and features decides
+    many = replace(HEAD, classes=14)
+    sizes.clear()
+    exact(many, make_inputs(many, 23))
+    assert set(sizes) == {max(1, elements // 14)}
 
 
 def test_the_exact_alignment_of_sequences_without_the_bias() -> None:

@@ -309,16 +309,15 @@ def test_attention_without_a_rule(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask"])
 def test_masks_of_whole_numbers_are_refused_as_torch_does(name: str) -> None:
-    shape = (ROWS, 4) if name == "key_padding_mask" else (4, 4)
-    mask = torch.zeros(shape, dtype=torch.int64)
-    model = Attends(True, lambda x: {name: mask}).double()
-    network = network_of(model)
-    x, said = torch.randn(ROWS, 4, 6, dtype=torch.float64), []
-    for surrounding in (
-        contextlib.nullcontext(),
-        new_trace(network, Plan({}), batch_of(x), True)[0],
-    ):
+    """By the function, which the layer calls with masks that it has looked at itself."""
+    mask = torch.zeros((ROWS, 4) if name == "key_padding_mask" else (4, 4), dtype=torch.int64)
+    layer, x = nn.MultiheadAttention(6, 2).eval(), torch.randn(4, ROWS, 6)
+    weights = layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0
+    out = layer.out_proj.weight, layer.out_proj.bias, False
+    said = []
+    trace, _ = new_trace(network_of(layer), Plan({}), batch_of(x.transpose(0, 1)), True)
+    for surrounding in (contextlib.nullcontext(), trace):
         with pytest.raises(AssertionError) as caught, surrounding:
-            model(x)
+            F.multi_head_attention_forward(x, x, x, 6, 2, *weights, *out, **{name: mask})
         said.append(str(caught.value))
     assert said[0] == said[1] and name in said[0]

@@ -22,6 +22,7 @@ from moso_fast.backends.triton import regime as triton_regime
 from moso_fast.backends.triton.autotune import TileCache
 from moso_fast.backends.triton.backend import TritonBackend
 from moso_fast.backends.triton.choice import REGIMES, Rule, choose_regime
+from moso_fast.backends.triton.regimes import few_classes
 from moso_fast.core.passes import Plan
 
 ON_A_GPU = "run on a machine with an NVIDIA GPU and a PyTorch built for CUDA"
@@ -154,6 +155,27 @@ def test_reasons_line_by_line() -> None:
     )
     forced = choose_regime(soft, False, "blas")
     assert (forced.regime, forced.reasons) == (REGIMES["blas"], ("blas: asked for",))
+
+
+@needs_triton
+def test_few_classes_wants_a_tile_of_either_pass(monkeypatch) -> None:
+    """For this Triton; whether one for a newer Triton would do is said."""
+    held: set[tuple[str, bool]] = set()
+    monkeypatch.setattr(few_classes, "triton_version", lambda: (3, 7))
+    monkeypatch.setattr(
+        few_classes, "_default",
+        lambda problem, which, version=None: (which, version is not None) in held,
+    )  # fmt: skip
+    what = "no tile holds C = 10 and D = 64"
+    newer = f"{what} without spills in Triton 3.7"
+    for given, said in (
+        (["first", "second"], None),
+        (["first", "newer first", "newer second"], newer),
+        (["second", "newer first", "newer second"], newer),
+        (["first", "newer first"], what), (["second", "newer second"], what), ([], what),
+    ):  # fmt: skip
+        held = {(one.rpartition(" ")[2], one.startswith("newer")) for one in given}
+        assert REGIMES["few_classes"].fits(shape(10, 64)) == said, given
 
 
 def test_who_names_a_regime(monkeypatch) -> None:

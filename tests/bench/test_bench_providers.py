@@ -41,7 +41,12 @@ def runs(case, rows, provider):
 
 
 JOBS = [
-    pytest.param((case, rows, provider), id=f"{case.name}: {provider.name}")
+    pytest.param(
+        (case, rows, provider),
+        id=f"{case.name}: {provider.name}",
+        # Whole networks take seconds each.
+        marks=[pytest.mark.exhaustive] if case.kind == "network" else [],
+    )
     for case, rows in PROBLEMS
     for provider in PROVIDERS
     if runs(case, rows, provider)

@@ -105,6 +105,29 @@ def test_vmap_that_gives_other_gradients(at: int, monkeypatch: pytest.MonkeyPatc
         assert found.describe()["norms_explicit_by"] == expected
 
 
+@pytest.mark.parametrize("wrong_at", [None, 0, 2])
+def test_parameters_whose_rule_is_given_up_later(
+    wrong_at: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vmap is tried on the first three samples of the batch at hand, then never again."""
+    own, tried = explicit.vmapped, []
+
+    def watched(network: Any, batch: Any, only: Any) -> Any:
+        tried.append((batch.samples, [network.names[key] for key in only]))
+        for some, gradients in own(network, batch, only):
+            for g in gradients.values():
+                g[wrong_at if wrong_at is not None else slice(0, 0)] *= 2
+            yield some, gradients
+
+    monkeypatch.setattr(explicit, "vmapped", watched)
+    found = prepared(nn.Linear(4, 3), inputs_of())
+    found.plan.others[id(found.network.model.bias)] = "given up"
+    for _ in range(2):
+        found.know_others(batch_of(inputs_of()))
+    assert tried == [(3, ["bias"])]
+    assert found.others is (watched if wrong_at is None else explicit.one_by_one)
+
+
 @pytest.mark.parametrize("at", [0, 2])
 def test_alignments_that_differ_from_plain_autograd(
     at: int, monkeypatch: pytest.MonkeyPatch

@@ -217,3 +217,12 @@ def test_batch_norms_that_use_the_batch_are_refused() -> None:
                 "model: a batch norm uses the statistics of the batch, so that samples influence "
                 "each other; it needs running statistics (track_running_stats=True) and eval mode"
             )
+
+
+def test_batch_norms_that_are_not_traced_keep_their_options() -> None:
+    x, mean, var = torch.randn(3, 4), torch.randn(4), torch.rand(4)
+    weight, bias = torch.randn(4, requires_grad=True), torch.randn(4)
+    for options in ({}, {"eps": 0.5}, {"weight": weight}, {"weight": weight, "bias": bias}):
+        expected = F.batch_norm(x, mean, var, **options)
+        with Trace(Tape(Plan({}), 3, 3, CPU)):
+            assert torch.equal(F.batch_norm(x, mean, var, **options), expected)

@@ -40,7 +40,7 @@ def plain(
     return build_problem(features, weight, labels, **options)
 
 
-@pytest.mark.parametrize("dim, classes", [(64, 10), (6, 10)])
+@pytest.mark.parametrize("dim, classes", [(64, 10), (6, 10), (6, 100)])
 def test_bytes_that_a_row_takes(machine, dim, classes) -> None:
     """Logits, products, copies of what the products round, and what is stored rounded."""
     machine()

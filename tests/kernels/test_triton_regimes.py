@@ -11,10 +11,12 @@ from core_support import Case, assert_stats_match, random_case
 from plain_kernels import PlainKernels
 from triton_cases import needs_triton, problem_of
 
+from moso_fast.backends import get
 from moso_fast.backends.triton.backend import TritonBackend
 from moso_fast.backends.triton.choice import REGIMES
 from moso_fast.backends.triton.regimes import blas as triton_blas
 from moso_fast.core import engine, memory
+from moso_fast.core.passes import Plan
 from moso_fast.core.precision import own_precision
 from moso_fast.core.reference import explicit_stats
 
@@ -118,6 +120,26 @@ def test_bad_rows_are_reported_by_their_number(kernels, regime) -> None:
                 case.labels[8] = 1.0
                 with pytest.raises(ValueError, match=r"^labels\[8\] sums to 5"):
                     run(regime, case, chunk_size)
+
+
+def test_rows_that_do_not_count_have_no_alignment(kernels) -> None:
+    """Zero, whatever they hold, with residuals that were kept and that are made again."""
+    for dtype in (torch.float32, BF16):
+        for regime in (*REGIMES, "torch"):
+            case = spoilt(random_case("ids", dtype=dtype, c=9, d=6))
+            problem = problem_of(case)
+            backend = get("torch") if regime == "torch" else TritonBackend(regime)
+            passes = backend.prepare(problem, Plan(None, True, 0, 0))
+            out, rows = engine._allocate(problem), slice(0, 17)
+            out.count = torch.tensor(15)
+            kept = passes.first(rows, out).residual
+            slope = torch.arange(54.0).view(1, 9, 6) % 7  # some gradient
+            passes.begin_second(slope, slope[..., 0])
+            for residual in (kept, None):
+                alignment = torch.full((1, 17), float("nan"))
+                passes.second(rows, out, residual, alignment)
+                assert alignment.isfinite().all() and not alignment[:, [2, 13]].any(), regime
+                assert int((alignment == 0).sum()) == 2, regime
 
 
 def last(kernels: PlainKernels, name: str) -> Any:

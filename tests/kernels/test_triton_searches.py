@@ -41,14 +41,29 @@ def job_of(classes: int, dim: int, heads: int = 1, dtype: torch.dtype = torch.fl
     return Case(features, weight, torch.arange(20) % classes, None)
 
 
+class Kept(TritonBackend):
+    """Keeps the job that it prepared last."""
+
+    passes: Any
+
+    def prepare(self, problem: Any, plan: Any) -> Any:
+        self.passes = super().prepare(problem, plan)
+        return self.passes
+
+
 def searches(kernels: PlainKernels, regime: str, case: Case, **options: Any) -> dict[str, Any]:
     """What is searched for in a job, by the kernel."""
     kernels.searches.clear()
-    problem = build_problem(*case.args, **options)
+    problem, backend = build_problem(*case.args, **options), Kept(regime)
     with own_precision(problem):
-        engine.run(problem, TritonBackend(regime), options.get("chunk_size"))
+        engine.run(problem, backend)
     found = {search.key.partition(",")[0]: search for search in kernels.searches}
-    assert len(found) == len(kernels.searches), "a tile is picked once for a job"
+    # Picked once for a job, and kept by names that no two launches of it share.
+    picked = {
+        f"narrow_{name}" if search.key.endswith(",narrow") else name: search.default
+        for name, search in found.items()
+    }
+    assert len(found) == len(kernels.searches) and backend.passes._tiles == picked
     assert all(search.device == torch.device("cpu") for search in kernels.searches)
     return found
 
@@ -69,10 +84,16 @@ def tiles_of_products(patch: pytest.MonkeyPatch, module: Any, *tables: str, **mo
         for aligned in (False, True):
             kind = f"{'rounded' if rounded else 'exact'} {'aligned' if aligned else 'any'}"
             own = {"rounded": rounded, "aligned": aligned, **more}
-            made += [choice(kind, **own), choice(f"{kind} large", LARGE, **own),
+            made += [choice(f"{kind} narrow", classes=1, **own), choice(kind, **own),
+                     choice(f"{kind} large", LARGE, **own),
                      choice(f"{kind} newest", **own, majors=(10,))]  # fmt: skip
     for table in tables:
         patch.setattr(module, table, tuple(made))
+
+
+def of_kind(name: str) -> list[str]:
+    """Candidates: of a kind that fit, the one that the table wants and a narrower one."""
+    return [name] if name == "narrow" else [f"{name} narrow", name]
 
 
 def test_the_gradient_sum(kernels, monkeypatch) -> None:
@@ -95,7 +116,7 @@ def test_the_gradient_sum(kernels, monkeypatch) -> None:
     ):
         search = searches(kernels, "stored", case)["gradient_sum"]
         assert search.key == f"gradient_sum,{key}"
-        assert (named(search.candidates), search.default.name) == ([name], name), key
+        assert (named(search.candidates), search.default.name) == (of_kind(name), name), key
         assert kernels.of("gradient_sum")[-1].tile is search.default
         again = search.launch("another tile")
         call = kernels.of("gradient_sum")[-1]
@@ -125,7 +146,7 @@ def test_the_alignment_of_stored_residuals(kernels, monkeypatch) -> None:
     ):
         search = searches(kernels, "stored", case)["stored_alignment"]
         assert search.key == f"stored_alignment,{key}"
-        assert (named(search.candidates), search.default.name) == ([name], name), key
+        assert (named(search.candidates), search.default.name) == (of_kind(name), name), key
         assert search.default.dim == dim
         search.launch("another tile")
         call = kernels.of("stored_alignment")[-1]
@@ -147,7 +168,7 @@ def test_the_alignment_of_residuals_made_again(kernels, monkeypatch) -> None:
     ):
         search = searches(kernels, "recompute", case)["stacked_alignment"]
         assert search.key == f"stacked_alignment,{key}"
-        assert (named(search.candidates), search.default.name) == ([name], name), key
+        assert (named(search.candidates), search.default.name) == (of_kind(name), name), key
         search.launch("another tile")
         call = kernels.of("stacked_alignment")[-1]
         assert call.tile == "another tile"
@@ -249,3 +270,22 @@ def test_limits_are_those_of_the_device(kernels, monkeypatch) -> None:
         assert named(search.candidates) == names
         assert search.default.name == (names or ["wanted"])[0]
     assert set(asked) == {torch.device("cpu")}
+
+
+def test_gpus_get_tiles_of_their_generation(kernels, machine, monkeypatch) -> None:
+    """Also where it is new: the first of a table that this GPU can take."""
+    from moso_fast.kernels import row_tiles, stacked_alignment, stored_alignment
+
+    own: dict[str, Any] = {"rounded": False, "aligned": True, "products": "tf32x3"}
+    newest = choice("newest", majors=(10,), losses=("ids",), **own)
+    table = (newest, choice("any", losses=("ids",), **own))
+    for module in (row_tiles, stacked_alignment):
+        monkeypatch.setattr(module, "TILES", table)
+    for name in ("PROJECT_TILES", "PULL_TILES"):
+        monkeypatch.setattr(stored_alignment, name, table)
+    for capability, names in (((10, 3), ["newest", "any"]), ((9, 0), ["any"]), ((12, 0), ["any"])):
+        machine(interpret=True, capability=capability)
+        for regime, kernel in (("stored", "stored_alignment"), ("row_tiles", "row_tiles"),
+                               ("recompute", "stacked_alignment")):  # fmt: skip
+            search = searches(kernels, regime, job_of(8, 12))[kernel]
+            assert (named(search.candidates), search.default.name) == (names, names[0]), kernel

@@ -251,7 +251,7 @@ def row_tiles_(call: Any) -> Any:
     stats = _first(call)[0]
     flat = stats.residual[:, 0]
     bias, lost = flat.sum(0), None
-    stored = torch.zeros(len(flat), flat.shape[1] + 3, dtype=torch.float64)
+    stored = torch.zeros(len(flat), flat.shape[1] + 8, dtype=torch.float64)
     stored[:, : flat.shape[1]] = flat
     if _rounds(call.features, call.precision):
         stored = stored.to(torch.bfloat16)

@@ -296,6 +296,12 @@ REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], type, str]] = [
     ),
     (
         ("no.npy", "y.npy", FILES),
+        {"num_steps": 0},
+        ValueError,
+        "num_steps must be None or a whole number >= 1; got 0",
+    ),
+    (
+        ("no.npy", "y.npy", FILES),
         {"out": "o.txt"},
         ValueError,
         "out must end in .parquet, .csv, .npz; got 'o.txt'",

@@ -51,6 +51,9 @@ def test_empty() -> None:
         ((-1, 2), ValueError, "num_samples must be >= 0, got -1"),
         ((10, 2.0), TypeError, "parts must be an int, got float"),
         ((10, True), TypeError, "parts must be an int, got a bool"),
+        ((10, 2, 0.5), TypeError, "seed must be an int, got float"),
+        ((10, 2, False), TypeError, "seed must be an int, got a bool"),
+        (("10", 2), TypeError, "num_samples must be an int, got str"),
     ],
 )
 def test_partition_ids_refuses(arguments: tuple, error: type, message: str) -> None:

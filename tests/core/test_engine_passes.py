@@ -191,3 +191,30 @@ def test_a_job_says_one_line_of_itself_unless_it_has_more_to_say() -> None:
     passes = Watched().prepare(problem_of(random_case("ids")), Plan(None, True, 0, 0))
     assert Passes.explain(passes, 5) == ["torch: chunked closed form"]
     assert Passes.whole(passes, "moso", 1.0, read=True) is None
+
+
+@pytest.mark.parametrize("kind", ["ids_smoothed", "soft", "binary", "mse"])
+def test_everything_is_made_where_the_job_is(kind, monkeypatch) -> None:
+    """On a device without memory, whose tensors meet no others; nothing is read of them."""
+    monkeypatch.setattr(engine, "_capturing", lambda problem: True)
+    meta = torch.device("meta")
+    for rows, heads, bias, chunk_size, dtype, nonfinite in (
+        (17, 2, True, None, torch.float32, "exclude"),
+        (17, 1, False, 5, torch.float64, "raise"),
+        (0, 3, True, None, torch.float32, "raise"),
+        (5000, 2, True, 5000, torch.float32, "raise"),  # several slabs
+    ):
+        case = random_case(kind, n=rows, heads=heads, bias=bias, dtype=dtype)
+        args = [None if one is None else one.to(meta) for one in case.args]
+        options = {**case.options, "sample_weight": torch.ones(rows, device=meta)}
+        problem = build_problem(*args, **options, nonfinite=nonfinite)
+        results = engine.run(problem, TorchBackend(), chunk_size, "moso")
+        for name in (*FIELDS, "mean_grad_sqnorm", "count"):
+            assert getattr(results, name).device == meta, name
+        for name in FIELDS:
+            assert getattr(results, name).shape == (heads, rows)
+            assert getattr(results, name).dtype == problem.compute_dtype
+        for name, value in vars(engine._allocate(problem)).items():
+            assert value is None or value.device == meta, name
+        for total in engine._mean_gradient(problem, engine._Swept(), results.count):
+            assert (total.device, total.dtype) == (meta, torch.float64)

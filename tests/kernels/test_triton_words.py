@@ -221,6 +221,11 @@ def test_names_of_operands() -> None:
         assert triton_regime.operand_name(problem) == name
 
 
+def test_other_devices_get_the_chunks_of_a_cpu() -> None:
+    for device in ("cpu", "meta"):
+        assert triton_regime.chunk_bytes(torch.device(device)) == 2**17
+
+
 def test_capture_is_asked_for_on_a_gpu_alone(monkeypatch) -> None:
     for device, capturing in (("cuda", True), ("cuda", False), ("cpu", True)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)

@@ -119,6 +119,31 @@ def test_the_second_pass_makes_residuals_that_are_not_there(machine) -> None:
         assert (name, job["residual"]) == ("second", residual.data_ptr())
 
 
+def test_memory_that_a_pass_takes(machine, monkeypatch) -> None:
+    """Sums in float64, partial sums of every slab, and residuals that nobody has handed over."""
+    taken: list[Any] = []
+    empty = gpu.empty
+
+    def noted(problem: Any, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        taken.append((shape, dtype))
+        return empty(problem, *shape, dtype=dtype)
+
+    monkeypatch.setattr(gpu, "empty", noted)
+    f32, f64 = torch.float32, torch.float64
+    sums = [((K, C, D), f64), ((K, C), f64), ((3, K * C, 16), f32), ((3, K * C), f32)]
+    for keep in (True, False):
+        taken.clear()
+        passes = passes_of(case_of(), keep)
+        out = _allocate(passes.problem)
+        passes.first(slice(2, N), out)
+        assert taken == [*([((N - 2, K, C), f32)] if keep else []), *sums]
+        passes.begin_second(torch.ones(K, C, D), torch.ones(K, C))
+        for residual, shapes in ((torch.empty(N, K, C), []), (None, [((N, K, C), f32)])):
+            taken.clear()
+            passes.second(slice(0, N), out, residual, torch.empty(K, N))
+            assert taken == shapes
+
+
 def test_the_gradient_of_a_sequence_is_not_a_rows(machine) -> None:
     passes = passes_of(case_of(), cu_seqlens=torch.tensor([0, N]))
     out = _allocate(passes.problem)

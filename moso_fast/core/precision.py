@@ -3,12 +3,16 @@
 PyTorch keeps that setting for the whole process. Calls from several threads therefore share it:
 the first to enter remembers the caller's setting, the last to leave restores it, and while they
 overlap the strictest request holds.
+
+PyTorch has two sets of names for it. The old ones (``set_float32_matmul_precision``,
+``allow_tf32``) cannot be read any more once the new ones (``fp32_precision`` of a backend, or of
+one operation of it) say something else. Whichever the caller has used is what is put back.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,9 +22,10 @@ from .problem import Problem
 
 _lock = threading.Lock()
 _users = 0
-_before = "highest"
 _convolving = 0
-_cudnn_before: bool | tuple[str, str] = True
+# How to put back what was changed, the last change last.
+_matmul_undo: list[Callable[[], None]] = []
+_convolution_undo: list[Callable[[], None]] = []
 
 
 @contextmanager
@@ -31,8 +36,8 @@ def own_precision(problem: Problem) -> Iterator[None]:
     # To turn off what is off already would take several times as long as all else here.
     on = torch.is_autocast_enabled(kind)
     with torch.no_grad(), torch.autocast(kind, enabled=False) if on else nullcontext():
-        _enter(allowed)
         try:
+            _enter(allowed)
             yield
         finally:
             _leave()
@@ -41,27 +46,36 @@ def own_precision(problem: Problem) -> Iterator[None]:
 @contextmanager
 def exact_products() -> Iterator[None]:
     """No float32 product or convolution with rounded operands, whatever is set globally."""
-    _enter("highest", convolutions=True)
     try:
+        _enter("highest", convolutions=True)
         yield
     finally:
         _leave(convolutions=True)
 
 
+def rounds_to(kind: str) -> str:
+    """Format to which a device of ``kind`` rounds float32 operands: ``"ieee"`` for not at all.
+
+    Returns
+    -------
+    str
+        ``"ieee"``, ``"tf32"`` or ``"bf16"``. Where PyTorch has no setting for that kind of device,
+        the coarsest of what is set for any.
+    """
+    gpu, cpu = (setting.fp32_precision for setting in _products())
+    found = {"cuda": [gpu], "cpu": [cpu]}.get(kind, [gpu, cpu])
+    return next((name for name in ("bf16", "tf32") if name in found), "ieee")
+
+
 def _enter(allowed: str, convolutions: bool = False) -> None:
-    global _users, _before, _convolving, _cudnn_before
+    global _users, _convolving
     with _lock:
-        current = torch.get_float32_matmul_precision()
-        if _users == 0:
-            _before = current
+        # Counted first: where PyTorch refuses to change a setting, `_leave` puts the others back.
         _users += 1
-        # Another thread that relies on "highest" must not be given less.
-        if current != allowed and (_users == 1 or allowed == "highest"):
-            torch.set_float32_matmul_precision(allowed)
+        _convolving += convolutions
+        _allow_products(allowed)
         if convolutions:
-            if _convolving == 0:
-                _cudnn_before = _forbid_tf32()
-            _convolving += 1
+            _forbid_convolutions()
 
 
 def _leave(convolutions: bool = False) -> None:
@@ -70,32 +84,82 @@ def _leave(convolutions: bool = False) -> None:
         if convolutions:
             _convolving -= 1
             if _convolving == 0:
-                _restore_tf32(_cudnn_before)
+                _undo(_convolution_undo)
         _users -= 1
-        if _users == 0 and torch.get_float32_matmul_precision() != _before:
-            torch.set_float32_matmul_precision(_before)
+        if _users == 0:
+            _undo(_matmul_undo)
 
 
-def _forbid_tf32() -> bool | tuple[str, str]:
-    """Let cuDNN round no operands; return what was set before.
+def _undo(changes: list[Callable[[], None]]) -> None:
+    while changes:
+        changes.pop()()
 
-    PyTorch has an old and a new name for this setting, and the old one cannot be read any more
-    once the new ones were written: what the caller has used is what is put back.
-    """
-    cudnn: Any = torch.backends.cudnn
+
+def _allow_products(allowed: str) -> None:
+    """Let matrix products be no coarser than ``allowed``; as coarse, for the first to ask."""
+    backends: Any = torch.backends
+    gpu, cpu = _products()
     try:
-        before: bool = cudnn.allow_tf32
+        current = torch.get_float32_matmul_precision()
     except RuntimeError:
-        by_operation = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
-        return by_operation
-    cudnn.allow_tf32 = False
-    return before
+        if allowed == "highest":
+            _forbid([backends, backends.cudnn, gpu, cpu], _matmul_undo)
+        elif _users == 1 and gpu.fp32_precision != "tf32":
+            _set(gpu, "tf32", _matmul_undo)
+        return
+    # Another thread that relies on "highest" must not be given less.
+    if current != allowed and (_users == 1 or allowed == "highest"):
+        _remember(gpu, _matmul_undo)
+        _remember(cpu, _matmul_undo)
+        _matmul_undo.append(lambda: torch.set_float32_matmul_precision(current))
+        torch.set_float32_matmul_precision(allowed)
 
 
-def _restore_tf32(before: bool | tuple[str, str]) -> None:
-    cudnn: Any = torch.backends.cudnn
-    if isinstance(before, tuple):
-        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
+def _forbid_convolutions() -> None:
+    """Let neither cuDNN nor oneDNN round the operands of convolutions and recurrent layers."""
+    backends: Any = torch.backends
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    settings = [backends, mkldnn.conv, mkldnn.rnn]
+    try:
+        old_name: bool = cudnn.allow_tf32
+    except RuntimeError:
+        settings += [cudnn, cudnn.conv, cudnn.rnn]
     else:
-        cudnn.allow_tf32 = before
+        if old_name:
+            _convolution_undo.append(lambda: setattr(cudnn, "allow_tf32", True))
+            cudnn.allow_tf32 = False
+    _forbid(settings, _convolution_undo)
+
+
+def _products() -> tuple[Any, Any]:
+    """PyTorch's settings of matrix products on GPUs and on CPUs, by their new names."""
+    backends: Any = torch.backends
+    return backends.cuda.matmul, backends.mkldnn.matmul
+
+
+def _forbid(settings: list[Any], undo: list[Callable[[], None]]) -> None:
+    """Set to exact what rounds among ``settings``, each of which follows those before it.
+
+    An operation that had no setting of its own is exact once its backend is, and stays without.
+    (oneDNN's backend is never among them: PyTorch's name for it sets that of all backends.)
+    """
+    for setting in settings:
+        if setting.fp32_precision not in ("ieee", "none"):
+            _set(setting, "ieee", undo)
+
+
+def _set(setting: Any, value: str, undo: list[Callable[[], None]]) -> None:
+    _remember(setting, undo)
+    setting.fp32_precision = value
+
+
+def _remember(setting: Any, undo: list[Callable[[], None]]) -> None:
+    before = setting.fp32_precision
+
+    def put_back() -> None:
+        # What followed the setting of its backend goes on following it.
+        setting.fp32_precision = "none"
+        if setting.fp32_precision != before:
+            setting.fp32_precision = before
+
+    undo.append(put_back)

@@ -282,3 +282,20 @@ def test_sums_over_many_positions_are_not_taken_in_16_bits(
         assert (total.double() - g.sum(0)).norm() <= 0.02 * g.sum(0).norm()
         assert tape.norms[key].dtype == torch.float64
         assert ((tape.norms[key] - square).abs() <= 0.05 * square).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in LOW if name.endswith("norm")])
+def test_16_bit_norms_of_small_inputs(name: str, dtype: torch.dtype) -> None:
+    """There an eps of 16 bits would outweigh them: PyTorch takes that of float32."""
+    build, (channels, size) = LOW[name]
+    model = build().to(dtype).double().eval()
+    inputs = (0.02 * inputs_of(channels, min(size, 6))).to(dtype).double()
+    expected = gradients_by_name(model, inputs)
+    network = network_of(model.to(dtype))
+    methods = Methods(network)
+    methods.prepare(batch_of(inputs.to(dtype)))
+    _, _, tape = traced(network, methods.plan, batch_of(inputs.to(dtype)))
+    for key, name in network.names.items():
+        square = expected[name].square().flatten(1).sum(1)
+        assert (tape.norms[key] - square).norm() <= 0.02 * square.norm()

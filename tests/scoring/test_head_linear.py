@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -45,37 +46,60 @@ def differs(out: str, expected: str, kind: str = "Linear") -> str:
     )
 
 
-def allow(monkeypatch: pytest.MonkeyPatch, precision: str, tf32: bool = False) -> None:
-    """What PyTorch says of float32 products, without a change of what it does."""
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-    monkeypatch.setattr(torch._C, "_get_cublas_allow_tf32", lambda: tf32)
+@pytest.fixture
+def allow() -> Iterator[Callable[[str], None]]:
+    """A setter of the precision of float32 products; what held before holds again after."""
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = torch.get_float32_matmul_precision(), *(one.fp32_precision for one in products)
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before[0])
+    for one, value in zip(products, before[1:], strict=True):
+        one.fp32_precision = value
 
 
-def test_rounding_is_that_of_the_coarsest_format(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_is_that_of_the_coarsest_format(allow: Callable[[str], None]) -> None:
     single, double, half = (
         torch.zeros(1, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.float16)
     )
-    allow(monkeypatch, "highest")
+    allow("highest")
     assert rounding(double) == EPS[torch.float64]
     assert rounding(double, single) == rounding(single, double) == EPS[torch.float32]
     assert rounding(single, half, double) == EPS[torch.float16]
     assert rounding(single, autocast=torch.bfloat16) == EPS[torch.bfloat16]
     assert rounding(double, autocast=torch.float16) == EPS[torch.float16]
-    allow(monkeypatch, "high")
+    allow("high")
     assert rounding(single) == 2.0**-10
     assert rounding(double) == EPS[torch.float64]
-    allow(monkeypatch, "medium")
+    allow("medium")
     assert rounding(double, single) == EPS[torch.bfloat16]
     assert rounding(double) == EPS[torch.float64]
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_the_tf32_of_a_gpu_counts_there_alone(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tf32_of_a_gpu_counts_there_alone(tf32: bool, allow: Callable[[str], None]) -> None:
     with FakeTensorMode():
         there = torch.zeros(1, device="cuda")
-    allow(monkeypatch, "highest", tf32)
+    allow("highest")
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     assert rounding(there) == (2.0**-10 if tf32 else EPS[torch.float32])
     assert rounding(torch.zeros(1)) == EPS[torch.float32]
+
+
+@pytest.mark.parametrize("name", ["matmul", "mkldnn"])
+def test_the_new_names_of_a_setting_count_too(name: str, allow: Callable[[str], None]) -> None:
+    """After these PyTorch does not answer to the old name any more."""
+    with FakeTensorMode():
+        there = torch.zeros(1, device="cuda")
+    allow("highest")
+    if name == "matmul":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        expected = 2.0**-10, EPS[torch.float32]
+    else:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        expected = EPS[torch.float32], EPS[torch.bfloat16]
+    with pytest.raises(RuntimeError, match="without a specific backend name"):
+        torch.get_float32_matmul_precision()
+    assert (rounding(there), rounding(torch.zeros(1))) == expected
 
 
 @pytest.mark.parametrize("known", [False, True])

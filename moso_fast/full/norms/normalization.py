@@ -40,6 +40,11 @@ def _affine_gradients(
     return of_weight, of_bias
 
 
+def _single(dtype: torch.dtype) -> torch.dtype:
+    """Format in which PyTorch normalises tensors of ``dtype``: 16-bit ones in float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class _BatchNorm(torch.autograd.Function):
     """F.batch_norm with running statistics, whose backward adds to the tape."""
 
@@ -57,9 +62,11 @@ class _BatchNorm(torch.autograd.Function):
         tape: Tape,
         call: Call,
     ) -> Tensor:
+        result = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        mean, var = mean.to(_single(x.dtype)), var.to(_single(x.dtype))
         ctx.save_for_backward(x, weight, bias, mean, (var + eps).rsqrt())
         ctx.tape, ctx.call = tape, call
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -73,7 +80,7 @@ class _BatchNorm(torch.autograd.Function):
         if ctx.tape.probing:
             ctx.tape.probe(ctx.call, gradient)
             return of_input, None, None, None, None, None, None, None
-        normalised = (x - mean.view(shape)).mul_(rstd.view(shape))
+        normalised = (x.to(rstd.dtype) - mean.view(shape)).mul_(rstd.view(shape))
         of_weight, of_bias = _affine_gradients(
             ctx.tape, ctx.call, gradient, normalised, weight, bias, channels=True
         )
@@ -161,7 +168,9 @@ class _LayerNorm(torch.autograd.Function):
         if ctx.tape.probing:
             ctx.tape.probe(ctx.call, gradient)
             return of_input, None, None, None, None, None, None
-        normalised = (x - mean) * rstd
+        # A CPU returns both statistics in the 16 bits of the layer.
+        single = _single(x.dtype)
+        normalised = (x.to(single) - mean) * rstd
         of_weight, of_bias = _affine_gradients(
             ctx.tape, ctx.call, gradient, normalised, weight, bias, channels=False
         )
@@ -236,7 +245,7 @@ class _GroupNorm(torch.autograd.Function):
         if ctx.tape.probing:
             ctx.tape.probe(ctx.call, gradient)
             return of_input, None, None, None, None, None, None
-        grouped = x.reshape(x.shape[0], groups, -1)
+        grouped = x.reshape(x.shape[0], groups, -1).to(_single(x.dtype))
         normalised = ((grouped - mean[..., None]) * rstd[..., None]).reshape(x.shape)
         of_weight, of_bias = _affine_gradients(
             ctx.tape, ctx.call, gradient, normalised, weight, bias, channels=True
@@ -281,13 +290,14 @@ class _RMSNorm(torch.autograd.Function):
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         dims = tuple(range(x.dim() - len(ctx.shape), x.dim()))
-        rstd = (x.square().mean(dims, keepdim=True) + ctx.eps).rsqrt()
-        normalised = x * rstd
+        wide = x.to(_single(x.dtype))
+        rstd = (wide.square().mean(dims, keepdim=True) + ctx.eps).rsqrt()
+        normalised = wide * rstd
         of_input = None
         if ctx.needs_input_grad[0]:
             weighted = gradient * weight
             mean = (weighted * normalised).mean(dims, keepdim=True)
-            of_input = rstd * (weighted - normalised * mean)
+            of_input = (rstd * (weighted - normalised * mean)).to(x.dtype)
         if ctx.tape.probing:
             ctx.tape.probe(ctx.call, gradient)
             return of_input, None, None, None, None, None
@@ -312,5 +322,5 @@ def rms_norm(
     call = tape.call("rms_norm", (weight,), ("vector",), input.shape, lead, input.dim())
     if call is None:
         return NotImplemented
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    eps = torch.finfo(_single(input.dtype)).eps if eps is None else eps
     return _RMSNorm.apply(input, shape, weight, eps, tape, call)

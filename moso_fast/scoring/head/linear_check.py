@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ...core.precision import rounds_to
 from ...sources.find_head import is_convolution
 from .map_search import tidy
 from .weights import (
@@ -29,6 +30,12 @@ _CLASSES = 2048
 _ROWS = 32
 # A factor is believed where that many numbers show it.
 _ENOUGH = 64
+# Relative rounding of float32 operands, by what PyTorch is allowed to round them to.
+_EPS = {
+    "ieee": torch.finfo(torch.float32).eps,
+    "tf32": 2.0**-10,
+    "bf16": torch.finfo(torch.bfloat16).eps,
+}
 
 
 def read_head(
@@ -110,12 +117,7 @@ def rounding(*tensors: Tensor, autocast: torch.dtype | None = None) -> float:
     if autocast is not None:
         eps.append(torch.finfo(autocast).eps)
     if any(t.dtype == torch.float32 for t in tensors):
-        allowed = torch.get_float32_matmul_precision()
-        kind = tensors[0].device.type
-        if allowed == "medium":
-            eps.append(torch.finfo(torch.bfloat16).eps)
-        elif allowed == "high" or (kind == "cuda" and torch.backends.cuda.matmul.allow_tf32):
-            eps.append(2.0**-10)
+        eps.append(_EPS[rounds_to(tensors[0].device.type)])
     return max(eps)
 
 

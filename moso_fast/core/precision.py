@@ -98,10 +98,10 @@ def _undo(changes: list[Callable[[], None]]) -> None:
 def _allow_products(allowed: str) -> None:
     """Let matrix products be no coarser than ``allowed``; as coarse, for the first to ask."""
     backends: Any = torch.backends
-    gpu, cpu = _products()
     try:
         current = torch.get_float32_matmul_precision()
     except RuntimeError:
+        gpu, cpu = _products()
         if allowed == "highest":
             _forbid([backends, backends.cudnn, gpu, cpu], _matmul_undo)
         elif _users == 1 and gpu.fp32_precision != "tf32":
@@ -109,8 +109,8 @@ def _allow_products(allowed: str) -> None:
         return
     # Another thread that relies on "highest" must not be given less.
     if current != allowed and (_users == 1 or allowed == "highest"):
-        _remember(gpu, _matmul_undo)
-        _remember(cpu, _matmul_undo)
+        for setting in _products():
+            _remember(setting, _matmul_undo)
         _matmul_undo.append(lambda: torch.set_float32_matmul_precision(current))
         torch.set_float32_matmul_precision(allowed)
 

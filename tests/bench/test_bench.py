@@ -110,6 +110,7 @@ def test_missing_libraries_are_skipped_by_name() -> None:
     ]
 
 
+@pytest.mark.exhaustive
 def test_the_small_profile_compiles_in_few_cases() -> None:
     compiles = replace(providers_for(HEAD)[2], name="compiles", compiles=True)
     providers = [providers_for(HEAD)[0], compiles]
@@ -177,6 +178,7 @@ def test_ceilings_are_at_least_what_torch_reaches(monkeypatch) -> None:
     assert set(measure.ceilings()) == set(ROOF) - {"bf16_flops"}
 
 
+@pytest.mark.exhaustive
 def test_peak_memory_of_a_job() -> None:
     case = replace(HEAD, classes=100, dim=8)
     rows = 100_000  # logits and residuals of naive: 40 MB each

@@ -40,6 +40,7 @@ def test_the_table_is_an_argument_or_an_option(scored, capsys):
     )
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("keep", "kept", "said"),
     [
@@ -119,6 +120,7 @@ def test_prune_balances_by_labels_of_the_data_set(scored, capsys):
     assert facts["kept_per_class"] == {"0": 3, "1": 3, "2": 3}
 
 
+@pytest.mark.exhaustive
 def test_report_draws_what_the_input_allows(scored, capsys):
     facts = json.loads(run(capsys, "report --scores s.npz -o plots --keep 0.5 --json").out)
     names = ["score_histogram.png", "metrics.png", "checkpoints.png"]

@@ -66,6 +66,7 @@ def test_global_settings_neither_matter_nor_change(backend):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("sequences", [False, True])
 @pytest.mark.parametrize("heads", [None, 2])
 @each_backend
@@ -84,6 +85,7 @@ def test_torch_compile_without_a_graph_break(backend, heads, sequences):
         assert torch.equal(got, expected) and got.stride() == expected.stride()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("sequences", [False, True])
 @pytest.mark.parametrize("heads", [None, 2])
 @pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)

@@ -92,6 +92,7 @@ class Shifted(Bags):
         return self.fc((self.embed(words, starts) + shift[:, None]).tanh())
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("by_lengths", [False, True])
 @pytest.mark.parametrize("shift", [0.0, 0.3, 0, 1])
 def test_numbers_of_a_row_that_look_like_offsets(by_lengths: bool, shift: float) -> None:

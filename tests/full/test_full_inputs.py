@@ -78,6 +78,7 @@ def one_by_one(model: nn.Module, texts: Dataset, kind: str) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("kind", ["offsets", "dict", "ends", "lengths", "weights"])
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_bags_with_offsets(kind: str, mode: str) -> None:

@@ -106,6 +106,7 @@ CONVOLUTIONS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gram matrices, gradients of all samples, or one sample at a time, whatever is cheaper."""

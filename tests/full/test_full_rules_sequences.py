@@ -92,6 +92,7 @@ def offsets(x: Tensor, ends: bool) -> dict[str, Any]:
     return {"offsets": starts, "include_last_offset": ends}
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", BAGS)
 def test_bags(name: str) -> None:
     """Rows of a table, flat words with offsets, with weights, with several bags a sample."""
@@ -180,6 +181,7 @@ KINDS = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_recurrent_layers(kind: str) -> None:
     x = torch.randn(ROWS, 4, 4, dtype=torch.float64)
@@ -244,6 +246,7 @@ class Packed(nn.Module):
         return torch.cat([padded.flatten(1), *states], 1)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_sequences(kind: str) -> None:
     x = torch.randn(ROWS, 5, 4, dtype=torch.float64)
@@ -289,6 +292,7 @@ ATTENTION: dict[str, Callable[[Tensor], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name: str) -> None:
     x = torch.randn(ROWS, 4, 6, dtype=torch.float64)

@@ -76,6 +76,7 @@ def run(regime: str, case: Case, chunk_size: int | None = None, **options: Any) 
         return engine.run(problem, backend, chunk_size)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_every_job_equals_the_definition(kernels, monkeypatch, regime) -> None:
     """With residuals kept, and made again: for chunks, and for want of memory."""

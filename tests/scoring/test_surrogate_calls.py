@@ -25,6 +25,7 @@ from moso_fast.surrogate.training import (
 )
 
 
+@pytest.mark.exhaustive
 def test_what_a_call_leaves_out_is_in_the_manifest(tmp_path) -> None:
     """The documented defaults, and the weights that they give."""
     data = TensorDataset(torch.rand(16, D), torch.arange(16) % C)

@@ -154,6 +154,7 @@ def test_the_next_run_does_what_was_not_done_and_nothing_else(stages, tmp_path) 
     assert all_lines[: len(lines)] == lines, "what was found once is never thrown away"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["FAKE_GPU_NAME", "FAKE_GPU_TORCH"])
 def test_results_under_other_conditions_are_not_mixed(name, tmp_path) -> None:
     check(tmp_path, {"smoke one": "nan"}, "--stage", "smoke")
@@ -224,6 +225,7 @@ def test_what_the_time_did_not_suffice_for_is_left_and_no_failure(stages, tmp_pa
     assert second.returncode == 0 and second.stdout.rstrip().endswith("nothing is left")
 
 
+@pytest.mark.exhaustive
 def test_a_stage_has_its_share_and_goes_on_when_the_others_had_theirs(tmp_path) -> None:
     script = START.replace(
         "sys.exit(",
@@ -258,6 +260,7 @@ def test_what_hangs_or_dies_twice_is_not_run_again(tmp_path) -> None:
     assert {result["outcome"] for result in results(tmp_path).values()} == {"done"}
 
 
+@pytest.mark.exhaustive
 def test_results_of_another_folder_are_gone_on_with(tmp_path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     check(first, {"kernels two": "exit"}, "--stage", "kernels")

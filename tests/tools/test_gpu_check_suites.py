@@ -142,6 +142,7 @@ def test_a_file_without_a_test_is_a_failure(tmp_path) -> None:
         work("suites").run(suite(tmp_path, "def helper(): pass\n"), lambda **data: None)
 
 
+@pytest.mark.exhaustive
 def test_tests_run_where_a_plugin_of_this_project_is_missing(tmp_path, monkeypatch) -> None:
     """pyproject.toml has a setting of pytest-timeout, and asks to be strict about settings."""
     suites = work("suites")

@@ -38,6 +38,7 @@ def test_an_interpreter_that_cannot_serve_is_refused(pack, tmp_path) -> None:
         pack.main(["--python", str(bare)])
 
 
+@pytest.mark.exhaustive
 def test_the_archive_is_the_checkout_and_what_was_built(pack, monkeypatch, tmp_path) -> None:
     if not (pack.ROOT / ".git").exists():
         pytest.skip("no checkout of git: the archive holds what git tracks")

@@ -41,6 +41,7 @@ def test_one_share_is_compiled_by_one_process(tmp_path) -> None:
     assert done.returncode == 0 and done.stdout == ""
 
 
+@pytest.mark.exhaustive
 def test_without_a_gpu_nothing_is_timed(tmp_path) -> None:
     import torch
 

@@ -33,7 +33,7 @@ jvp(x, torch.randn(4, 3), y, torch.zeros(4))
 LOADED = "\nassert 'torch._decomp.decompositions_for_jvp' in sys.modules\n"
 
 
-@pytest.mark.quick(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("call", CALLS)
 def test_no_warning_about_what_pytorch_compiles_for_itself(call: str, tmp_path: Path) -> None:
     run_python(STRICT + CALLS[call] + LOADED, tmp_path)

@@ -75,6 +75,7 @@ def test_each_file_includes_what_it_needs() -> None:
             compile_text("amx", f'#include "simd/{file.name}"\n', "-fsyntax-only")
 
 
+@pytest.mark.exhaustive
 def test_their_order_does_not_matter() -> None:
     for variant in ("baseline", "amx") if X86 else ("baseline",):
         lines = [f'#include "simd/{file.name}"\n' for file in reversed(inline_files())]

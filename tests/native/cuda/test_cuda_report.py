@@ -185,6 +185,7 @@ def test_matrix_products_and_wide_loads_are_there(instructions) -> None:
                 assert (count(opcodes, name) > 0) == (FEATURES[kernel.feature] == 2), kernel
 
 
+@pytest.mark.exhaustive
 def test_waits_are_bounded_in_debug_builds_alone(instructions) -> None:
     debug = bool(build_info().get("cuda_debug")) and inspected() != "80"  # which has no bulk copies
     for kernel, opcodes in instructions.items():

@@ -62,6 +62,7 @@ def test_the_same_as_pass_by_pass(gpu, monkeypatch, heads, bias, every, rows) ->
     assert found.count == expected.count
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("formula", formulas.FORMULAS)
 @pytest.mark.parametrize("heads", [None, 2])
 def test_scores_are_those_of_the_formulas(gpu, formula, heads) -> None:

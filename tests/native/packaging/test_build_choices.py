@@ -25,6 +25,7 @@ BROKEN_NVCC = (
 )
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("mode", "programs", "env", "message"),
     [
@@ -220,6 +221,7 @@ def build_wheel(folder, settings=None, metadata=None):
 """
 
 
+@pytest.mark.exhaustive
 def test_pip_leaves_the_mark_by_which_an_installation_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,8 @@ def run_interpreted(file: str, cwd: Path, *, select: str | None = None) -> None:
         "ignore::RuntimeWarning:triton",
     ]
     chosen = [] if select is None else ["-k", select]
-    if importlib.util.find_spec("xdist"):  # each test is one thread's work, for seconds
+    # Each test is one thread's work, for seconds. Processes of pytest-xdist have the cores already.
+    if importlib.util.find_spec("xdist") and "PYTEST_XDIST_WORKER" not in os.environ:
         options += ["-n", str(min(4, os.cpu_count() or 1)), "-p", "no:benchmark"]
     child = subprocess.run(
         [sys.executable, "-c", command, *options, *chosen, str(path)],

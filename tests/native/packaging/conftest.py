@@ -1,14 +1,19 @@
-"""One copy of the tree for all packaging tests, so that the native sources are compiled once."""
+"""One copy of the tree for all packaging tests, so that the native sources are compiled once.
+
+Processes of pytest-xdist share it, one test at a time.
+"""
 
 from __future__ import annotations
 
 import os
 import site
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import packaging_support as support
 import pytest
+from filelock import FileLock
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,10 +25,32 @@ def _can_build() -> None:
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of this run that all its processes see."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "packaging"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lock(shared: Path) -> FileLock:
+    return FileLock(shared / "lock")
+
+
+@pytest.fixture(autouse=True)
+def _alone(lock: FileLock) -> Iterator[None]:
+    with lock:
+        yield
+
+
+@pytest.fixture(scope="session")
+def source(shared: Path, lock: FileLock) -> Path:
     """Return a copy of the source tree; build folders and objects in it are shared."""
-    target = tmp_path_factory.mktemp("source") / "moso_fast"
-    support.copy_tree(target)
+    target = shared / "source" / "moso_fast"
+    with lock:
+        if not target.exists():
+            support.copy_tree(target)
     return target
 
 
@@ -41,7 +68,11 @@ def dependencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def native_wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native_wheel(source: Path, shared: Path, lock: FileLock) -> Path:
     """Return a wheel, as `python -m build` makes it, of the modules whose compilers are here."""
-    out = tmp_path_factory.mktemp("native")
-    return support.built(support.build(source, "build_wheel", out, "auto"), out)
+    out = shared / "native"
+    with lock:
+        if not list(out.glob("*.whl")):
+            support.built(support.build(source, "build_wheel", out, "auto"), out)
+    (wheel,) = out.glob("*.whl")
+    return wheel

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from full_bags import CLOSE, WORDS, Bags, Texts, collate, one_by_one
 from full_cases import scores
-from test_full_inputs import CLOSE, WORDS, Bags, Texts, collate, one_by_one
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

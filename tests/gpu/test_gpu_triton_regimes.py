@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 from core_support import FIELDS, Case, assert_close, confident_case, generator, random_case
-from test_gpu_backends import (
+from gpu_support import (
     SCORE_ERROR,
     assert_matches,
     exact_scores,

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint_layouts import OTHER_STATE, STATE, network, stepped
-from test_checkpoint_layouts import HEAD, assert_holds, into
+from checkpoint_reading import HEAD, assert_holds, into, trainer
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from moso_fast.sources.checkpoints.checkpoint import Checkpoint, read, stated_rate
@@ -97,16 +97,6 @@ def test_deepspeed_folders(tmp_path: Path) -> None:
         read(Checkpoint(tmp_path))
     torch.save(STATE, tmp_path / "pytorch_model.bin")  # what zero_to_fp32.py writes
     assert_holds(into(network(), tmp_path))
-
-
-def trainer(folder: Path, step: int, history: list[dict], **beside: Any) -> Path:
-    folder.mkdir()
-    torch.save(STATE, folder / "pytorch_model.bin")
-    facts = {"global_step": step, "log_history": history}
-    (folder / "trainer_state.json").write_text(json.dumps(facts))
-    for name, content in beside.items():
-        torch.save(content, folder / f"{name}.pt")
-    return folder
 
 
 def test_a_trainer_folder_states_its_rate_beside_the_log(tmp_path: Path) -> None:

@@ -12,26 +12,13 @@ import checkpoint_layouts as layouts
 import pytest
 import torch
 from checkpoint_layouts import LOADS, OTHER_STATE, REFUSED, STATE, WITH_A_CHOICE, network, under
+from checkpoint_reading import HEAD, assert_holds, into
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from moso_fast import MoSoScorer
 from moso_fast.sources.checkpoints.checkpoint import Checkpoint, load_state_dict, read
-from moso_fast.sources.checkpoints.fit import Fitted
-from moso_fast.sources.checkpoints.rates import ScoredParameters
 from moso_fast.sources.checkpoints.weights import ModelWeights
-
-HEAD = ScoredParameters({"3.weight": (3, 8), "3.bias": (3,)}, "the head", {(3, 8): 1, (3,): 1})
-
-
-def into(model: nn.Module, source: Any, entry: str | None = None) -> Fitted:
-    return ModelWeights(model, None).resolve(read(Checkpoint(source, entry=entry)))
-
-
-def assert_holds(fitted: Fitted, expected: dict[str, Tensor] = STATE, prefix: str = "") -> None:
-    for name, tensor in expected.items():
-        if "num_batches_tracked" not in name:
-            assert torch.equal(fitted.tensors[prefix + name], tensor), name
 
 
 @pytest.mark.parametrize("name", LOADS)

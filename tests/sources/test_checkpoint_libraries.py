@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint_layouts import into
+from checkpoint_reading import into
 from torch import Tensor, nn
 
 from moso_fast.sources.checkpoints.checkpoint import Checkpoint, read

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_layouts import OTHER_STATE, STATE, averaged, network, under
-from test_checkpoint_layouts import assert_holds, into
+from checkpoint_reading import assert_holds, into
 from torch import nn
 
 from moso_fast.sources.checkpoints.checkpoint import Checkpoint, iterate, load_state_dict, read

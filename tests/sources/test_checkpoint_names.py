@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_layouts import STATE, network, under
-from test_checkpoint_layouts import assert_holds, into
+from checkpoint_reading import assert_holds, into
 from torch import Tensor, nn
 
 from moso_fast.sources.checkpoints.contents import contents_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_layouts import STATE, network, state_of, stepped, under
-from test_checkpoint_folders import trainer
+from checkpoint_reading import trainer
 from torch import nn
 from torch.utils.data import TensorDataset
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from checkpoint_reading import into
 from library_stand_ins import PreTrainedModel
-from test_checkpoint_layouts import into
 from torch import Tensor, nn
 
 from moso_fast.sources.checkpoints.contents import contents_of

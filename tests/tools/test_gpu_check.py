@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_check_support import ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[2]
-SUPPORT = ROOT / "tests" / "support"
 START = (
     f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n"
     "from benches.gpu.check.main import main\n"
@@ -44,16 +42,6 @@ def stages() -> tuple[str, ...]:
 
 def command(folder: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-c", START, "--out", str(folder), *arguments]
-
-
-def environment(folder: Path, faults: dict[str, str], **more: str) -> dict[str, str]:
-    given = {
-        "FAKE_GPU_FAULTS": json.dumps(faults),
-        "FAKE_GPU_NAME": "Fake GPU",
-        "FAKE_GPU_TAG": str(folder),
-        **more,
-    }
-    return {**os.environ, "PYTHONPATH": str(SUPPORT), **given}
 
 
 def check(

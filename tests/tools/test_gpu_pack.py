@@ -10,7 +10,7 @@ import tarfile
 from typing import Any
 
 import pytest
-from test_gpu_check import ROOT, SUPPORT, environment
+from gpu_check_support import ROOT, SUPPORT, environment
 
 
 @pytest.fixture

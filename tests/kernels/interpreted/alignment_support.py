@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from moso_fast.kernels.stored_alignment import stored_alignment
+from moso_fast.kernels.tiles import Tile
 from residual_support import Guarded
 from torch import Tensor
 
 BF16 = torch.bfloat16
+SMALL = Tile(16, 16, 16, 4, 2, 255, 65536, "HMMA")
 
 
 def draw(
@@ -61,3 +64,17 @@ def assert_dots(
     bound = 2.0 * own.nan_to_num(0.0).amax() + 2e-7 * scale.nan_to_num(0.0) + 1e-30
     error = (got.double() - exact).abs()
     assert bool((error <= bound).all()), float((error / bound).max())
+
+
+def launch_stored(
+    features: Tensor, residual: Tensor, mean_grad: Tensor, heads: int = 1, **options: object
+) -> Tensor:
+    """Run in a guarded, NaN-filled output; check the guards and that inputs stay as they are."""
+    out = guarded_out(heads, features.shape[0])
+    inputs = [features, residual, mean_grad]
+    before = [t.clone() for t in inputs]
+    stored_alignment(features, residual, mean_grad, out.view, **options)
+    assert out.intact(), "wrote outside the output"
+    for given, copy in zip(inputs, before, strict=True):
+        assert torch.equal(given.contiguous().view(torch.uint8), copy.view(torch.uint8))
+    return out.view.clone()

@@ -14,8 +14,9 @@ from typing import Any
 
 import residual_support
 import torch
+from alignment_support import guarded_out
 from moso_fast.kernels import few_classes
-from moso_fast.kernels.few_classes import few_classes_first
+from moso_fast.kernels.few_classes import few_classes_first, few_classes_second
 from moso_fast.kernels.row_arguments import RowOutputs
 from residual_support import GUARD, Guarded
 from torch import Tensor
@@ -24,6 +25,7 @@ from moso_fast.core.status import STATUS_SLOTS
 
 STATISTICS = ("loss", "residual_sqnorm", "margin", "entropy")
 FIELDS = (*STATISTICS, "feature_sqnorm", "residual", "grad", "bias")
+LOSSES = ("cross_entropy", "soft", "binary_cross_entropy", "mse")
 
 
 class GuardedMask:
@@ -194,3 +196,44 @@ def assert_close(
         error = torch.where(got == exact, 0.0, (got - exact).abs()).nan_to_num(0.0)
         worst = (error / bound).amax() if error.numel() else torch.zeros(())
         assert worst <= 1.0, f"{name}: {worst:.3g} times the allowed error"
+
+
+def draw_heads(
+    shape: tuple[int, int, int, int],
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    loss: str = "cross_entropy",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return features (n, D), weights (K, C, D), biases (K, C) and labels of a loss."""
+    rows, heads, classes, dim = shape
+    features = torch.randn(rows, dim, generator=generator).to(dtype)
+    weight = torch.randn(heads, classes, dim, generator=generator) * min(1.0, 2.5 / dim**0.5)
+    bias = torch.randn(heads, classes, generator=generator)
+    if loss == "cross_entropy":
+        labels = torch.randint(0, classes, (rows,), generator=generator)
+    elif loss == "soft":
+        labels = torch.softmax(2.0 * torch.randn(rows, classes, generator=generator), 1)
+    else:
+        labels = torch.rand(rows, classes, generator=generator)
+    return features, weight, bias, labels
+
+
+def options_of(loss: str, rows: int, generator: torch.Generator) -> dict[str, Any]:
+    """Return a loss with sample weights and, where it has one, label smoothing."""
+    options: dict[str, Any] = {"sample_weight": 2.0 * torch.rand(rows, generator=generator)}
+    if loss in ("cross_entropy", "soft"):
+        options["label_smoothing"] = 0.1
+    return options | {"loss": "cross_entropy" if loss == "soft" else loss}
+
+
+def run_second(given: dict[str, Any], *, again: bool = False, **options: Any) -> Tensor:
+    """Second pass into a guarded output, with given or recomputed residuals."""
+    given = dict(given)
+    made = given.pop("made")
+    if again:
+        given["residual"] = made
+    heads, rows = given["mean_grad"].shape[0], given["features"].shape[0]
+    out = guarded_out(heads, rows)
+    few_classes_second(**given, out=out.view, **options)
+    assert out.intact(), "wrote outside the output"
+    return out.view.clone()

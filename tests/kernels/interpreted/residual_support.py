@@ -189,3 +189,15 @@ def assert_close(
         error = torch.where(got == exact, 0.0, (got - exact).abs()).nan_to_num(0.0)
         worst = (error / bound).amax() if error.numel() else torch.zeros(())
         assert worst <= 1.0, f"{name}: {worst:.3g} times the allowed error"
+
+
+def logits_and_ids(
+    shape: tuple[int, int, int], generator: torch.Generator, spread: float = 3.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, _, classes = shape
+    logits = spread * torch.randn(shape, generator=generator)
+    return logits, torch.randint(0, classes, (rows,), generator=generator)
+
+
+def probabilities(rows: int, classes: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.softmax(2.0 * torch.randn(rows, classes, generator=generator), 1)

@@ -6,12 +6,18 @@ from typing import Any
 
 import torch
 from alignment_support import cut
-from few_classes_support import FIELDS, assert_close, guarded_arguments, guarded_outputs, reference
+from few_classes_support import (
+    FIELDS,
+    assert_close,
+    draw_heads,
+    guarded_arguments,
+    guarded_outputs,
+    reference,
+)
 from moso_fast.kernels import row_tiles as module
 from moso_fast.kernels.operands import products_of
 from moso_fast.kernels.row_tiles import row_tiles, stored_columns
 from moso_fast.kernels.tiles import Tile
-from test_few_classes_first import draw as draw_heads
 from torch import Tensor
 
 from moso_fast.core.status import STATUS_SLOTS

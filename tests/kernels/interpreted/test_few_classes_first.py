@@ -9,7 +9,16 @@ import pytest
 import torch
 from alignment_support import cut
 from far_memory import STRIDE, Sparse, each_written_once
-from few_classes_support import FIELDS, STATISTICS, assert_close, reference, run
+from few_classes_support import (
+    FIELDS,
+    LOSSES,
+    STATISTICS,
+    assert_close,
+    draw_heads,
+    options_of,
+    reference,
+    run,
+)
 from moso_fast.kernels import few_classes_tiles
 from moso_fast.kernels.few_classes import few_classes_first
 from moso_fast.kernels.few_classes_tiles import (
@@ -20,7 +29,6 @@ from moso_fast.kernels.few_classes_tiles import (
 )
 from moso_fast.kernels.row_arguments import RowOutputs
 from moso_fast.kernels.tiles import Tile
-from torch import Tensor
 
 from moso_fast.core.status import STATUS_FEATURE, STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
 
@@ -39,33 +47,6 @@ SHAPES = [
 ]
 SMALL = Choice("tf32x3", True, False, False, Tile(16, 16, 32, 4, 1, 255, 1, "HMMA"))
 AHEAD = SMALL._replace(prefetch=True, reload=True, tile=Tile(16, 32, 64, 4, 1, 255, 1, "HMMA"))
-LOSSES = ("cross_entropy", "soft", "binary_cross_entropy", "mse")
-
-
-def draw(
-    shape: tuple[int, int, int, int],
-    generator: torch.Generator,
-    dtype: torch.dtype = torch.float32,
-    loss: str = "cross_entropy",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, heads, classes, dim = shape
-    features = torch.randn(rows, dim, generator=generator).to(dtype)
-    weight = torch.randn(heads, classes, dim, generator=generator) * min(1.0, 2.5 / dim**0.5)
-    bias = torch.randn(heads, classes, generator=generator)
-    if loss == "cross_entropy":
-        labels = torch.randint(0, classes, (rows,), generator=generator)
-    elif loss == "soft":
-        labels = torch.softmax(2.0 * torch.randn(rows, classes, generator=generator), 1)
-    else:
-        labels = torch.rand(rows, classes, generator=generator)
-    return features, weight, bias, labels
-
-
-def options_of(loss: str, rows: int, generator: torch.Generator) -> dict[str, Any]:
-    options: dict[str, Any] = {"sample_weight": 2.0 * torch.rand(rows, generator=generator)}
-    if loss in ("cross_entropy", "soft"):
-        options["label_smoothing"] = 0.1
-    return options | {"loss": "cross_entropy" if loss == "soft" else loss}
 
 
 @pytest.mark.parametrize("choice", [None, SMALL, AHEAD], ids=["chosen", "small", "ahead"])
@@ -73,7 +54,7 @@ def options_of(loss: str, rows: int, generator: torch.Generator) -> dict[str, An
 def test_matches_float64(shape, choice: Choice | None, generator: torch.Generator) -> None:
     if choice is SMALL and shape[3] > 32:
         shape = (*shape[:3], 32)
-    data = draw(shape, generator)
+    data = draw_heads(shape, generator)
     result = run(*data, choice=choice, padding=3)
     assert_close(result, *data)
     assert result["status"] == [shape[0]] * 4 and bool(result["counted"].all())
@@ -81,7 +62,7 @@ def test_matches_float64(shape, choice: Choice | None, generator: torch.Generato
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
 def test_16_bit_features_are_widened(dtype: torch.dtype, generator: torch.Generator) -> None:
-    data = draw((37, 2, 10, 40), generator, dtype)
+    data = draw_heads((37, 2, 10, 40), generator, dtype)
     assert_close(run(*data, precision="highest"), *data)
 
 
@@ -90,7 +71,7 @@ def test_16_bit_features_are_widened(dtype: torch.dtype, generator: torch.Genera
 def test_losses_weights_smoothing_and_ignored_rows(
     shape, loss: str, generator: torch.Generator
 ) -> None:
-    features, weight, bias, labels = draw(shape, generator, loss=loss)
+    features, weight, bias, labels = draw_heads(shape, generator, loss=loss)
     options = options_of(loss, shape[0], generator)
     if loss == "cross_entropy":
         labels[1::4] = -100
@@ -109,7 +90,7 @@ def test_every_shipped_tile(choice: Choice, generator: torch.Generator) -> None:
     dtype = BF16 if choice.products == "bf16" else torch.float32
     precision = "highest" if choice.products == "tf32x3" else "medium"
     dim = tile.dim if choice.aligned else tile.dim - 3
-    features, weight, bias, labels = draw(
+    features, weight, bias, labels = draw_heads(
         (2 * tile.rows + 1, 1, tile.classes, dim), generator, dtype
     )
     if choice.products == "bf16":
@@ -127,7 +108,7 @@ def test_several_slabs_of_several_tiles(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(few_classes_tiles, "_SLABS", 3)
-    data = draw((133, 3, 5, 20), generator)
+    data = draw_heads((133, 3, 5, 20), generator)
     for choice in (SMALL, AHEAD):
         result = run(*data, choice=choice)
         assert_close(result, *data)
@@ -158,20 +139,20 @@ def test_choice_of_tiles() -> None:
 
 
 def test_no_rows(generator: torch.Generator) -> None:
-    result = run(*draw((0, 2, 3, 5), generator))
+    result = run(*draw_heads((0, 2, 3, 5), generator))
     assert torch.equal(result["grad"], torch.zeros(2, 3, 5, dtype=torch.float64))
     assert torch.equal(result["bias"], torch.zeros(2, 3, dtype=torch.float64))
     assert result["loss"].shape == (2, 0)
 
 
 def test_every_number_is_written_once(generator: torch.Generator) -> None:
-    data = draw((17, 3, 10, 8), generator)  # heads in three groups: three programs a slab
+    data = draw_heads((17, 3, 10, 8), generator)  # heads in three groups: three programs a slab
     with each_written_once():
         assert_close(run(*data, choice=SMALL), *data)
 
 
 def test_heads_do_not_touch_each_other(generator: torch.Generator) -> None:
-    features, weight, bias, labels = draw((37, 5, 10, 24), generator)
+    features, weight, bias, labels = draw_heads((37, 5, 10, 24), generator)
     whole = run(features, weight, bias, labels, choice=AHEAD)
     for head in range(5):
         one = run(features, weight[head : head + 1], bias[head : head + 1], labels, choice=AHEAD)
@@ -196,7 +177,7 @@ def test_confident_model_keeps_its_digits(generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("classes", [1, 2, 7, 16])
 def test_all_logits_equal(classes: int, generator: torch.Generator) -> None:
-    features, _, _, labels = draw((17, 1, classes, 4), generator)
+    features, _, _, labels = draw_heads((17, 1, classes, 4), generator)
     weight, bias = torch.zeros(1, classes, 4), torch.full((1, classes), 0.5)
     result = run(features, weight, bias, labels)
     assert_close(result, features, weight, bias, labels)
@@ -219,7 +200,7 @@ def test_extreme_logits(level: float) -> None:
 @pytest.mark.parametrize("exclude", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_features(value: float, exclude: bool, generator: torch.Generator) -> None:
-    features, weight, bias, labels = draw((40, 2, 10, 24), generator)
+    features, weight, bias, labels = draw_heads((40, 2, 10, 24), generator)
     labels[3] = -100
     broken = features.clone()
     broken[3, 5] = value  # ignored already: neither reported nor in the sums
@@ -242,7 +223,7 @@ def test_non_finite_features(value: float, exclude: bool, generator: torch.Gener
 
 
 def test_bad_labels_and_targets(generator: torch.Generator) -> None:
-    features, weight, bias, labels = draw((40, 2, 10, 8), generator)
+    features, weight, bias, labels = draw_heads((40, 2, 10, 8), generator)
     sound = run(features, weight, bias, labels)
     for bad in (10, -1, 2**40):
         broken = labels.clone()
@@ -259,17 +240,17 @@ def test_bad_labels_and_targets(generator: torch.Generator) -> None:
         ("soft", 1.5, 5), ("soft", math.nan, 5), ("binary_cross_entropy", -0.1, 5),
         ("mse", math.inf, 5), ("mse", 7.0, 40),
     ):  # fmt: skip
-        features, weight, bias, labels = draw((40, 2, 10, 8), generator, loss=loss)
+        features, weight, bias, labels = draw_heads((40, 2, 10, 8), generator, loss=loss)
         labels[5, 9], labels[6, 0] = value, value
         name = "cross_entropy" if loss == "soft" else loss
         assert run(features, weight, bias, labels, loss=name)["status"][STATUS_TARGET] == slot
-    features, weight, bias, labels = draw((40, 2, 10, 8), generator, loss="soft")
+    features, weight, bias, labels = draw_heads((40, 2, 10, 8), generator, loss="soft")
     labels[9] *= 0.9
     assert run(features, weight, bias, labels)["status"][STATUS_TARGET] == 9
 
 
 def test_overflow_is_reported(generator: torch.Generator) -> None:
-    features, weight, bias, labels = draw((20, 1, 3, 4), generator)
+    features, weight, bias, labels = draw_heads((20, 1, 3, 4), generator)
     weight[0, 1] = 3e38
     features[11] = 100.0
     weight[0, 1, 1:] = 0.0
@@ -279,7 +260,7 @@ def test_overflow_is_reported(generator: torch.Generator) -> None:
 
 
 def test_rows_beyond_32_bits(generator: torch.Generator) -> None:
-    data = draw((3, 3, 5, 7), generator, loss="soft")
+    data = draw_heads((3, 3, 5, 7), generator, loss="soft")
     expected = run(*data, choice=SMALL)
     far, far_targets, far_residual = Sparse(7), Sparse(5), Sparse(15)
     far.fill(data[0])
@@ -303,7 +284,7 @@ def test_rows_beyond_32_bits(generator: torch.Generator) -> None:
 
 
 def test_expanded_and_padded_features(generator: torch.Generator) -> None:
-    features, weight, bias, labels = draw((20, 1, 10, 12), generator)
+    features, weight, bias, labels = draw_heads((20, 1, 10, 12), generator)
     wide = torch.full((20, 19), torch.nan)[:, 3:15]
     wide.copy_(features)
     assert_close(run(wide, weight, bias, labels), features, weight, bias, labels)

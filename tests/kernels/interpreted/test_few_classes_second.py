@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from alignment_support import assert_dots, cut, dots, guarded_out
+from alignment_support import assert_dots, cut, dots
 from far_memory import STRIDE, Sparse
-from few_classes_support import assert_close, before_a_forbidden_page, reference
+from few_classes_support import LOSSES, assert_close, before_a_forbidden_page, reference, run_second
 from few_classes_support import run as first_pass
 from moso_fast.kernels.few_classes import Recompute, few_classes_second
 from moso_fast.kernels.few_classes_tiles import SECOND_TILES, Choice, choose_second_tile
@@ -25,7 +25,6 @@ SHAPES = [
     (20, 2, 13, 8),
 ]
 SMALL = Choice("tf32x3", True, False, False, Tile(16, 16, 32, 4, 1, 255, 1, "HMMA"))
-LOSSES = ("cross_entropy", "soft", "binary_cross_entropy", "mse")
 
 
 def draw(
@@ -64,19 +63,6 @@ def draw(
     }
 
 
-def run(given: dict[str, Any], *, again: bool = False, **options: Any) -> Tensor:
-    """Second pass into a guarded output, with given or recomputed residuals."""
-    given = dict(given)
-    made = given.pop("made")
-    if again:
-        given["residual"] = made
-    heads, rows = given["mean_grad"].shape[0], given["features"].shape[0]
-    out = guarded_out(heads, rows)
-    few_classes_second(**given, out=out.view, **options)
-    assert out.intact(), "wrote outside the output"
-    return out.view.clone()
-
-
 def check(got: Tensor, given: dict[str, Any]) -> None:
     counted = given["counted"]
     assert not got[:, ~counted].any()
@@ -98,15 +84,15 @@ def test_matches_float64(
     shape, choice: Choice | None, again: bool, generator: torch.Generator
 ) -> None:
     given = draw(shape, generator)
-    check(run(given, again=again, choice=choice), given)
+    check(run_second(given, again=again, choice=choice), given)
     bare = {**given, "mean_bias_grad": None}
-    check(run(bare, again=again, choice=choice), bare)
+    check(run_second(bare, again=again, choice=choice), bare)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_recomputes_every_loss(loss: str, generator: torch.Generator) -> None:
     given = draw((40, 3, 5, 20), generator, loss=loss)
-    check(run(given, again=True), given)
+    check(run_second(given, again=True), given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
@@ -115,7 +101,7 @@ def test_16_bit_features_are_widened(
     dtype: torch.dtype, again: bool, generator: torch.Generator
 ) -> None:
     given = draw((40, 2, 10, 40), generator, dtype)
-    check(run(given, again=again), given)
+    check(run_second(given, again=again), given)
 
 
 @pytest.mark.parametrize("choice", SECOND_TILES, ids=lambda c: f"{c.products}-{c.tile.classes}")
@@ -128,25 +114,25 @@ def test_every_shipped_tile(choice: Choice, generator: torch.Generator) -> None:
         given["mean_grad"] = cut(given["mean_grad"])
     precision = "highest" if choice.products == "tf32x3" else "medium"
     for again in (False, True):
-        check(run(given, again=again, choice=choice, precision=precision), given)
+        check(run_second(given, again=again, choice=choice, precision=precision), given)
 
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_self_term_that_rounding_took_comes_back(heads: int, generator: torch.Generator) -> None:
     given = draw((40, heads, 5, 24), generator, BF16)
     given["mean_grad"] = cut(given["mean_grad"])
-    plain = run(given, precision="medium")
+    plain = run_second(given, precision="medium")
     check(plain, given)
     counted, r = given["counted"], given["residual"].view(40, heads, 5).double()
     lost = ((r - cut(given["residual"]).view(r.shape).double()) * r).sum(-1).T
     lost = torch.where(counted, lost * given["feature_sqnorm"] / 7, 0)
     assert lost.abs().max() > 1e-4
-    full = run(given, precision="medium", count=torch.tensor(7))
+    full = run_second(given, precision="medium", count=torch.tensor(7))
     torch.testing.assert_close(full - plain, lost.float(), rtol=1e-3, atol=2e-6)
     # Not at a precision that rounds nothing; and no division by a count of zero.
-    exact = run(given, precision="highest", count=torch.tensor(7))
-    assert torch.equal(exact, run(given, precision="highest"))
-    assert bool(run(given, precision="medium", count=torch.tensor(0)).isfinite().all())
+    exact = run_second(given, precision="highest", count=torch.tensor(7))
+    assert torch.equal(exact, run_second(given, precision="highest"))
+    assert bool(run_second(given, precision="medium", count=torch.tensor(0)).isfinite().all())
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
@@ -156,21 +142,21 @@ def test_rows_that_do_not_count_may_hold_anything(again: bool, generator: torch.
     given["features"][9, 3], given["features"][13] = torch.inf, torch.nan
     given["feature_sqnorm"][[1, 9]] = torch.nan
     given["made"].labels[17] = 2**40
-    check(run(given, again=again), given)
+    check(run_second(given, again=again), given)
     none = {**given, "counted": given["counted"] & False}
-    assert not run(none, again=again).any()
+    assert not run_second(none, again=again).any()
 
 
 def test_no_rows(generator: torch.Generator) -> None:
     given = draw((1, 2, 3, 5), generator)
     for name in ("features", "residual", "counted", "feature_sqnorm"):
         given[name] = given[name][:0]
-    assert run(given).shape == (2, 0)
+    assert run_second(given).shape == (2, 0)
 
 
 def test_rows_beyond_32_bits(generator: torch.Generator) -> None:
     given = draw((3, 3, 5, 7), generator, loss="soft")
-    expected = run(given, choice=SMALL)
+    expected = run_second(given, choice=SMALL)
     far, far_targets, far_residual, far_out = Sparse(7), Sparse(5), Sparse(15), Sparse(3)
     far.fill(given["features"])
     far_targets.fill(given["made"].labels)
@@ -194,8 +180,10 @@ def test_nothing_is_read_beyond_the_inputs(loss: str, generator: torch.Generator
     inputs = [before_a_forbidden_page(value) for value in made[:3]]
     again = Recompute(*inputs, *made[3:6], before_a_forbidden_page(made.sample_weight))
     for choice in (None, SMALL):
-        check(run({**tight, "made": again}, choice=choice), {**given, "made": made})
-        check(run({**tight, "made": again}, again=True, choice=choice), {**given, "made": made})
+        check(run_second({**tight, "made": again}, choice=choice), {**given, "made": made})
+        check(
+            run_second({**tight, "made": again}, again=True, choice=choice), {**given, "made": made}
+        )
     options = {"label_smoothing": 0.1, "sample_weight": again.sample_weight}
     first = first_pass(tight["features"], *inputs, **options)
     assert_close(first, given["features"], *made[:3], **options)

@@ -14,8 +14,15 @@ from moso_fast.kernels.residual import (
     choose_config,
     residual_rows,
 )
-from residual_support import FIELDS, Result, assert_close, launch, reference
-from test_softmax_residual import logits_and_ids, probabilities
+from residual_support import (
+    FIELDS,
+    Result,
+    assert_close,
+    launch,
+    logits_and_ids,
+    probabilities,
+    reference,
+)
 from torch import Tensor
 
 from moso_fast.core.status import STATUS_LABEL, STATUS_LOGITS

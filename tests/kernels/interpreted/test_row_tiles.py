@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 from alignment_support import BF16, cut
-from few_classes_support import assert_close
+from few_classes_support import LOSSES, assert_close, options_of
 from moso_fast.kernels.row_tiles import TILES, Choice, choose_tile, stored_columns
 from moso_fast.kernels.tiles import Tile
 from row_tiles_support import SMALL, check, draw, run
-from test_few_classes_first import LOSSES, options_of
 
 # (n, C, D): one row, one number; around the edges of tiles of 16 or 32 rows, of all lanes, of 16,
 # 32 and 64 columns.

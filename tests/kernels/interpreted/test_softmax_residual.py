@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from residual_support import FIELDS, Result, assert_close, launch
+from residual_support import FIELDS, Result, assert_close, launch, logits_and_ids, probabilities
 
 from moso_fast.core.status import STATUS_LABEL, STATUS_LOGITS, STATUS_TARGET
 
@@ -32,18 +32,6 @@ SHAPES = [
     (2, 1, 50257),
 ]
 SOFT_SHAPES = [(5, 2, 1), (7, 3, 2), (67, 2, 10), (9, 1, 33), (3, 1, 1000), (2, 2, 8193)]
-
-
-def logits_and_ids(
-    shape: tuple[int, int, int], generator: torch.Generator, spread: float = 3.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, _, classes = shape
-    logits = spread * torch.randn(shape, generator=generator)
-    return logits, torch.randint(0, classes, (rows,), generator=generator)
-
-
-def probabilities(rows: int, classes: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.softmax(2.0 * torch.randn(rows, classes, generator=generator), 1)
 
 
 def select(result: Result, keep: torch.Tensor) -> list[torch.Tensor]:

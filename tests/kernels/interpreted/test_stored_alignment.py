@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from alignment_support import BF16, assert_dots, cut, dots, draw, guarded_out
+from alignment_support import BF16, SMALL, assert_dots, cut, dots, draw, guarded_out, launch_stored
 from far_memory import STRIDE, Sparse, walled
 from moso_fast.kernels import stored_alignment as module
 from moso_fast.kernels.stored_alignment import (
@@ -15,27 +15,11 @@ from moso_fast.kernels.stored_alignment import (
     class_splits,
     stored_alignment,
 )
-from moso_fast.kernels.tiles import Tile
 from torch import Tensor
 
-SMALL = Tile(16, 16, 16, 4, 2, 255, 65536, "HMMA")
 ORDERS = ["project", "pull"]
 # (n, K, C, D): around the edges of the small tile.
 SHAPES = [(1, 1, 1, 1), (15, 1, 17, 15), (16, 2, 16, 16), (17, 3, 5, 33), (33, 1, 40, 31)]
-
-
-def launch(
-    features: Tensor, residual: Tensor, mean_grad: Tensor, heads: int = 1, **options: object
-) -> Tensor:
-    """Run in a guarded, NaN-filled output; check the guards and that inputs stay as they are."""
-    out = guarded_out(heads, features.shape[0])
-    inputs = [features, residual, mean_grad]
-    before = [t.clone() for t in inputs]
-    stored_alignment(features, residual, mean_grad, out.view, **options)
-    assert out.intact(), "wrote outside the output"
-    for given, copy in zip(inputs, before, strict=True):
-        assert torch.equal(given.contiguous().view(torch.uint8), copy.view(torch.uint8))
-    return out.view.clone()
 
 
 def operands(
@@ -59,7 +43,7 @@ def operands(
 def test_matches_float64(shape, dtype: torch.dtype, order: str, generator) -> None:
     features, residual, grad, bias = operands(shape, generator, dtype)
     for mean_bias_grad in (None, bias):
-        got = launch(features, residual, grad, shape[1], mean_bias_grad=mean_bias_grad,
+        got = launch_stored(features, residual, grad, shape[1], mean_bias_grad=mean_bias_grad,
                      order=order, tile=SMALL)  # fmt: skip
         given = (features, residual, grad, mean_bias_grad)
         assert_dots(got, dots(*given, shape[1]), *given)
@@ -74,7 +58,7 @@ def test_every_shipped_tile(order: str, position: int, generator: torch.Generato
     shape = (tile.rows + 1, 1, tile.classes + 1, tile.dim + 1)
     features, residual, grad, bias = operands(shape, generator, dtype)
     residual, grad = cut(residual) if choice.rounded else residual, grad.to(dtype)
-    got = launch(features, residual, grad, mean_bias_grad=bias, order=order, tile=tile)
+    got = launch_stored(features, residual, grad, mean_bias_grad=bias, order=order, tile=tile)
     given = (features, residual, grad, bias)
     assert_dots(got, dots(*given, 1), *given)
 
@@ -83,7 +67,7 @@ def test_every_shipped_tile(order: str, position: int, generator: torch.Generato
 def test_stored_in_bfloat16(order: str, generator: torch.Generator) -> None:
     features, residual, grad, bias = operands((20, 2, 18, 19), generator, BF16)
     residual, grad = residual.to(BF16), grad.to(BF16)
-    got = launch(features, residual, grad, 2, mean_bias_grad=bias, order=order, tile=SMALL)
+    got = launch_stored(features, residual, grad, 2, mean_bias_grad=bias, order=order, tile=SMALL)
     assert_dots(got, dots(features, residual, grad, bias, 2), features, residual, grad, bias)
 
 
@@ -97,7 +81,7 @@ def test_self_term_is_what_rounding_took(order: str, heads: int, generator) -> N
     counted = torch.arange(rows) % 5 != 1
     residual[1] = sqnorm[1] = torch.nan  # of a row that does not count
     term = SelfTerm(sqnorm.float(), counted.sum())
-    got = launch(features, residual, grad, heads, mean_bias_grad=bias, counted=counted,
+    got = launch_stored(features, residual, grad, heads, mean_bias_grad=bias, counted=counted,
                  self_term=term, order=order, tile=SMALL)  # fmt: skip
     rounded = cut(residual)
     operand = residual if order == "project" else rounded
@@ -150,7 +134,9 @@ def test_lost_is_read_within_its_rows(order: str, generator) -> None:
     features, residual, grad, bias = operands((17, 1, 18, 20), generator, BF16)
     given = [walled(t) for t in (features, residual.to(BF16), grad.to(BF16))]
     term = SelfTerm(walled(torch.ones(17)), walled(torch.tensor(17)), walled(torch.zeros(17)))
-    got = launch(*given, mean_bias_grad=walled(bias), self_term=term, order=order, tile=SMALL)
+    got = launch_stored(
+        *given, mean_bias_grad=walled(bias), self_term=term, order=order, tile=SMALL
+    )
     exact = dots(*given, bias, 1)
     assert_dots(got, exact, *given, bias)
 
@@ -162,7 +148,7 @@ def test_self_term_counts_once_where_a_row_is_split(order: str, generator) -> No
     sqnorm = features.float().square().sum(1)
     for count in (4, 0):  # no row that counts: divided by 1
         term = SelfTerm(sqnorm, torch.tensor(count))
-        got = launch(features, residual, grad, self_term=term, order=order, tile=SMALL)
+        got = launch_stored(features, residual, grad, self_term=term, order=order, tile=SMALL)
         other = residual + cut(residual) if order == "pull" else residual
         lost = ((residual - cut(residual)).double() * other.double()).sum(1)
         torch.testing.assert_close(got[0].double(), lost * sqnorm / max(count, 1))
@@ -173,7 +159,7 @@ def test_rows_that_do_not_count_may_hold_anything(order: str, generator) -> None
     features, residual, grad, bias = operands((40, 2, 20, 20), generator)
     counted = torch.arange(40) % 7 != 2
     features[2], residual[2], features[9, 3], features[16, 0] = torch.nan, torch.inf, torch.inf, 0
-    got = launch(features, residual, grad, 2, mean_bias_grad=bias, counted=counted,
+    got = launch_stored(features, residual, grad, 2, mean_bias_grad=bias, counted=counted,
                  order=order, tile=SMALL)  # fmt: skip
     exact = torch.where(counted, dots(features, residual, grad, bias, 2), 0.0)
     given = (features[counted], residual[counted], grad, bias)
@@ -186,7 +172,9 @@ def test_split_classes(splits: int, generator, monkeypatch: pytest.MonkeyPatch) 
     # Five class tiles among up to five programs: uneven shares, and one that gets nothing.
     monkeypatch.setattr(module, "class_splits", lambda *_: splits)
     features, residual, grad, bias = operands((20, 2, 65, 18), generator)
-    got = launch(features, residual, grad, 2, mean_bias_grad=bias, order="project", tile=SMALL)
+    got = launch_stored(
+        features, residual, grad, 2, mean_bias_grad=bias, order="project", tile=SMALL
+    )
     given = (features, residual, grad, bias)
     assert_dots(got, dots(*given, 2), *given)
 
@@ -197,10 +185,10 @@ def test_no_rows_strides_and_expanded_rows(order: str, generator: torch.Generato
     empty = torch.empty(2, 0)
     stored_alignment(features[:0], residual[:0], grad, empty, order=order)
     views = (features[::2, 3:20], residual[::2], grad[:, 3:20])
-    got = launch(*views, 2, mean_bias_grad=bias, order=order, tile=SMALL)
+    got = launch_stored(*views, 2, mean_bias_grad=bias, order=order, tile=SMALL)
     assert_dots(got, dots(*views, bias, 2), *views, bias)
     expanded = features[:1].expand(50, 40)
-    got = launch(expanded, residual, grad, 2, order=order, tile=SMALL)
+    got = launch_stored(expanded, residual, grad, 2, order=order, tile=SMALL)
     assert_dots(got, dots(expanded, residual, grad, None, 2), expanded, residual, grad)
 
 
@@ -212,7 +200,7 @@ def test_reads_nothing_beyond_its_operands(shape, order: str, generator) -> None
     given = [walled(t) for t in (features, residual, grad.to(BF16), bias)]
     counted = walled(torch.ones(rows, dtype=torch.bool))
     term = SelfTerm(walled(torch.zeros(rows)), walled(torch.tensor(rows)))
-    got = launch(*given[:3], heads, mean_bias_grad=given[3], counted=counted, self_term=term,
+    got = launch_stored(*given[:3], heads, mean_bias_grad=given[3], counted=counted, self_term=term,
                  order=order, tile=SMALL)  # fmt: skip
     operand = cut(residual) if order == "pull" else residual
     exact = dots(features, operand, given[2], None, heads)
@@ -237,8 +225,8 @@ def test_offsets_are_64_bit(which: str, order: str, generator: torch.Generator) 
 def test_rows_do_not_depend_on_their_neighbours(generator: torch.Generator) -> None:
     features, residual, grad, _ = operands((40, 1, 20, 33), generator)
     for order in ORDERS:
-        whole = launch(features, residual, grad, order=order, tile=SMALL)
-        part = launch(features[5:6], residual[5:6], grad, order=order, tile=SMALL)
+        whole = launch_stored(features, residual, grad, order=order, tile=SMALL)
+        part = launch_stored(features[5:6], residual[5:6], grad, order=order, tile=SMALL)
         torch.testing.assert_close(part[0], whole[0, 5:6], rtol=1e-6, atol=1e-6)
 
 

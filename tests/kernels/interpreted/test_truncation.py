@@ -12,7 +12,8 @@ import few_classes_support
 import numpy as np
 import pytest
 import torch
-from alignment_support import BF16, dots
+from alignment_support import BF16, dots, launch_stored
+from few_classes_support import run_second as second_pass
 from moso_fast.kernels import (
     few_classes_tiles,
     gradient_sum,
@@ -25,9 +26,7 @@ from moso_fast.kernels.few_classes_tiles import FIRST_TILES, SECOND_TILES
 from moso_fast.kernels.tiles import Tile
 from residual_support import reference
 from row_tiles_support import run as rows_pass
-from test_few_classes_second import run as second_pass
-from test_stacked_alignment import Job
-from test_stored_alignment import launch
+from stacked_support import Job
 from torch import Tensor
 from truncating import tensor_cores, three_products
 
@@ -198,6 +197,6 @@ def check_stored(features: Tensor, residual: Tensor, grad: Tensor, tile: Tile) -
     order = "pull" if len(grad) == WIDE else "project"
     bias = grad[:, 0].contiguous()
     with tensor_cores() as seen:
-        got = launch(features, residual, grad, mean_bias_grad=bias, order=order, tile=tile)
+        got = launch_stored(features, residual, grad, mean_bias_grad=bias, order=order, tile=tile)
     assert set(seen) == {"TF32x3"}
     assert relative(got, dots(features, residual, grad, bias, 1)) < CONTRACT

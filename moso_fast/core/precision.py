@@ -37,7 +37,7 @@ def own_precision(problem: Problem) -> Iterator[None]:
     on = torch.is_autocast_enabled(kind)
     with torch.no_grad(), torch.autocast(kind, enabled=False) if on else nullcontext():
         try:
-            _enter(allowed)
+            _enter(allowed, sums_of_halves=kind == "cuda")
             yield
         finally:
             _leave()
@@ -67,13 +67,15 @@ def rounds_to(kind: str) -> str:
     return next((name for name in ("bf16", "tf32") if name in found), "ieee")
 
 
-def _enter(allowed: str, convolutions: bool = False) -> None:
+def _enter(allowed: str, convolutions: bool = False, sums_of_halves: bool = False) -> None:
     global _users, _convolving
     with _lock:
         # Counted first: where PyTorch refuses to change a setting, `_leave` puts the others back.
         _users += 1
         _convolving += convolutions
         _allow_products(allowed)
+        if sums_of_halves:
+            _forbid_sums_in_halves()
         if convolutions:
             _forbid_convolutions()
 
@@ -113,6 +115,14 @@ def _allow_products(allowed: str) -> None:
             _remember(setting, _matmul_undo)
         _matmul_undo.append(lambda: torch.set_float32_matmul_precision(current))
         torch.set_float32_matmul_precision(allowed)
+
+
+def _forbid_sums_in_halves() -> None:
+    """Let products of float16 operands on a GPU be summed in float32."""
+    matmul: Any = torch.backends.cuda.matmul
+    if matmul.allow_fp16_accumulation:
+        _matmul_undo.append(lambda: setattr(matmul, "allow_fp16_accumulation", True))
+        matmul.allow_fp16_accumulation = False
 
 
 def _forbid_convolutions() -> None:

@@ -245,6 +245,22 @@ def test_a_refused_change_leaves_nothing_behind(monkeypatch) -> None:
     assert (precision._users, precision._convolving) == (0, 0)
 
 
+def test_float16_products_of_a_gpu_are_not_summed_in_float16() -> None:
+    matmul = torch.backends.cuda.matmul
+    assert not matmul.allow_fp16_accumulation
+    with own_precision(job("high", "cuda")):
+        assert not matmul.allow_fp16_accumulation
+    try:
+        matmul.allow_fp16_accumulation = True
+        with own_precision(job("high", "cpu")):  # has nothing to do with it
+            assert matmul.allow_fp16_accumulation
+            with own_precision(job("medium", "cuda")):
+                assert not matmul.allow_fp16_accumulation
+        assert matmul.allow_fp16_accumulation
+    finally:
+        matmul.allow_fp16_accumulation = False
+
+
 def test_what_a_device_rounds_to(new_names) -> None:
     kinds = ("cpu", "cuda", "mps")
     for products, found in (

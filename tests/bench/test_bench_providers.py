@@ -40,12 +40,19 @@ def runs(case, rows, provider):
     return provider.takes(case) and not provider.compiles and not refused
 
 
+needs_fused = pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyOptions"),
+    reason="this torch has no chunked F.linear_cross_entropy",
+)
 JOBS = [
     pytest.param(
         (case, rows, provider),
         id=f"{case.name}: {provider.name}",
-        # Whole networks take seconds each.
-        marks=[pytest.mark.exhaustive] if case.kind == "network" else [],
+        marks=[
+            # Whole networks take seconds each.
+            *([pytest.mark.exhaustive] if case.kind == "network" else []),
+            *([needs_fused] if provider.name == "F.linear_cross_entropy" else []),
+        ],
     )
     for case, rows in PROBLEMS
     for provider in PROVIDERS
@@ -138,7 +145,9 @@ CHUNKED = {
 }
 
 
-@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[needs_fused] if n == "fused" else []) for n in CHUNKED]
+)
 def test_several_chunks_and_a_shorter_last_one(name) -> None:
     inputs = make_inputs(HEAD, 23)
     for values, expected in zip(
@@ -173,10 +182,9 @@ def test_the_compiled_chunks_are_compiled_in_the_set_up(monkeypatch) -> None:
     assert sizes == 2 * once and resets == [0]
 
 
+@needs_fused
 def test_the_fused_loss_is_taken_in_chunks_where_its_documentation_says(monkeypatch) -> None:
     """Where N >= D and C > D."""
-    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        pytest.skip("this torch has no chunked F.linear_cross_entropy")
     taken = []
     honest = F.linear_cross_entropy
 

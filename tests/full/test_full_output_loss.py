@@ -212,6 +212,14 @@ def test_logits_in_what_a_model_returns() -> None:
     assert find_logits(torch.zeros(1, 2, 3)).shape == (1, 2, 3)
 
 
+def test_ids_are_ignored_by_cross_entropy_alone() -> None:
+    """-100 is a target like another to squared error, also where targets are whole numbers."""
+    targets = torch.tensor([[0], [-100], [3]])
+    for loss, counted in (("cross_entropy", [True, False, True]), ("mse", [True] * 3)):
+        assert OutputLoss(loss).counted(targets).tolist() == counted
+        assert OutputLoss(loss).counted(targets.double()).tolist() == [True] * 3
+
+
 def test_names_of_losses() -> None:
     for loss in ("cross_entropy", "binary_cross_entropy", "mse", print):
         check_loss(loss)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -89,8 +90,17 @@ def _log_softmax_back(z: Tensor, r: Tensor, a: Tensor) -> Tensor:
 
 
 def _clamp_back(z: Tensor, r: Tensor, a: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    inside = (a * z >= low) & (a * z <= high)
-    return torch.where(inside, a * r, 0)
+    inside, at_bound = (a * z > low) & (a * z < high), (a * z == low) | (a * z == high)
+    return torch.where(inside, a * r, torch.where(at_bound, _clamp_slope_at_bound() * a * r, 0))
+
+
+@cache
+def _clamp_slope_at_bound() -> float:
+    """Return the derivative of a clamp where it begins to cut: 1 up to torch 2.13, 0 since."""
+    with torch.inference_mode(False), torch.enable_grad():
+        bound = torch.ones((), requires_grad=True)
+        (slope,) = torch.autograd.grad(bound.clamp(0, 1), bound)
+    return float(slope)
 
 
 _APPLY: dict[str, Callable[..., Tensor]] = {

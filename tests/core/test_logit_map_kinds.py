@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moso_fast.core import logit_map as module
 from moso_fast.core.logit_map import KINDS, LogitMap
 from moso_fast.core.losses import mapped_statistics, row_statistics
 
@@ -50,12 +51,15 @@ def test_what_each_kind_makes_of_numbers() -> None:
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, -2.0])
-def test_at_its_bounds_a_clamp_still_lets_the_derivative_through(factor) -> None:
+def test_at_its_bounds_a_clamp_has_the_derivative_that_pytorch_gives_it(factor) -> None:
+    """Another since torch 2.14."""
     z = torch.tensor([-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5], dtype=F64, requires_grad=True)
     residual = torch.arange(1.0, 8.0, dtype=F64)
     logit_map = made("clamp", factor, -1.0, 2.0)
-    (expected,) = torch.autograd.grad((logit_map.apply(z) * residual).sum(), z)
-    assert torch.equal(logit_map.pull_back(z.detach(), residual), expected)
+    (expected,) = torch.autograd.grad(((factor * z).clamp(-1.0, 2.0) * residual).sum(), z)
+    module._clamp_slope_at_bound.cache_clear()
+    with torch.inference_mode():
+        assert torch.equal(logit_map.pull_back(z.detach(), residual), expected)
 
 
 def rounding_by_hand(kind: str, row: list[float]) -> list[float]:

@@ -48,8 +48,9 @@ MOSO_DEVICE double counted_rows(const int64_t* counts) {
 
 // Launch with heads * blocks_a_head blocks of kThreads threads and kFinishBytes.
 MOSO_DEVICE void finish(const Finish& p) {
-  const int head = int(device::block_index() / p.blocks_a_head);
-  const int64_t block = device::block_index() % p.blocks_a_head;
+  const uint32_t blocks = uint32_t(p.blocks_a_head), number = uint32_t(device::block_index());
+  const int head = int(number / blocks);
+  const int64_t block = number % blocks;
   const float nan = device::bits_float(0x7fc00000u);
   const double count = counted_rows<kThreads>(p.counts);
   // Exactly 1 where all rows count; without one that does, nothing is scaled.

@@ -122,8 +122,8 @@ class CpuPasses(Passes):
         problem, residual = self.problem, None
         if self.returns_residual or self._split_grad:
             residual = self._empty_residual(rows.stop - rows.start)
-        grad_sum = torch.zeros(problem.weight.shape, dtype=torch.float64)
-        bias_grad_sum = torch.zeros(problem.weight.shape[:2], dtype=torch.float64)
+        grad_sum = torch.zeros(problem.weight.shape, dtype=torch.float64, device="cpu")
+        bias_grad_sum = torch.zeros(problem.weight.shape[:2], dtype=torch.float64, device="cpu")
         inputs, job = self._job(rows)
         job.update(
             loss_out=out.loss[:, rows].data_ptr(),
@@ -177,8 +177,9 @@ class CpuPasses(Passes):
         """(rows, K, C), laid out as the kernels go through it: few classes lane by lane of rows."""
         heads, classes = self.problem.heads, self.problem.classes
         if self._few_classes:
-            return torch.empty(heads, classes, rows, dtype=torch.float32).permute(2, 0, 1)
-        return torch.empty(rows, heads, classes, dtype=torch.float32)
+            lanes = torch.empty(heads, classes, rows, dtype=torch.float32, device="cpu")
+            return lanes.permute(2, 0, 1)
+        return torch.empty(rows, heads, classes, dtype=torch.float32, device="cpu")
 
     @cached_property
     def _heads(self) -> tuple[Tensor, Tensor | None]:

@@ -64,7 +64,7 @@ class Case:
         """Bytes of one row of features, which each of two passes reads; 0 for networks."""
         if self.kind == "network":
             return 0
-        return self.dim * torch.empty((), dtype=self.dtype).element_size()
+        return self.dim * torch.empty((), dtype=self.dtype, device="cpu").element_size()
 
 
 def _head(classes: int, dim: int, small: int, full: int, title: str) -> Case:

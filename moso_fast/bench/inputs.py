@@ -26,8 +26,8 @@ class Inputs:
 
     features: Tensor
     labels: Tensor
-    weight: Tensor = field(default_factory=lambda: torch.empty(0))
-    bias: Tensor = field(default_factory=lambda: torch.empty(0))
+    weight: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
+    bias: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     cu_seqlens: Tensor | None = None
     model: nn.Module | None = None
 
@@ -50,10 +50,10 @@ def make_inputs(case: Case, rows: int, device: str = "cpu") -> Inputs:
         model, images, labels = make_network(case.network, case.classes, rows, generator)
         return Inputs(images.to(device), labels.to(device), model=model.to(device).eval())
     shape = (case.classes, case.dim) if case.heads == 1 else (case.heads, case.classes, case.dim)
-    weight = torch.randn(shape, generator=generator) / case.dim**0.5
-    bias = torch.randn(shape[:-1], generator=generator)
-    features = torch.randn(rows, case.dim, generator=generator)
-    labels = torch.randint(0, case.classes, (rows,), generator=generator)
+    weight = torch.randn(shape, generator=generator, device="cpu") / case.dim**0.5
+    bias = torch.randn(shape[:-1], generator=generator, device="cpu")
+    features = torch.randn(rows, case.dim, generator=generator, device="cpu")
+    labels = torch.randint(0, case.classes, (rows,), generator=generator, device="cpu")
     first = weight if case.heads == 1 else weight[0]
     features += 4.0 * first[labels] / first.norm(dim=1).mean()
     offsets = None

@@ -37,11 +37,11 @@ def make_network(
     name: str, classes: int, rows: int, generator: torch.Generator
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """Network in eval mode, (N, 1, 28, 28) images and their labels."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device="cpu")))
         model = NETWORKS[name](classes).eval()
-    images = torch.randn(rows, 1, 28, 28, generator=generator)
-    return model, images, torch.randint(0, classes, (rows,), generator=generator)
+    images = torch.randn(rows, 1, 28, 28, generator=generator, device="cpu")
+    return model, images, torch.randint(0, classes, (rows,), generator=generator, device="cpu")
 
 
 def per_sample_gradient(

@@ -109,8 +109,8 @@ def _score(net: nn.Module, loader: Iterable[Any], criterion: Any, formula: str) 
         formula,
         result.fields["alignment"],
         result.fields["grad_sqnorm"],
-        torch.tensor([result.mean_grad_sqnorm], dtype=torch.float64),
-        torch.tensor(result.count),
+        torch.tensor([result.mean_grad_sqnorm], dtype=torch.float64, device="cpu"),
+        torch.tensor(result.count, device="cpu"),
     )
 
 
@@ -132,7 +132,7 @@ def _gathered(loader: Iterable[Any]) -> Iterator[Batch]:
         nonlocal start
         if waiting:
             labels = torch.cat([y for _, y in waiting])
-            index = torch.arange(start, start + len(labels))
+            index = torch.arange(start, start + len(labels), device="cpu")
             start += len(labels)
             yield Batch((torch.cat([x for x, _ in waiting]),), {}, labels, index)
             waiting.clear()
@@ -143,7 +143,7 @@ def _gathered(loader: Iterable[Any]) -> Iterator[Batch]:
         args, kwargs, labels = split_batch(batch)
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             yield from joined()
-            index = torch.arange(start, start + len(labels))
+            index = torch.arange(start, start + len(labels), device="cpu")
             start += len(labels)
             yield Batch(args, kwargs, labels, index)
             continue

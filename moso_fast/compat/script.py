@@ -63,7 +63,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         if not self.files:
             raise ValueError(f"--data {root} has no images in one folder a class")
         self.size = size
-        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
+        self.mean, self.std = (torch.tensor(v, device="cpu").view(-1, 1, 1) for v in (mean, std))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -147,7 +147,7 @@ def _run(options: argparse.Namespace) -> None:
     epochs = draw_epochs(files, options.samples, options.seed)
     _point_out_sorted(data, parts)
     scorer = MoSoScorer(model.to(device), gradient="full", device=device, batch_size=options.bs)
-    scores = torch.empty(len(data))
+    scores = torch.empty(len(data), device="cpu")
     for number, part in enumerate(parts):
         try:
             table = scorer.score(

@@ -58,7 +58,7 @@ def _tensor(labels: Any) -> Tensor:
                 "be one tensor, (N,) or (N, C), which a collate_fn can stack"
             )
     if isinstance(labels, (int, float)):
-        return torch.tensor(labels)  # refused as what it is, a single number
+        return torch.tensor(labels, device="cpu")  # refused as what it is, a single number
     try:
         return as_tensor("data: labels", labels)
     except RaggedRows:
@@ -181,7 +181,9 @@ def document_rows(
     number = int(owner.max()) + 1
     lengths = torch.bincount(owner[counted], minlength=number)
     inside = (owner >= 0).nonzero().squeeze(1)
-    first = torch.full((number,), len(owner)).scatter_reduce(0, owner[inside], inside, "amin")
+    first = torch.full((number,), len(owner), device="cpu").scatter_reduce(
+        0, owner[inside], inside, "amin"
+    )
     alone = first[lengths == 0]
     flat = flat.clone()
     flat[alone] = ignore_index

@@ -98,7 +98,7 @@ def _clamp_back(z: Tensor, r: Tensor, a: Tensor, low: Tensor, high: Tensor) -> T
 def _clamp_slope_at_bound() -> float:
     """Return the derivative of a clamp where it begins to cut: 1 up to torch 2.13, 0 since."""
     with torch.inference_mode(False), torch.enable_grad():
-        bound = torch.ones((), requires_grad=True)
+        bound = torch.ones((), requires_grad=True, device="cpu")
         (slope,) = torch.autograd.grad(bound.clamp(0, 1), bound)
     return float(slope)
 

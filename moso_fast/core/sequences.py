@@ -106,7 +106,7 @@ def _pairwise(
 ) -> None:
     width = features.shape[1] + residual[0].numel() + (1 + residual.shape[1]) * length
     at_once = max(1, _BLOCK_ELEMENTS // (length * width))
-    steps = torch.arange(length)
+    steps = torch.arange(length, device="cpu")
     for group in members.split(at_once):
         starts, ends = bounds[group], bounds[group + 1]
         index = starts[:, None] + steps

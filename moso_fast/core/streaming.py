@@ -67,7 +67,7 @@ class CudaLane(Lane):
 
     def staging(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Page-locked main memory."""
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, pin_memory=True, device="cpu")
 
     def buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Memory of the device."""

@@ -28,7 +28,7 @@ def load_digits(seed: int = 0) -> Digits:
     bunch = datasets.load_digits()
     images = torch.from_numpy(bunch.images).to(torch.float32).div_(16).unsqueeze(1)
     labels = torch.from_numpy(bunch.target).to(torch.int64)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed), device="cpu")
     test, train = order[:NUM_TEST], order[NUM_TEST:]
     return Digits(images[train], labels[train], images[test], labels[test])
 
@@ -45,8 +45,8 @@ def flip_labels(
     """
     generator = torch.Generator().manual_seed(seed)
     count = round(fraction * len(labels))
-    chosen = torch.randperm(len(labels), generator=generator)[:count]
-    shift = torch.randint(1, num_classes, (count,), generator=generator)
+    chosen = torch.randperm(len(labels), generator=generator, device="cpu")[:count]
+    shift = torch.randint(1, num_classes, (count,), generator=generator, device="cpu")
     flipped = labels.clone()
     flipped[chosen] = (labels[chosen] + shift) % num_classes
     return flipped, flipped != labels

@@ -73,7 +73,9 @@ class DemoResult:
     table: ScoreTable
     timing: Timing
     flipped_scores: dict[str, Tensor] = field(default_factory=dict)
-    flipped_mask: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    flipped_mask: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.bool, device="cpu")
+    )
     pruning: dict[str, dict[float, list[float]]] = field(default_factory=dict)
     auroc: dict[str, list[float]] = field(default_factory=dict)
     found: dict[str, list[float]] = field(default_factory=dict)
@@ -200,7 +202,7 @@ def _find_flipped_labels(result: DemoResult, seed: int, tick: Callable[[str], No
     }
     if not result.flipped_scores:
         result.flipped_scores, result.flipped_mask = suspicion, mask
-    everything = torch.arange(len(labels))
+    everything = torch.arange(len(labels), device="cpu")
     kept = {
         NOTHING: everything,
         RANDOM: select(metrics["loss"], 1 - config.dropped, method="random", seed=seed),

@@ -47,7 +47,7 @@ def train_network(images: Tensor, labels: Tensor, *, steps: int, seed: int) -> S
     A fixed number of steps, not of epochs: otherwise a small subset would be judged by a network
     that has hardly been trained.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         model = SmallCNN().train()
     generator = torch.Generator().manual_seed(seed)
@@ -61,7 +61,7 @@ def train_network(images: Tensor, labels: Tensor, *, steps: int, seed: int) -> S
     batches: list[Tensor] = []
     for step in range(steps):
         if not batches:
-            order = torch.randperm(len(labels), generator=generator)
+            order = torch.randperm(len(labels), generator=generator, device="cpu")
             batches = list(torch.tensor_split(order, math.ceil(len(labels) / BATCH_SIZE)))
         batch = batches.pop()
         for group in optimizer.param_groups:

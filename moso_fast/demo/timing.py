@@ -83,7 +83,7 @@ def autograd_alignment(model: SmallCNN, images: Tensor, labels: Tensor) -> Tenso
         loss = F.cross_entropy(model(images[i : i + 1]), labels[i : i + 1])
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
-    mean = torch.zeros(sum(p.numel() for p in parameters))
+    mean = torch.zeros(sum(p.numel() for p in parameters), device="cpu")
     for i in range(len(labels)):
         mean += gradient(i) / len(labels)
     return torch.stack([gradient(i) @ mean for i in range(len(labels))])
@@ -94,6 +94,6 @@ def closed_form_alignment(model: SmallCNN, images: Tensor, labels: Tensor) -> Te
     """Compute the same (N,) values as r_i^T (mean gradient) h_i: no per-sample gradients."""
     features = model.backbone(images)
     residual = model.head(features).softmax(dim=1) - F.one_hot(labels, model.head.out_features)
-    features = torch.cat([features, torch.ones(len(labels), 1)], dim=1)
+    features = torch.cat([features, torch.ones(len(labels), 1, device="cpu")], dim=1)
     mean = residual.T @ features / len(labels)
     return ((residual @ mean) * features).sum(dim=1)

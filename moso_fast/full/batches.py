@@ -53,8 +53,8 @@ class Batch:
 
     def take(self, samples: Tensor | slice) -> Batch:
         """Those of some samples (numbers within the batch)."""
-        chosen = torch.arange(self.samples)[samples]
-        rows = (chosen[:, None] * self.views + torch.arange(self.views)).flatten()
+        chosen = torch.arange(self.samples, device="cpu")[samples]
+        rows = (chosen[:, None] * self.views + torch.arange(self.views, device="cpu")).flatten()
         if len(chosen) == self.samples and bool((chosen.diff() == 1).all()):
             return self
         args, kwargs, labels = _rows_of((self.args, self.kwargs, self.labels), rows, self.rows)
@@ -125,7 +125,7 @@ def batches(
             return
     start = 0
     for one in _pieces(loader, data, views):
-        numbers = torch.arange(start, start + one[2])
+        numbers = torch.arange(start, start + one[2], device="cpu")
         start += one[2]
         whole = prepared(_numbered(one, numbers, views))
         if members is None:

@@ -220,14 +220,14 @@ class FullGradient:
     ) -> Tensor:
         """Alignments of all samples with the mean gradient, (n,) float64."""
         network = self.network
-        result = torch.full(losses.shape, torch.nan, dtype=torch.float64)
+        result = torch.full(losses.shape, torch.nan, dtype=torch.float64, device="cpu")
         start = 0
 
         def work(chunk: Batch) -> tuple[Tensor, Tensor | None]:
             at = slice(offset + chunk_start, offset + chunk_start + chunk.samples)
             kept = chunk.take(counted[at].nonzero().flatten())
             if not kept.samples:
-                return torch.empty(0, dtype=torch.float64), None
+                return torch.empty(0, dtype=torch.float64, device="cpu"), None
             if self.methods.aligned is None:
                 return explicit.dots(self.methods.others, network, kept, tangents).cpu(), None
             found = self.methods.aligned(network, kept, tangents)
@@ -247,7 +247,9 @@ class FullGradient:
                 raise _changed("more samples")
             moved = self.know(batch.on(network.device, network.dtype))
             for chunk, values, again in self.chunks.of(moved, work):
-                at = torch.arange(offset + chunk_start, offset + chunk_start + chunk.samples)
+                at = torch.arange(
+                    offset + chunk_start, offset + chunk_start + chunk.samples, device="cpu"
+                )
                 at = at[counted[at]]
                 result[at] = values
                 if again is not None:
@@ -284,7 +286,7 @@ def _spread(values: dict[str, Tensor], counted: Tensor) -> dict[str, Tensor]:
     names = [name for name in FIELDS if name != "alignment"]
     result = {}
     for name in names:
-        result[name] = torch.full(counted.shape, torch.nan, dtype=torch.float64)
+        result[name] = torch.full(counted.shape, torch.nan, dtype=torch.float64, device="cpu")
         if values:
             result[name][counted] = values[name]
     return result

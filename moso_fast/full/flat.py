@@ -61,7 +61,7 @@ class Flat:
         """Flat inputs and their bounds for some rows of ``count``: number -> tensor."""
         edges = self.edges(inputs, count)
         lengths = edges.diff()[rows]
-        within = torch.arange(int(lengths.sum()))
+        within = torch.arange(int(lengths.sum()), device="cpu")
         starts = lengths.cumsum(0) - lengths
         chosen = within + torch.repeat_interleave(edges[:-1][rows] - starts, lengths)
         bounds = inputs[self.bounds]

@@ -66,7 +66,7 @@ class Network:
         A bare ``.squeeze()`` takes the samples' own dimension away from a batch of one.
         """
         if self.pairs and batch.rows == 1:
-            return batch.take(torch.tensor([0, 0]))
+            return batch.take(torch.tensor([0, 0], device="cpu"))
         return batch
 
     def forward(self, batch: Batch) -> Any:
@@ -200,7 +200,7 @@ def order_changes(
         The model fails for the samples in that order.
     """
     assert tape.marks is not None
-    turned = batch.take(torch.arange(batch.samples).flip(0))
+    turned = batch.take(torch.arange(batch.samples, device="cpu").flip(0))
     trace, again = new_trace(network, plan, turned, expanding, True)
     with torch.no_grad(), network.context(), trace:
         try:

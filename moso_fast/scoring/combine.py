@@ -77,7 +77,7 @@ def combine_checkpoints(
             "of the steps that were taken (a schedule that ends at 0 leaves 0 in its last "
             "checkpoint)"
         )
-    rates = torch.tensor([float(rate) for rate in lr], dtype=torch.float64)[:, None]
+    rates = torch.tensor([float(rate) for rate in lr], dtype=torch.float64, device="cpu")[:, None]
     parts: list[Any] = [slice(None)]
     if partition is not None:
         parts = [rows for _, rows in split_parts(partition, index.shape[0])]

@@ -42,11 +42,13 @@ class Features:
     def counted(self, ignore_index: int) -> Tensor:
         """(N,) bool on the CPU: whether the sample has a label that is not ``ignore_index``."""
         if self.labels.dim() > 1:
-            return torch.ones(self.samples, dtype=torch.bool)
+            return torch.ones(self.samples, dtype=torch.bool, device="cpu")
         counted = (self.labels != ignore_index).cpu()
         if self.cu_seqlens is None:
             return counted
-        running = torch.cat([torch.zeros(1, dtype=torch.int64), counted.long().cumsum(0)])
+        running = torch.cat(
+            [torch.zeros(1, dtype=torch.int64, device="cpu"), counted.long().cumsum(0)]
+        )
         return running[self.cu_seqlens.cpu()].diff() > 0
 
     def of_a_sample(self, error: DataError) -> DataError:
@@ -244,7 +246,7 @@ class FeatureCapture:
         if device.type == "cuda":
             needed = rows * value.shape[1] * dtype.itemsize
             if needed > _GPU_CACHE_SHARE * torch.cuda.mem_get_info(device)[0]:
-                return torch.empty(shape, dtype=dtype, pin_memory=True)
+                return torch.empty(shape, dtype=dtype, pin_memory=True, device="cpu")
         return torch.empty(shape, dtype=dtype, device=device)
 
     def _finish(self) -> Features:

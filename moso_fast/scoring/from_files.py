@@ -149,7 +149,7 @@ def score_files(
         partition=ids,
         combine=combine,
         num_steps=num_steps,
-        index=torch.arange(rows.shape[0]),
+        index=torch.arange(rows.shape[0], device="cpu"),
         provenance=provenance(
             {
                 "features": {"source": source, "shape": list(rows.shape), "dtype": kind},

@@ -106,7 +106,7 @@ class Job:
             raise ValueError(
                 f"data: {self.samples} samples bring an index of {len(own)}; give index= instead"
             )
-        return torch.arange(self.samples) if own is None else own
+        return torch.arange(self.samples, device="cpu") if own is None else own
 
     def _run(self, on_batch: Callable[[], None]) -> list[PartStats]:
         raise NotImplementedError

@@ -57,9 +57,9 @@ def partition_ids(num_samples: int, parts: int, seed: int = 0) -> Tensor:
     if num_samples and parts > num_samples:
         raise ValueError(f"parts must be <= num_samples = {num_samples}, got {parts}")
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(num_samples, generator=generator)
-    ids = torch.empty(num_samples, dtype=torch.int64)
-    ids[order] = torch.arange(num_samples) % parts
+    order = torch.randperm(num_samples, generator=generator, device="cpu")
+    ids = torch.empty(num_samples, dtype=torch.int64, device="cpu")
+    ids[order] = torch.arange(num_samples, device="cpu") % parts
     return ids
 
 
@@ -90,8 +90,9 @@ def resolve_partition(partition: Any, num_samples: int, seed: int = 0) -> Tensor
     if isinstance(partition, int):
         return check_part_sizes(partition_ids(num_samples, partition, seed))
     try:
-        given = torch.tensor(partition) if isinstance(partition, (float, complex)) else partition
-        ids = as_tensor("partition", given).detach().cpu()
+        if isinstance(partition, (float, complex)):
+            partition = torch.tensor(partition, device="cpu")
+        ids = as_tensor("partition", partition).detach().cpu()
     except TypeError as error:
         reason = str(error).partition("; it holds ")[2]  # of an array that holds something else
         raise TypeError(

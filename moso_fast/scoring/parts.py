@@ -92,7 +92,7 @@ def part_stats(
         for name, values in _note(result, part, found).items():
             if name not in whole:
                 shape = (problem.heads, problem.samples)
-                whole[name] = torch.full(shape, torch.nan, dtype=values.dtype)
+                whole[name] = torch.full(shape, torch.nan, dtype=values.dtype, device="cpu")
             whole[name][:, samples] = values
         if result.counts[part] < 2:
             raise ValueError(_too_small(part, result.counts[part]))
@@ -123,8 +123,10 @@ def with_scores(stats: PartStats, formula: str, ids: Tensor | None) -> list[dict
                 formula,
                 fields["alignment"][rows],
                 fields["grad_sqnorm"][rows],
-                torch.tensor(stats.mean_grad_sqnorm[part][k : k + 1], dtype=torch.float64),
-                torch.tensor(stats.counts[part]),
+                torch.tensor(
+                    stats.mean_grad_sqnorm[part][k : k + 1], dtype=torch.float64, device="cpu"
+                ),
+                torch.tensor(stats.counts[part], device="cpu"),
             )
         result.append({**fields, "score": scores})
     return result
@@ -196,7 +198,7 @@ def _rows_of(samples: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | 
     ends = lengths.cumsum(0)
     shift = (offsets[samples] - (ends - lengths)).repeat_interleave(lengths)
     own = torch.cat([ends.new_zeros(1), ends])
-    return torch.arange(int(ends[-1])) + shift, own
+    return torch.arange(int(ends[-1]), device="cpu") + shift, own
 
 
 def _gather(source: Tensor, rows: Tensor, path: Path) -> Tensor:

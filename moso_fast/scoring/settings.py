@@ -181,7 +181,7 @@ def _check_index(index: Any) -> Tensor | None:
     if index.dim() != 1:
         raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}")
     # With the checks of the table, before any work.
-    return ScoreTable(torch.zeros(len(index)), index=index).index
+    return ScoreTable(torch.zeros(len(index), device="cpu"), index=index).index
 
 
 def _of_the_other(name: str, other: str, gradient: str) -> ValueError:

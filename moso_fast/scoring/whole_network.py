@@ -73,7 +73,7 @@ class FullJob(Job):
         return {
             **({"loss": f"callable {kind}"} if callable(loss) else {}),
             "gradient": "full",
-            "parameters": digest({name: torch.zeros(0) for name in names}),
+            "parameters": digest({name: torch.zeros(0, device="cpu") for name in names}),
             "chunk_size": settings.chunk_size,
             "views": f"{views}, seed {self.call.seed}" if views > 1 else "1",
             "autocast": self._autocast(),
@@ -136,7 +136,7 @@ class FullJob(Job):
         fields = {}
         for name in FIELDS:
             values = scored[0][1].fields[name]
-            fields[name] = torch.full((self.samples,), torch.nan, dtype=values.dtype)
+            fields[name] = torch.full((self.samples,), torch.nan, dtype=values.dtype, device="cpu")
             for _, result in scored:
                 fields[name][result.index] = result.fields[name]
         stats.append(fields)

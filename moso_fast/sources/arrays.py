@@ -95,11 +95,11 @@ def open_safetensors(path: Path, name: str | None = None) -> Tensor:
         first, last = entries[name]["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the entry {name!r} is damaged or of an unknown dtype") from error
-    itemsize = torch.empty((), dtype=dtype).element_size()
+    itemsize = torch.empty((), dtype=dtype, device="cpu").element_size()
     if last - first != math.prod(shape) * itemsize or start + last > path.stat().st_size:
         raise ValueError(f"{path} is cut off or damaged: {name!r} does not fit the file")
     if not math.prod(shape):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     kind = _NUMPY_NAMES.get(dtype) or f"<{_numpy_letter(dtype)}{itemsize}"
     values = np.memmap(path, dtype=kind, mode="r", offset=start + first, shape=shape)
     return _from_numpy(path, values).view(dtype)

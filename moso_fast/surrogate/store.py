@@ -119,6 +119,12 @@ def input_and_label(dataset: Dataset, index: int) -> tuple[Any, Any]:
     return item[0], item[1]
 
 
+def _plain(label: Any) -> Any:
+    """Return the number, or the list of numbers, that a label is."""
+    where = label.device if isinstance(label, Tensor) else "cpu"
+    return torch.as_tensor(label, device=where).tolist()
+
+
 def open_folder(
     folder: Path,
     recipe: Recipe,
@@ -130,8 +136,9 @@ def open_folder(
     """Create the folder with its manifest, or check that what is there fits these settings."""
     layout = [(k, list(v.shape), str(v.dtype)) for k, v in model.state_dict().items()]
     # A few labels, since reading all of them could cost as much as an epoch.
-    probes = torch.linspace(0, len(ids) - 1, min(_LABEL_PROBES, len(ids))).long().tolist()
-    labels = [torch.as_tensor(input_and_label(dataset, i)[1]).tolist() for i in probes]
+    count = min(_LABEL_PROBES, len(ids))
+    probes = torch.linspace(0, len(ids) - 1, count, device="cpu").long().tolist()
+    labels = [_plain(input_and_label(dataset, i)[1]) for i in probes]
     manifest: dict[str, Any] = {
         "format": "moso_fast surrogates 1",
         **{f.name: getattr(recipe, f.name) for f in fields(recipe)},

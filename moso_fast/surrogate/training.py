@@ -147,7 +147,9 @@ def sample_positions(num_checkpoints: int, samples: int | None, seed: int = 0) -
             f"or None for all of them, got {samples}"
         )
     generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randperm(num_checkpoints, generator=generator)[:samples].tolist())
+    return sorted(
+        torch.randperm(num_checkpoints, generator=generator, device="cpu")[:samples].tolist()
+    )
 
 
 def score_surrogates(
@@ -256,7 +258,7 @@ class _EvenBatches(Sampler):
         return self.count
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(self.num_samples, generator=self.generator)
+        order = torch.randperm(self.num_samples, generator=self.generator, device="cpu")
         for batch in torch.tensor_split(order, self.count):
             yield batch.tolist()
 

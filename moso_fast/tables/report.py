@@ -72,13 +72,13 @@ def score_histogram(
     """
     groups = {name: as_tensor(f"groups[{name!r}]", values) for name, values in groups.items()}
     finite = {name: finite_values(values) for name, values in groups.items()}
-    everything = torch.cat([*finite.values()]) if finite else torch.empty(0)
+    everything = torch.cat([*finite.values()]) if finite else torch.empty(0, device="cpu")
     if not everything.numel():
         raise ValueError("groups hold no finite score: nothing to draw")
     figure, axes = new_axes(7.0, 4.2)
     low, high = inner_range(everything)
     outside = int(((everything < low) | (everything > high)).sum())
-    edges = torch.linspace(low, high, 61, dtype=torch.float64)
+    edges = torch.linspace(low, high, 61, dtype=torch.float64, device="cpu")
     for number, (name, values) in enumerate(finite.items()):
         if not values.numel():
             continue
@@ -283,7 +283,7 @@ def label_error_curve(
     if not 0 < errors < total:
         raise ValueError(f"is_error must mark some but not all samples; it marks {errors}/{total}")
     figure, axes = new_axes(7.0, 4.6)
-    inspected = torch.arange(total + 1, dtype=torch.float64) * 100 / total
+    inspected = torch.arange(total + 1, dtype=torch.float64, device="cpu") * 100 / total
     for number, (name, given) in enumerate(scores_by_name.items()):
         values = as_tensor(f"scores_by_name[{name!r}]", given)
         if values.shape != truth.shape:
@@ -293,7 +293,7 @@ def label_error_curve(
             )
         suspicion = values.detach().cpu().double().nan_to_num(nan=-torch.inf)
         order = suspicion.argsort(stable=True, descending=True)
-        found = torch.cat([torch.zeros(1), truth[order].cumsum(0)]) * 100 / errors
+        found = torch.cat([torch.zeros(1, device="cpu"), truth[order].cumsum(0)]) * 100 / errors
         axes.plot(
             inspected,
             found,

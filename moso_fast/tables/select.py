@@ -198,7 +198,7 @@ def _labels_of_rows(labels: Any, index: Tensor) -> Any:
     highest = int(index.max())
     if values.shape[0] != rows:
         return values[index.to(values.device)] if values.shape[0] > highest else values
-    if highest == rows - 1 and not torch.equal(index, torch.arange(rows)):
+    if highest == rows - 1 and not torch.equal(index, torch.arange(rows, device="cpu")):
         warnings.warn(
             "labels are taken in the order of the table's rows, which is not that of the data set; "
             "give labels[table.index] if they were in the order of the data set",
@@ -219,10 +219,12 @@ def _pick(scores: Tensor, count: int, method: str, generator: torch.Generator) -
     if method in ("top", "bottom"):
         return scores.argsort(stable=True, descending=method == "top")[:count]
     if method == "random":
-        return torch.randperm(scores.shape[0], generator=generator)[:count]
+        return torch.randperm(scores.shape[0], generator=generator, device="cpu")[:count]
     _, level, sizes = scores.unique(return_inverse=True, return_counts=True)
     last = sizes.cumsum(0).double()
     rank = (last - (sizes - 1) / 2)[level]
     # Efraimidis and Spirakis: the smallest Exp(1) / weight are a weighted draw without replacement.
-    waits = torch.empty(scores.shape[0], dtype=torch.float64).exponential_(generator=generator)
+    waits = torch.empty(scores.shape[0], dtype=torch.float64, device="cpu").exponential_(
+        generator=generator
+    )
     return (waits / rank).argsort(stable=True)[:count]

@@ -77,7 +77,7 @@ class ScoreTable:
         self.scores = _floats("scores", self.scores, 1)
         rows = self.scores.shape[0]
         if self.index is None:
-            self.index = torch.arange(rows)
+            self.index = torch.arange(rows, device="cpu")
         self.index = _own("index", self.index)
         if self.index.shape != (rows,):
             raise ValueError(

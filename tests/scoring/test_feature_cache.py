@@ -128,7 +128,7 @@ def test_a_cache_that_would_take_most_of_a_gpu_lies_in_main_memory(
     )
     value = SimpleNamespace(device=device, dtype=torch.float32, shape=(3, 5))
     runner._allocate(value, rows)  # type: ignore[arg-type]
-    where = {"device": device} if on_gpu else {"pin_memory": True}
+    where = {"device": device} if on_gpu else {"pin_memory": True, "device": "cpu"}
     assert made == [((rows, 5), {"dtype": torch.float32, **where})]
 
 

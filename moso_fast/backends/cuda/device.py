@@ -96,7 +96,7 @@ def empty(problem: Problem, *shape: int, dtype: torch.dtype = torch.float32) -> 
 def facts(problem: Problem, numbers: int, read: bool) -> Tensor:
     """Memory for float64 numbers that kernels write: in main memory if the host will read them."""
     if read:
-        return torch.empty(numbers, dtype=torch.float64, pin_memory=True)
+        return torch.empty(numbers, dtype=torch.float64, pin_memory=True, device="cpu")
     return empty(problem, numbers, dtype=torch.float64)
 
 

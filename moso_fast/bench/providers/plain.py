@@ -73,7 +73,7 @@ def first_chunk_onednn(h: Tensor, weight: Tensor, y: Tensor, bias: Tensor) -> tu
     residual = onednn_product(h, weight).add_(bias).log_softmax(1)
     loss = -residual.gather(1, y[:, None]).squeeze(1)
     residual.exp_()
-    residual[torch.arange(len(y)), y] -= 1
+    residual[torch.arange(len(y), device=y.device), y] -= 1
     sqnorm = residual.square().sum(1) * (torch.linalg.vector_norm(h, dim=1).square() + 1)
     return loss, residual, sqnorm, onednn_product(residual.T, h.T), residual.sum(0)
 

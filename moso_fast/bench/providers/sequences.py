@@ -31,7 +31,7 @@ def _loop(case: Case, inputs: Inputs) -> Job:
             log_p = torch.addmm(bias, h, weight.T).log_softmax(1)
             losses.append(-log_p.gather(1, y[:, None]).sum())
             residual = log_p.exp()
-            residual[torch.arange(len(y)), y] -= 1
+            residual[torch.arange(len(y), device=y.device), y] -= 1
             norms.append(((residual @ residual.T) * (h @ h.T + 1)).sum())
             grad += residual.T @ h
             bias_grad += residual.sum(0)

@@ -63,7 +63,7 @@ def pack_padded(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tens
     """``torch._pack_padded_sequence`` by indexing, which has a forward-mode derivative."""
     steps = input.transpose(0, 1) if batch_first else input
     lengths = lengths.cpu()
-    time = torch.arange(int(lengths.max()))
+    time = torch.arange(int(lengths.max()), device="cpu")
     sizes = (lengths[None] > time[:, None]).sum(1)
     return Places(sizes, None, input.device).packed(steps), sizes
 

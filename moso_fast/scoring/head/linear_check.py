@@ -68,8 +68,8 @@ def _read(
     rows = value.reshape(-1, value.shape[-1])
     output = output.reshape(-1, output.shape[-1])
     at_once = max(_ROWS, _NUMBERS // min(output.shape[1], _CLASSES))
-    parts = [_spread(len(rows), at_once)] if plain else torch.arange(len(rows)).split(at_once)
-    for part in parts:
+    every = torch.arange(len(rows), device="cpu")
+    for part in [_spread(len(rows), at_once)] if plain else every.split(at_once):
         part = part.to(rows.device)
         known = _judge(name, head, rows[part], output[part], call.autocast, plain, known)
     assert known is not None
@@ -81,9 +81,9 @@ def _similar_call(head: nn.Module, call: HeadCall) -> HeadCall:
     value = last_dim(call.value, head)
     rows = value.reshape(-1, value.shape[-1]).float().nan_to_num(0, 0, 0)
     random = torch.Generator().manual_seed(20231210)
-    noise = torch.randn(2 * _ROWS, rows.shape[1], generator=random)
-    factor = torch.rand(2 * _ROWS, 1, generator=random)
-    chosen = rows[torch.arange(2 * _ROWS) % len(rows)]
+    noise = torch.randn(2 * _ROWS, rows.shape[1], generator=random, device="cpu")
+    factor = torch.rand(2 * _ROWS, 1, generator=random, device="cpu")
+    chosen = rows[torch.arange(2 * _ROWS, device="cpu") % len(rows)]
     size = rows.square().mean().sqrt()
     near = chosen * (0.5 + 1.5 * factor.to(rows)) + 0.1 * size * noise.to(rows)
     return _call(
@@ -124,8 +124,8 @@ def rounding(*tensors: Tensor, autocast: torch.dtype | None = None) -> float:
 def _spread(count: int, most: int) -> Tensor:
     """At most ``most`` numbers below ``count``, evenly spaced."""
     if count <= most:
-        return torch.arange(count)
-    return torch.arange(most) * count // most
+        return torch.arange(count, device="cpu")
+    return torch.arange(most, device="cpu") * count // most
 
 
 def _judge(

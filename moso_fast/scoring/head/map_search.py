@@ -80,7 +80,7 @@ def _candidates(z: Tensor, x: Tensor, eps: float) -> Iterator[LogitMap | None]:
 def _map(kind: str, *values: float | None) -> LogitMap | None:
     if any(v is None or math.isnan(v) for v in values):
         return None
-    return LogitMap(kind, tuple(torch.tensor(v, dtype=torch.float64) for v in values))
+    return LogitMap(kind, tuple(torch.tensor(v, dtype=torch.float64, device="cpu") for v in values))
 
 
 def _slope(z: Tensor, x: Tensor, usable: Tensor, eps: float) -> float | None:

@@ -266,7 +266,7 @@ def _holds(found: LogitMap, given: Tensor, seen: Tensor, eps: float) -> bool:
 
 def _in_order(rows: Tensor, count: int) -> bool:
     """Tell whether ``rows`` are all of ``count``, one after the other."""
-    return len(rows) == count and bool((rows.cpu() == torch.arange(count)).all())
+    return len(rows) == count and bool((rows.cpu() == torch.arange(count, device="cpu")).all())
 
 
 def _is_mean(z: Tensor, logits: Tensor) -> bool:

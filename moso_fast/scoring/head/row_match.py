@@ -28,7 +28,7 @@ def row_keys(rows: Tensor) -> Tensor:
     if not rows.shape[1]:
         return torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     generator = torch.Generator().manual_seed(20231210)
-    factors = torch.randint(2**62, (rows.shape[1],), generator=generator) * 2 + 1
+    factors = torch.randint(2**62, (rows.shape[1],), generator=generator, device="cpu") * 2 + 1
     factors = factors.to(rows.device)
     at_once = max(1, _BLOCK_ELEMENTS // rows.shape[1])
     keys = []

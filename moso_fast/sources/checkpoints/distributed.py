@@ -85,7 +85,7 @@ def read_distributed(folder: Path, with_tensors: bool = True) -> dict[str, Any]:
         if not isinstance(entry, TensorStorageMetadata):
             flat[name] = None
         elif with_tensors:
-            flat[name] = torch.zeros(entry.size, dtype=entry.properties.dtype)
+            flat[name] = torch.zeros(entry.size, dtype=entry.properties.dtype, device="cpu")
         else:
             shapes[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
     if flat:

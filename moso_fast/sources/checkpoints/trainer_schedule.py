@@ -83,7 +83,7 @@ def _schedule(file: Path, total: int, base: float) -> Callable[[int], float] | N
         warmup = math.ceil(total * (warmup or ratio))
     from transformers import get_scheduler
 
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=base)
+    optimizer = torch.optim.SGD([torch.zeros(1, device="cpu")], lr=base)
     try:
         schedule = get_scheduler(kind, optimizer, int(warmup), total, dict(options))
     except (ValueError, TypeError):

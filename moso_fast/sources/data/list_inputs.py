@@ -86,7 +86,7 @@ class ListInputs:
         # samples yields another number of rows.
         sizes = {size for key in lists for size in given[key].shape[1:]}
         few = next(n for n in itertools.count(2) if all(size % n for size in sizes if size))
-        chosen = torch.arange(few) % rows
+        chosen = torch.arange(few, device="cpu") % rows
         forms = list(itertools.product((False, True), repeat=len(lists)))
         # As torch's own loader has it comes first, as libraries have it second.
         forms = [forms[0], forms[-1], *(forms[1:-1] if len(lists) <= _MIXED else [])]

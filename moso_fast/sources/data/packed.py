@@ -100,8 +100,8 @@ def _by_offsets(name: str, offsets: Tensor, has_label: Tensor) -> Tensor:
     end = int(offsets[-1])
     if end > tokens or bool(has_label.flatten()[end:].any()):
         raise ValueError(f"data: {name} ends at {end}, but the batch has {tokens} tokens")
-    documents = torch.full((tokens,), -1)
-    documents[:end] = torch.arange(len(steps)).repeat_interleave(steps)
+    documents = torch.full((tokens,), -1, device="cpu")
+    documents[:end] = torch.arange(len(steps), device="cpu").repeat_interleave(steps)
     documents = documents.view(has_label.shape)
     return _numbered(documents, documents >= 0)
 
@@ -139,7 +139,7 @@ def _by_position(positions: Tensor, mask: Any, has_label: Tensor, flattened: boo
     flat = documents.flatten()
     inside = (flat >= 0).nonzero().squeeze(1)
     lengths = torch.bincount(flat[inside])
-    starts = torch.full((len(lengths),), len(flat))
+    starts = torch.full((len(lengths),), len(flat), device="cpu")
     starts = starts.scatter_reduce(0, flat[inside], inside, "amin")
     first = positions.flatten()[starts]
     if bool((first != first[0]).any()) or int(lengths.max()) == 1:

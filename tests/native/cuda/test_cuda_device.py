@@ -122,7 +122,7 @@ def test_memory_for_kernels(monkeypatch) -> None:
     gpu.facts(job_on(CPU), 17, True)
     gpu.facts(job_on(CPU), 17, False)
     assert asked == [
-        ((17,), {"dtype": torch.float64, "pin_memory": True}),
+        ((17,), {"dtype": torch.float64, "pin_memory": True, "device": "cpu"}),
         (((17,),), {"dtype": torch.float64, "device": CPU}),
     ]
 

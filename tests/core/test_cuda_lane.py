@@ -107,7 +107,7 @@ def test_memory_is_page_locked_here_and_plain_on_the_device(cuda, monkeypatch) -
     lane.staging((3, 5), torch.bfloat16)
     lane.buffer((4, 5), torch.float16)
     assert asked == [
-        (((3, 5),), {"dtype": torch.bfloat16, "pin_memory": True}),
+        (((3, 5),), {"dtype": torch.bfloat16, "pin_memory": True, "device": "cpu"}),
         (((4, 5),), {"dtype": torch.float16, "device": DEVICE}),
     ]
 

@@ -218,6 +218,7 @@ def test_debug_builds_end_a_wait_without_end(monkeypatch, tmp_path: Path) -> Non
         assert ("BPT.TRAP" in code) == bool(flags)
 
 
+@pytest.mark.exhaustive
 def test_no_atomic_adds(instructions) -> None:
     for kernel, opcodes in instructions.items():
         # The status word's minimum is the only atomic: it does not depend on the order.
@@ -225,6 +226,7 @@ def test_no_atomic_adds(instructions) -> None:
         assert all(".MIN" in name for name in atomics), f"{kernel}: {atomics}"
 
 
+@pytest.mark.exhaustive
 def test_second_pass_has_one_barrier(instructions) -> None:
     for kernel, opcodes in instructions.items():
         if kernel.name == "second":

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_support import FIELDS, random_case
+from core_support import CPU_BACKENDS, FIELDS, random_case
 from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -73,7 +73,7 @@ def elsewhere() -> Iterator[Any]:
     torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(
     "kind", ["ids_smoothed", "soft_smoothed", "binary", "mse", "sequences", "weighted"]
 )
@@ -85,8 +85,6 @@ def test_scores_of_tensors(kind: str, backend: str, elsewhere) -> None:
         options["cu_seqlens"] = torch.tensor([0, 7, 7, 25, 40])
     if weighted:
         options["sample_weight"] = torch.rand(40)
-    if not moso_fast.backends()[backend].available:
-        pytest.skip(f"{backend} is not built")
     expected = last_layer_stats(*case.args, backend=backend, **options)
     scores = moso_scores(*case.args, backend=backend, chunk_size=7, **options)
     elsewhere()
@@ -115,17 +113,15 @@ def test_a_scorer_and_its_table(gradient: str, elsewhere, monkeypatch, tmp_path:
     monkeypatch.setattr(DataLoader, "__iter__", begin)
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=10)
 
-    def score() -> ScoreTable:
+    def score(folder: str) -> ScoreTable:
         scorer = MoSoScorer(model, gradient=gradient, progress=False)
         steps = [tmp_path / "0.pt", tmp_path / "1.pt"]
-        return scorer.score(loader, steps, partition=2, resume=tmp_path / f"{tested}")
+        return scorer.score(loader, steps, partition=2, resume=tmp_path / folder)
 
-    tested = "before"
-    expected = score()
+    expected = score("before")
     kept = select(expected.scores, 0.5)
     elsewhere()
-    tested = "after"
-    found = score()
+    found = score("after")
     assert torch.equal(torch.as_tensor(found.scores, device="cpu"), expected.scores)
     assert torch.equal(select(found.scores, 0.5), kept)
     for ending in ("npz", "csv", "parquet"):

@@ -24,11 +24,6 @@ from moso_fast.full.passes import (
 )
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 class Net(nn.Module):
     """A bilinear layer without a rule, a batch norm, and a parameter that is not used."""
 

@@ -23,11 +23,6 @@ from moso_fast.full.summed import summed
 ROWS = 5
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 class Odd(nn.Module):
     """A layer with a rule, and one without."""
 

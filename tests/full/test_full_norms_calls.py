@@ -20,11 +20,6 @@ from moso_fast.full.norms.trace import Trace
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 MOVES = [
     *("sort", "argsort", "msort", "topk", "kthvalue", "unique", "nonzero", "argwhere", "flip"),
     *("masked_select", "index_select", "gather", "take", "take_along_dim", "roll", "bincount"),

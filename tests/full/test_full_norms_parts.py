@@ -26,11 +26,6 @@ SAMPLES, HEIGHT, WIDTH = 5, 4, 3
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def dense_use(positions: int, blocks: int = 1) -> Factors:
     rows = torch.randn(SAMPLES, blocks, positions, HEIGHT, dtype=torch.float64)
     return Factors(rows, torch.randn(SAMPLES, blocks, positions, WIDTH, dtype=torch.float64))

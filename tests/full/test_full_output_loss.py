@@ -20,11 +20,6 @@ ROWS, LENGTH, CLASSES = 4, 3, 5
 IGNORED = -7
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def soft(*shape: int) -> Tensor:
     return torch.rand(*shape, CLASSES, dtype=torch.float64).softmax(-1)
 

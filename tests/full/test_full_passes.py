@@ -23,11 +23,6 @@ from moso_fast.full.passes import dense, new_trace, traced
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def settings() -> tuple[Any, ...]:
     cuda = torch.backends.cuda
     return (

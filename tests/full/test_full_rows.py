@@ -17,11 +17,6 @@ from moso_fast.full.passes import NoOtherOrder, order_changes, traced
 from moso_fast.full.rows import Rows
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def inputs_of(rows: int = ROWS) -> Tensor:
     return torch.randn(rows, 4, dtype=torch.float64)
 

@@ -54,11 +54,6 @@ def check(layer: nn.Module, *shape: int, explicit: tuple[str, ...] = (), calls: 
     check_rule(model[1:], inputs_of(*shape), names, calls)
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 PRODUCTS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], list[tuple[int, ...]]]] = {
     "linear": (F.linear, (4,), [(3, 4)]),
     "linear, bias": (F.linear, (4,), [(3, 4), (3,)]),

@@ -19,11 +19,6 @@ from moso_fast.full.passes import new_trace
 WORDS, LENGTH = 11, 7
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 class Table(nn.Module):
     """Calls ``run(x, table)``, then mixes what it gives."""
 

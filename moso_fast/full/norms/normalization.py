@@ -168,9 +168,7 @@ class _LayerNorm(torch.autograd.Function):
         if ctx.tape.probing:
             ctx.tape.probe(ctx.call, gradient)
             return of_input, None, None, None, None, None, None
-        # A CPU returns both statistics in the 16 bits of the layer.
-        single = _single(x.dtype)
-        normalised = (x.to(single) - mean) * rstd
+        normalised = (x.to(_single(x.dtype)) - mean) * rstd
         of_weight, of_bias = _affine_gradients(
             ctx.tape, ctx.call, gradient, normalised, weight, bias, channels=False
         )

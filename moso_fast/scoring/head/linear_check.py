@@ -68,8 +68,7 @@ def _read(
     rows = value.reshape(-1, value.shape[-1])
     output = output.reshape(-1, output.shape[-1])
     at_once = max(_ROWS, _NUMBERS // min(output.shape[1], _CLASSES))
-    every = torch.arange(len(rows), device="cpu")
-    for part in [_spread(len(rows), at_once)] if plain else every.split(at_once):
+    for part in _spread(len(rows), at_once if plain else len(rows)).split(at_once):
         part = part.to(rows.device)
         known = _judge(name, head, rows[part], output[part], call.autocast, plain, known)
     assert known is not None

@@ -115,13 +115,17 @@ def test_heads_with_and_without_a_bias_are_scored_apart(folder, capsys):
         f"--head {name}.safetensors" for name in heads
     )
     run(capsys, words)
-    found = ScoreTable.load("o.npz").per_checkpoint
+    found = ScoreTable.load("o.npz")
+    # A library's product of stacked heads may sum in another order than that of one.
+    atol = 1e-7 if found.provenance["backend"] == "torch" else 1e-9
     for k, name in enumerate(heads):
         alone = f"score --features F.npy --labels y.npy -o one.npz --head {name}.safetensors"
         run(capsys, alone)
         one = ScoreTable.load("one.npz").per_checkpoint
         for field, values in one.items():
-            torch.testing.assert_close(found[field][k], values[0], rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(
+                found.per_checkpoint[field][k], values[0], rtol=1e-6, atol=atol
+            )
 
 
 @pytest.mark.parametrize("parts", ["", " --partition 3"])

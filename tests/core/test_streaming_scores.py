@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_support import FIELDS, Case, chunk_rows, random_case, score_with
+from core_support import FIELDS, Case, chunk_rows, needs_cpu, random_case, score_with
 from streaming_lanes import LANES, EagerLane
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -166,6 +166,17 @@ def test_the_operator_says_that_results_are_on_the_device_of_the_head() -> None:
         assert all(result.device.type == "cuda" for result in results)
 
 
+@needs_cpu
+def test_the_cpu_backend_streams_nothing_to_a_gpu() -> None:
+    with FakeTensorMode():
+        case = host_case(
+            features=torch.zeros(5, 4), labels=torch.zeros(5, dtype=torch.long),
+            weight=torch.zeros(4, 4, device="cuda"),
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="streams none to cuda:0"):
+            choose(build_problem(**case), "cpu")
+
+
 def test_who_gets_it_and_how_it_is_explained(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (5 * 2**30, 2**33))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -178,8 +189,6 @@ def test_who_gets_it_and_how_it_is_explained(monkeypatch) -> None:
         problem = build_problem(**case)
         backend, reasons = choose(problem)
         assert backend.name == "torch", reasons
-        with pytest.raises(ValueError, match="streams none to cuda:0"):
-            choose(problem, "cpu")
         plan, step = memory.make_plan(problem, None), chunk_rows("torch", problem)
         assert step * dim * 4 <= CHUNK_BYTES
         # 0.8 of 5 GiB free, without the residuals and the room for a chunk's work.

@@ -59,7 +59,7 @@ def score(*arguments: Any, **options: Any) -> ScoreTable:
 def test_every_way_to_give_the_same_is_the_same(folder: Path, data: dict[str, Tensor]) -> None:
     features, labels = data["features"], data["labels"]
     pairs = list(zip(data["weight"], data["bias"], strict=True))
-    expected = torch.stack([moso_scores(features, w, labels, b) for w, b in pairs])
+    expected = moso_scores(features, data["weight"], labels, data["bias"])
     table = score("F.npy", "y.npy", FILES, lr=RATES)
     rates = torch.tensor(RATES, dtype=torch.float64)[:, None]
     assert torch.equal(table.scores, (expected.double() * rates).mean(0).float())

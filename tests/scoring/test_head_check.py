@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from core_support import needs_cpu
 from scorer_cases import SmallNet, images, scorer, trained
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -271,6 +272,7 @@ def test_maps_with_parts_and_checkpoints_that_share_features() -> None:
             )
 
 
+@needs_cpu  # the torch backend rounds no operands
 def test_noise_of_16_bit_operands_is_pointed_out() -> None:
     g = torch.Generator().manual_seed(1)
     x = torch.randn(64, 32, generator=g).bfloat16()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from core_support import needs_cpu
 from torch import Tensor
 
 from moso_fast.backends import choose
@@ -162,9 +163,14 @@ def test_a_factor_of_each_head(logit_map: LogitMap | None) -> None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_backends_without_maps_say_so() -> None:
+@needs_cpu
+def test_a_backend_without_maps_says_so() -> None:
     asked = build_problem(**problem(), logit_map=MAPS["tanh"])
-    assert choose(asked)[0].name == "torch"
     with pytest.raises(ValueError, match=r"the logits are 2 \* tanh\(0.5 \* z\), a soft cap"):
         choose(asked, "cpu")
+
+
+def test_who_takes_maps_and_what_they_are_called() -> None:
+    asked = build_problem(**problem(), logit_map=MAPS["tanh"])
+    assert choose(asked)[0].name == "torch"
     assert LogitMap("scale", (torch.tensor(0.5),)).describe() == "a factor of 0.5"

@@ -77,6 +77,7 @@ def chunk_rows(backend: str | Backend, problem: Problem, chunk_size: int | None 
 
 
 CPU_BACKENDS = tuple(name for name in backends() if runs_here(name))
+needs_cpu = pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="moso_fast._cpu is not built here")
 BACKENDS_AND_DTYPES = tuple(
     (name, dtype)
     for name in CPU_BACKENDS

@@ -52,6 +52,9 @@ T value_at(const pybind11::dict& job, const pybind11::handle& name) {
   return value_of<T>(value);
 }
 
+template <const auto& kTable>
+inline constexpr size_t fields_in = std::tuple_size_v<std::decay_t<decltype(kTable)>>;
+
 // The names of a table as Python strings, made once: for a small job it would show.
 template <const auto& kTable>
 const pybind11::tuple& names_in() {

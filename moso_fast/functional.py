@@ -53,7 +53,6 @@ class LastLayerStats:
     backend: str
     _mean_grad_sqnorm: Tensor
     _count: Tensor
-    _score: Tensor | None = None  # where they were computed with the rest, for moso_scores alone
 
     @property
     def mean_grad_sqnorm(self) -> Any:
@@ -79,9 +78,6 @@ class LastLayerStats:
         formulas.check_formula(formula)
         formulas.check_scale(scale)
         formulas.check_count(formula, self.count)
-        return self._scores(formula, scale)
-
-    def _scores(self, formula: str, scale: float) -> Tensor:
         return formulas.score(
             formula, self.alignment, self.grad_sqnorm, self._mean_grad_sqnorm, self._count, scale
         )
@@ -186,8 +182,12 @@ def moso_scores(
         per=per,
     )
     problem = _checked(features, weight, labels, bias, sample_weight, cu_seqlens, options)
-    stats = _stats(problem, backend, chunk_size, formula, scale)
-    return stats._scores(formula, scale) if stats._score is None else stats._score
+    check_chunk_size(chunk_size)
+    results, score, _ = operator.score(problem, backend, chunk_size, formula, scale)
+    if score is None:
+        alignment, grad_sqnorm, *_, mean_grad_sqnorm, count = results
+        score = formulas.score(formula, alignment, grad_sqnorm, mean_grad_sqnorm, count, scale)
+    return score if problem.stacked else score[0]
 
 
 def last_layer_stats(
@@ -220,7 +220,12 @@ def last_layer_stats(
         per=per,
     )
     problem = _checked(features, weight, labels, bias, sample_weight, cu_seqlens, options)
-    return _stats(problem, backend, chunk_size, None, 1.0)
+    check_chunk_size(chunk_size)
+    results, _, backend = operator.score(problem, backend, chunk_size, None, 1.0)
+    *by_sample, mean_grad_sqnorm, count = results
+    if not problem.stacked:
+        by_sample = [values[0] for values in by_sample]
+    return LastLayerStats(*by_sample, backend, mean_grad_sqnorm, count)
 
 
 def explain(
@@ -297,28 +302,3 @@ def _checked(
     given = (features, weight, labels, bias, sample_weight, cu_seqlens)
     tensors = as_tensors(**dict(zip(TENSORS, given, strict=True)))
     return build_problem(**dict(zip(TENSORS, tensors, strict=True)), options=options)
-
-
-def _stats(
-    problem: Problem, backend: str, chunk_size: int | None, formula: str | None, scale: float
-) -> LastLayerStats:
-    """Score a checked problem; with a formula also its scores, where the backend has them."""
-    check_chunk_size(chunk_size)
-    results, score, backend = operator.score(problem, backend, chunk_size, formula, scale)
-    *by_sample, mean_grad_sqnorm, count = results
-    if not problem.stacked:
-        by_sample = [values[0] for values in by_sample]
-        score = None if score is None else score[0]
-    alignment, grad_sqnorm, loss, el2n, margin, entropy = by_sample
-    return LastLayerStats(
-        alignment,
-        grad_sqnorm,
-        loss,
-        el2n,
-        margin,
-        entropy,
-        backend,
-        mean_grad_sqnorm,
-        count,
-        score,
-    )

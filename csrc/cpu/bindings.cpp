@@ -9,6 +9,7 @@
 
 #include "processor.h"
 #include "read_jobs.h"
+#include "whole.h"
 
 namespace py = pybind11;
 using namespace moso_fast;
@@ -69,4 +70,14 @@ PYBIND11_MODULE(_cpu, m) {
         run(variant, &Variant::second_pass, read_second_pass(job));
       },
       py::arg("variant"), py::arg("job"), "The second pass over a job's rows.");
+  m.def(
+      "whole",
+      [](const std::string& variant, const py::dict& job) {
+        const Variant chosen = variant_named(variant);
+        const Whole whole = read_whole(job);
+        py::gil_scoped_release release;
+        run_whole(chosen, whole);
+      },
+      py::arg("variant"), py::arg("job"), "All of a job whose rows are one range.");
+  m.attr("head_facts") = kHeadFacts;
 }

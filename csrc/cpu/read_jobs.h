@@ -4,6 +4,7 @@
 
 #include "../job_fields.h"
 #include "jobs.h"
+#include "whole.h"
 
 namespace moso_fast {
 
@@ -39,12 +40,25 @@ inline constexpr auto kSecondPassFields =
           field("alignment", &SecondPass::alignment),
           field("alignment_stride", &SecondPass::alignment_stride));
 
+inline constexpr auto kWholeFields =
+    table(field("loss_out", &Whole::loss), field("el2n", &Whole::el2n),
+          field("margin", &Whole::margin), field("entropy", &Whole::entropy),
+          field("alignment", &Whole::alignment), field("grad_sqnorm", &Whole::grad_sqnorm),
+          field("score", &Whole::score), field("counted", &Whole::counted),
+          field("mean_grad_sqnorm", &Whole::mean_grad_sqnorm), field("count", &Whole::count),
+          field("facts", &Whole::facts), field("keep_residual", &Whole::keep_residual),
+          field("formula", &Whole::formula), field("scale", &Whole::scale));
+
 template <const auto& kTable, class Pass>
 Pass read_pass(const pybind11::dict& job) {
   Pass pass{};
   read_fields<kProblemFields>(job, &pass.problem);
   read_fields<kTable>(job, &pass);
-  check_names(job, known_names<kProblemFields, kFirstPassFields, kSecondPassFields>());
+  // It has all its own names, or reading it has failed: no more than these are known ones.
+  constexpr size_t own = fields_in<kProblemFields> + fields_in<kTable>;
+  if (job.size() > own)
+    check_names(job,
+                known_names<kProblemFields, kFirstPassFields, kSecondPassFields, kWholeFields>());
   return pass;
 }
 
@@ -54,5 +68,6 @@ inline FirstPass read_first_pass(const pybind11::dict& job) {
 inline SecondPass read_second_pass(const pybind11::dict& job) {
   return read_pass<kSecondPassFields, SecondPass>(job);
 }
+inline Whole read_whole(const pybind11::dict& job) { return read_pass<kWholeFields, Whole>(job); }
 
 }  // namespace moso_fast

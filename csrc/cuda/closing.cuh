@@ -134,37 +134,18 @@ MOSO_DEVICE void judge(const Judge& p) {
   device::global_store(p.count, int64_t(count));
 }
 
-// Launch with ceil(heads * rows / kThreads) blocks of kThreads threads. The operations and their
-// order are those of the formulas in Python.
+struct Root {
+  MOSO_DEVICE double operator()(double x) const { return device::square_root(x); }
+};
+
+// Launch with ceil(heads * rows / kThreads) blocks of kThreads threads.
 MOSO_DEVICE void score(const Score& p) {
   const int64_t at = device::block_index() * kThreads + device::thread_index();
   if (at >= p.heads * p.rows) return;
-  const double a = double(device::global_load(p.alignment + at));
-  const double q = double(device::global_load(p.grad_sqnorm + at));
-  const double g2 = device::global_load(p.mean_grad_sqnorm + at / p.rows);
-  const double n = double(device::global_load(p.count)), others = n - 1.0;
-  double value = a;
-  switch (p.formula) {
-    case Formula::kMoso:
-      value = (a * n - q) / others;
-      break;
-    case Formula::kOneStep:
-      value = ((n + 1.0) * a - n * g2 - q) / (others * others);
-      break;
-    case Formula::kOfficial:
-      value = a - q / n;
-      break;
-    case Formula::kOfficialExact:
-      value = ((2.0 * n - 3.0) * g2 - q + (2.0 * n - 4.0) * (a - q / n)) / (others * others);
-      break;
-    case Formula::kAlignment:
-      break;
-    case Formula::kCosine: {
-      const double norms = device::square_root(q) * device::square_root(g2);
-      value = norms == 0.0 ? 0.0 : a / norms;  // NaN stays: it is not equal to zero
-      break;
-    }
-  }
+  const double value = score_of(p.formula, double(device::global_load(p.alignment + at)),
+                                double(device::global_load(p.grad_sqnorm + at)),
+                                device::global_load(p.mean_grad_sqnorm + at / p.rows),
+                                double(device::global_load(p.count)), Root{});
   device::global_store(p.score + at, float(value * p.scale));
 }
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../formulas.h"
+
 namespace moso_fast::closing {
 
 // Slots of the status word: Python reads them in this order.
@@ -54,9 +56,6 @@ struct Judge {
   double* mean_grad_sqnorm;     // (heads)
   int64_t* count;
 };
-
-// The score formulas, in the order in which Python numbers them (FORMULAS).
-enum class Formula : int { kMoso, kOneStep, kOfficial, kOfficialExact, kAlignment, kCosine };
 
 struct Score {
   const float *alignment, *grad_sqnorm;  // (heads, rows)

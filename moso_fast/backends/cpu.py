@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from functools import cached_property
+from functools import cache, cached_property
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.formulas import FORMULAS
 from ..core.losses import SOFT_LABEL_TOLERANCE
-from ..core.passes import FirstPass, Passes, Plan, RowBuffers
+from ..core.passes import FirstPass, Passes, Plan, Results, RowBuffers, Whole
 from ..core.problem import Problem
+from ..core.status import STATUS_SLOTS
 from ..util.native import load_native
 from .base import Availability, Backend
 
@@ -54,15 +56,7 @@ class CpuBackend(Backend):
         native = load_native("_cpu")
         if native.module is None:
             return Availability(False, native.reason, native.how)
-        known = native.module.variants()
-        wanted = os.environ.get(SIMD_VARIABLE)
-        if wanted and wanted not in known:
-            return Availability(
-                False,
-                f"{SIMD_VARIABLE}={wanted} is not among what this processor runs",
-                f"unset {SIMD_VARIABLE} or set it to one of {', '.join(known)}",
-            )
-        return Availability(True, f"C++ kernels, {wanted or known[0]}")
+        return _availability(native.module, os.environ.get(SIMD_VARIABLE))
 
     def supports(self, problem: Problem) -> str | None:
         """float32, bfloat16 and float16 features in main memory."""
@@ -164,6 +158,49 @@ class CpuPasses(Passes):
         _module().second_pass(self._variant, job)
         del inputs  # the kernels are done with them
 
+    def whole(self, formula: str | None, scale: float, *, read: bool) -> Whole | None:
+        """See :class:`moso_fast.core.passes.Passes`."""
+        problem, module = self.problem, _module()
+        loss = torch.empty(problem.heads, problem.rows, dtype=torch.float32, device="cpu")
+        results = Results(
+            alignment=torch.empty_like(loss),
+            grad_sqnorm=torch.empty_like(loss),
+            loss=loss,
+            el2n=torch.empty_like(loss),
+            margin=torch.empty_like(loss),
+            entropy=torch.empty_like(loss),
+            mean_grad_sqnorm=torch.empty(problem.heads, dtype=torch.float64, device="cpu"),
+            count=torch.empty((), dtype=torch.int64, device="cpu"),
+            score=None if formula is None else torch.empty_like(loss),
+        )
+        counted = torch.empty(problem.rows, dtype=torch.bool, device="cpu")
+        facts = torch.empty(
+            STATUS_SLOTS + 1 + problem.heads * module.head_facts,
+            dtype=torch.float64,
+            device="cpu",
+        )
+        inputs, job = self._job(slice(0, problem.rows))
+        job.update(
+            loss_out=loss.data_ptr(),
+            el2n=results.el2n.data_ptr(),
+            margin=results.margin.data_ptr(),
+            entropy=results.entropy.data_ptr(),
+            alignment=results.alignment.data_ptr(),
+            grad_sqnorm=results.grad_sqnorm.data_ptr(),
+            mean_grad_sqnorm=results.mean_grad_sqnorm.data_ptr(),
+            count=results.count.data_ptr(),
+            score=_address(results.score),
+            counted=counted.data_ptr(),
+            facts=facts.data_ptr(),
+            # A gradient in blocks is made of stored ones, so that they are there in any case.
+            keep_residual=self.plan.keep_residual or self._split_grad,
+            formula=FORMULAS.index(formula or "alignment"),
+            scale=float(scale),
+        )
+        module.whole(self._variant, job)
+        del inputs  # the kernels are done with them
+        return Whole(results, counted, facts)
+
     def _self_term_scale(self, out: RowBuffers) -> float:
         """1 / N where the score's self term must be put right for rounded operands, else 0.
 
@@ -190,18 +227,20 @@ class CpuPasses(Passes):
     def _job(self, rows: slice) -> tuple[list[Tensor | None], dict[str, Any]]:
         """Tensors that must outlive the call, and the fields that both passes read."""
         problem = self.problem
-        features = problem.features[rows]
+        features, labels, sample_weight = problem.features, problem.labels, problem.sample_weight
+        if rows.stop - rows.start < problem.rows:
+            features, labels = features[rows], labels[rows]
+            sample_weight = None if sample_weight is None else sample_weight[rows]
         if not _unit_columns(features):
             features = features.contiguous()
-        labels = targets = None
+        targets = None
         if problem.soft_labels:
-            targets = problem.labels[rows].to(torch.float32).contiguous()
+            labels, targets = None, labels.to(torch.float32).contiguous()
         else:
-            labels = problem.labels[rows].to(torch.int64).contiguous()
-        weight, bias = self._heads
-        sample_weight = problem.sample_weight
+            labels = labels.to(torch.int64).contiguous()
         if sample_weight is not None:
-            sample_weight = sample_weight[rows].contiguous()
+            sample_weight = sample_weight.contiguous()
+        weight, bias = self._heads
         job = {
             "features": features.data_ptr(),
             "dtype": _DTYPES[features.dtype],
@@ -229,6 +268,18 @@ class CpuPasses(Passes):
             "split_grad": self._split_grad,
         }
         return [features, labels, targets, sample_weight], job
+
+
+@cache
+def _availability(module: ModuleType, wanted: str | None) -> Availability:
+    known = module.variants()
+    if wanted and wanted not in known:
+        return Availability(
+            False,
+            f"{SIMD_VARIABLE}={wanted} is not among what this processor runs",
+            f"unset {SIMD_VARIABLE} or set it to one of {', '.join(known)}",
+        )
+    return Availability(True, f"C++ kernels, {wanted or known[0]}")
 
 
 def _module() -> ModuleType:

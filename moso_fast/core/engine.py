@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .memory import make_plan, rows_at_a_time
 from .passes import Passes, Plan, Results, RowBuffers
+from .precision import own_precision
 from .problem import Problem
 from .sequences import segment_sum, sequence_grad_sqnorm
 from .status import STATUS_SLOTS, sequence_offsets
@@ -86,18 +87,19 @@ def run(
     offsets = None if problem.cu_seqlens is None else sequence_offsets(problem)
     chunks = list(_chunks(problem.rows, rows_at_a_time(problem, plan, passes), offsets))
     verdict = Verdict(problem, formula, reading)
-    if len(chunks) == 1 and plan.keep_residual and offsets is None and not problem.streamed:
+    if len(chunks) == 1 and offsets is None and not problem.streamed:
         whole = passes.whole(formula, scale, read=reading is not Reading.NEVER)
         if whole is not None:
             verdict.whole(whole)
             return whole.results
-    verdict.parameters()
-    with closing(make_feed(problem, chunks, plan)) as feed:
-        results, counted = _two_passes(feed, passes, offsets, verdict)
-    verdict.results(results, counted)
-    # Unknown under capture: the graph may be replayed on rows of which some do not count.
-    if verdict.count != counted.shape[0]:
-        _leave_out(results, ~counted)
+    with own_precision(problem):
+        verdict.parameters()
+        with closing(make_feed(problem, chunks, plan)) as feed:
+            results, counted = _two_passes(feed, passes, offsets, verdict)
+        verdict.results(results, counted)
+        # Unknown under capture: the graph may be replayed on rows of which some do not count.
+        if verdict.count != counted.shape[0]:
+            _leave_out(results, ~counted)
     return results
 
 

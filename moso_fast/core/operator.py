@@ -15,7 +15,6 @@ from torch import Tensor
 from ..backends import Backend, choose
 from . import engine
 from .options import OPTION_NAMES, Options
-from .precision import own_precision
 from .problem import Problem, build_problem, compute_dtype
 
 # Arguments of a call that are tensors, in the order of the operator.
@@ -87,8 +86,7 @@ def _run(
     problem: Problem, backend: Backend, chunk_size: int | None, formula: str | None, scale: float
 ) -> tuple[_EightTensors, Tensor | None]:
     """Score a problem; results (K, N) in the order of :func:`score`."""
-    with own_precision(problem):
-        found = engine.run(problem, backend, chunk_size, formula, scale)
+    found = engine.run(problem, backend, chunk_size, formula, scale)
     results = (
         found.alignment,
         found.grad_sqnorm,

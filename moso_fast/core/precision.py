@@ -34,7 +34,7 @@ def own_precision(problem: Problem) -> Iterator[None]:
     kind = problem.device.type
     allowed = "high" if kind == "cuda" and problem.precision != "highest" else "highest"
     # To turn off what is off already would take several times as long as all else here.
-    on = torch.is_autocast_enabled(kind)
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     with torch.no_grad(), torch.autocast(kind, enabled=False) if on else nullcontext():
         try:
             _enter(allowed, sums_of_halves=kind == "cuda")

@@ -175,12 +175,12 @@ def build_problem(
         check_cu_seqlens(cu_seqlens, features, devices)
     dtype, device = compute_dtype(features), weight.device
     problem = Problem(
-        features=features.detach(),
-        weight=weight.detach().to(dtype).reshape(-1, classes, weight.shape[-1]),
-        labels=labels.detach().to(device),
-        bias=None if bias is None else bias.detach().to(dtype).reshape(-1, classes),
-        sample_weight=None if sample_weight is None else sample_weight.detach().to(device, dtype),
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.detach().to(device, torch.int64),
+        features=_numbers(features),
+        weight=_numbers(weight, dtype=dtype).reshape(-1, classes, weight.shape[-1]),
+        labels=_numbers(labels, device),
+        bias=None if bias is None else _numbers(bias, dtype=dtype).reshape(-1, classes),
+        sample_weight=None if sample_weight is None else _numbers(sample_weight, device, dtype),
+        cu_seqlens=None if cu_seqlens is None else _numbers(cu_seqlens, device, torch.int64),
         loss=options.loss,
         label_smoothing=float(options.label_smoothing),
         ignore_index=int(options.ignore_index),
@@ -190,6 +190,20 @@ def build_problem(
         logit_map=logit_map,
     )
     return problem if options.per == "sample" else _by_length(problem)
+
+
+def _numbers(
+    tensor: Tensor, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return a tensor without its graph, where and as it is wanted; itself where it is so already.
+
+    To ask first is quicker than operations that change nothing, and a small job notices.
+    """
+    if tensor.requires_grad or type(tensor) is not Tensor:
+        tensor = tensor.detach()
+    if device is not None and tensor.device != device:
+        tensor = tensor.to(device)
+    return tensor if dtype is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _by_length(problem: Problem) -> Problem:

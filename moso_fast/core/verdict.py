@@ -21,6 +21,7 @@ error is the one that is raised; to say which entry it is, more may be read.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
@@ -46,8 +47,9 @@ _Judge = Callable[[Sequence[float]], None]
 _CODES = {torch.float32: "f", torch.float64: "d", torch.int64: "q"}
 
 
-# What :meth:`Verdict.whole` reads of every head.
+# What :meth:`Verdict.whole` reads of every head, and where the first one begins.
 _HEAD_FACTS = 6
+_FIRST_HEAD = STATUS_SLOTS + 1
 
 
 class Reading(Enum):
@@ -100,18 +102,26 @@ class Verdict:
         if self._reading is Reading.NEVER:
             return
         facts = whole.facts.tolist()
-        by_head = facts[STATUS_SLOTS + 1 :]
+        by_head = facts[_FIRST_HEAD:]
         columns = [by_head[at::_HEAD_FACTS] for at in range(_HEAD_FACTS)]
-        weights = [sum(columns[3])]
-        if self._problem.bias is not None:
-            weights.append(sum(columns[4]))
-        if self._problem.sample_weight is not None:
-            weights.append(columns[5][0])
-        check_parameters(self._problem, weights)
-        raise_for_status(self._problem, facts[:STATUS_SLOTS])
-        self._take_count(facts[STATUS_SLOTS : STATUS_SLOTS + 1])
+        if not math.isfinite(sum(facts)):
+            check_parameters(self._problem, self._parameter_sums(*columns[3:]))
+        if min(facts[:STATUS_SLOTS]) < self._problem.rows:
+            raise_for_status(self._problem, facts[:STATUS_SLOTS])
+        self._take_count(facts[STATUS_SLOTS:_FIRST_HEAD])
         among = None if self.count == whole.counted.shape[0] else whole.counted
         self._check_results(whole.results, among, [*columns[0], *columns[1], *columns[2]])
+
+    def _parameter_sums(
+        self, weights: list[float], biases: list[float], samples: list[float]
+    ) -> list[float]:
+        """Sums as `parameter_sums` gives them, of those parameters that there are."""
+        sums = [sum(weights)]
+        if self._problem.bias is not None:
+            sums.append(sum(biases))
+        if self._problem.sample_weight is not None:
+            sums.append(samples[0])  # the same for every head
+        return sums
 
     def _ask(self, facts: Sequence[Tensor], judge: _Judge) -> None:
         """Have ``judge`` see the numbers of ``facts`` in their order, now or with all others."""

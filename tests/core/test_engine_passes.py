@@ -57,6 +57,7 @@ class WatchedPasses(TorchPasses):
         held = residual is not None and residual is self.made[rows.start]
         self.backend.asked.append(("second", rows.start, rows.stop, held))
         assert residual is None or held, "residuals of another chunk"
+        assert not torch.is_grad_enabled()
         assert alignment.shape == (self.problem.heads, rows.stop - rows.start)
         assert int(out.count) == self.problem.samples  # known by now; none is left out here
         super().second(rows, out, residual, alignment)
@@ -100,12 +101,13 @@ def test_residuals_come_back_where_they_are_kept_and_only_there(monkeypatch) -> 
     assert asked() == [in_one_go, *steps([0, 17], True)]
     assert asked(rows=7) == steps([0, 7, 14, 17], True)
     assert asked(7) == steps([0, 7, 14, 17], False)
-    assert asked(17) == steps([0, 17], False)
+    assert asked(17) == [in_one_go, *steps([0, 17], False)]
     # Norms of sequences need residuals at once; they do not stay for that.
     assert asked(cu_seqlens=sequences) == steps([0, 17], True)
     assert asked(9, cu_seqlens=sequences) == steps([0, 9, 17], False)
     monkeypatch.setattr(memory, "residual_budget", lambda device: 0)
     assert asked(rows=7) == steps([0, 7, 14, 17], False)
+    assert asked() == [in_one_go, *steps([0, 17], False)]
 
 
 def test_what_a_backend_did_in_one_go_is_the_result() -> None:

@@ -246,8 +246,7 @@ def test_scores_that_a_backend_brings_are_taken(heads, monkeypatch):
     monkeypatch.setattr(operator, "score", bringing)
     scores = moso_scores(*case.args, formula="one_step", scale=0.3, backend="torch", chunk_size=5)
     assert torch.equal(scores, brought[0] if heads is None else brought)
-    stats = last_layer_stats(*case.args, backend="torch", chunk_size=5)
-    assert stats._score is None
+    last_layer_stats(*case.args, backend="torch", chunk_size=5)
     assert asked == [("torch", 5, "one_step", 0.3), ("torch", 5, None, 1.0)]
 
 

@@ -141,6 +141,8 @@ class CudaPasses(Passes):
 
     def whole(self, formula: str | None, scale: float, *, read: bool) -> Whole | None:
         """See :class:`moso_fast.core.passes.Passes`."""
+        if not self.plan.keep_residual:
+            return None
         return run_whole(self.problem, self._cut, formula, scale, read=read)
 
 

@@ -158,8 +158,10 @@ def test_rounding_leaves_a_rows_own_term_whole(monkeypatch, dtype):
         return float((got.double() - scores).norm() / scores.norm())
 
     corrected = error()
+    monkeypatch.setattr(CPU.CpuPasses, "whole", lambda *_, **__: None)
+    pass_by_pass = error()
     monkeypatch.setattr(CPU.CpuPasses, "_self_term_scale", lambda *_: 0.0)
-    assert corrected < 5e-3 and error() > 1.2 * corrected
+    assert max(corrected, pass_by_pass) < 5e-3 and error() > 1.2 * max(corrected, pass_by_pass)
 
 
 _PEAK = """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from functools import cache, cached_property
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -91,6 +91,7 @@ class CpuPasses(Passes):
         most = _SPLIT_GRAD_ELEMENTS["bfloat16" if self._bf16_products else "float32"]
         self._split_grad = problem.weight.numel() >= most and not self._few_classes
         self.chunk_rows = self._chunk_rows()
+        self._contiguous: tuple[Tensor, Tensor | None] | None = None
 
     def _chunk_rows(self) -> int:
         """Every row at once, unless temporaries would grow with the rows."""
@@ -218,11 +219,12 @@ class CpuPasses(Passes):
             return lanes.permute(2, 0, 1)
         return torch.empty(rows, heads, classes, dtype=torch.float32, device="cpu")
 
-    @cached_property
     def _heads(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as the kernels read them."""
-        bias = self.problem.bias
-        return self.problem.weight.contiguous(), None if bias is None else bias.contiguous()
+        if self._contiguous is None:
+            weight, bias = self.problem.weight, self.problem.bias
+            self._contiguous = weight.contiguous(), None if bias is None else bias.contiguous()
+        return self._contiguous
 
     def _job(self, rows: slice) -> tuple[list[Tensor | None], dict[str, Any]]:
         """Tensors that must outlive the call, and the fields that both passes read."""
@@ -240,7 +242,7 @@ class CpuPasses(Passes):
             labels = labels.to(torch.int64).contiguous()
         if sample_weight is not None:
             sample_weight = sample_weight.contiguous()
-        weight, bias = self._heads
+        weight, bias = self._heads()
         job = {
             "features": features.data_ptr(),
             "dtype": _DTYPES[features.dtype],

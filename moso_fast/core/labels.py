@@ -113,6 +113,8 @@ def fit_labels(labels: Tensor, classes: int, loss: str) -> Tensor:
     TypeError
         Class ids that are not integers.
     """
+    if labels.dtype == torch.int64 and labels.dim() == 1 and loss == "cross_entropy":
+        return labels  # what nearly everybody has
     if labels.dtype in _WIDENED:
         labels = labels.long()
     if loss != "cross_entropy":

@@ -29,10 +29,11 @@ SIMD_VARIABLE = "MOSO_FAST_SIMD"
 # As csrc/cpu/jobs.h numbers them.
 _LOSSES = ("cross_entropy", "binary_cross_entropy", "mse")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# From this many elements on, the mean gradient is made block by block from stored residuals: a
-# partial sum for every slab of rows would cost a sweep over it, which weighs more where the
-# products are fast.
+# The mean gradient is made block by block from stored residuals where the heads have so many
+# elements or the job so few rows: a partial sum for every slab of rows would cost a sweep over the
+# heads, which weighs more where the products are fast, and few slabs are few threads' work.
 _SPLIT_GRAD_ELEMENTS = {"float32": 2**19, "bfloat16": 2**17}
+_SPLIT_GRAD_ROWS = 1024
 # Multiply-adds under which starting threads costs more than they save.
 _SINGLE_THREAD_WORK = 2**21
 # Rows at a time where a whole-problem pass needs temporaries (strided columns, sequences), and
@@ -89,7 +90,9 @@ class CpuPasses(Passes):
         )
         self._bf16_products = rounding and not self._few_classes
         most = _SPLIT_GRAD_ELEMENTS["bfloat16" if self._bf16_products else "float32"]
-        self._split_grad = problem.weight.numel() >= most and not self._few_classes
+        self._split_grad = not self._few_classes and (
+            problem.weight.numel() >= most or problem.rows <= _SPLIT_GRAD_ROWS
+        )
         self.chunk_rows = self._chunk_rows()
         self._contiguous: tuple[Tensor, Tensor | None] | None = None
 

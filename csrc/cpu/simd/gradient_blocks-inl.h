@@ -32,24 +32,36 @@ struct GradientBlocks {
 
   // After job.residual and job.counted are written.
   void add(const FirstPass& job) const {
-    const int64_t class_blocks = (width + kGradClasses - 1) / kGradClasses;
-    const int64_t per_block = (width + class_blocks - 1) / class_blocks;
-    const int64_t column_blocks = (dim + kGradColumns - 1) / kGradColumns;
-    const int64_t tasks = class_blocks * column_blocks;
+    int64_t block_classes = kGradClasses, block_columns = kGradColumns;
+    const auto class_blocks = [&] { return (width + block_classes - 1) / block_classes; };
+    const auto column_blocks = [&] { return (dim + block_columns - 1) / block_columns; };
+    // A block for every thread. Each number is summed over the rows in the same order whatever
+    // block it lies in, so that this may go by the number of threads.
+    while (class_blocks() * column_blocks() < p.threads.count) {
+      if (block_columns > kBlockD)
+        block_columns /= 2;
+      else if (block_classes > kTileM)
+        block_classes = round_up(block_classes / 2, kTileM);
+      else
+        break;
+    }
+    const int64_t classes_apart = class_blocks(), tasks = classes_apart * column_blocks();
+    const int64_t per_block = (width + classes_apart - 1) / classes_apart;
     struct Scratch {
       Buffer tile, outer, grad;
     };
     const Array<Scratch> scratch(worker_count(p.threads, tasks));
     for (Scratch& s : scratch) {
-      s.tile.reserve(Tile<Op>::words(kRows, kGradColumns));
+      s.tile.reserve(Tile<Op>::words(kRows, block_columns));
       s.outer.reserve(Products<Op>::outer_words(kRows));
-      s.grad.reserve(size_t(per_block * kGradColumns + per_block));
+      s.grad.reserve(size_t(per_block * block_columns + per_block));
     }
     run_tasks(p.threads, tasks, [&](int64_t index, int id) {
       const Scratch& s = scratch[id];
-      const int64_t c = index % class_blocks * per_block, d = index / class_blocks * kGradColumns;
+      const int64_t c = index % classes_apart * per_block;
+      const int64_t d = index / classes_apart * block_columns;
       const int64_t classes = min(per_block, width - c);
-      const int64_t columns = min(kGradColumns, dim - d);
+      const int64_t columns = min(block_columns, dim - d);
       const Tile<Op> tile{kRows, columns, s.tile.get()};
       float* bias_part = s.grad.get() + classes * columns;
       for (int64_t start = 0; start < p.rows; start += kGradRows) {

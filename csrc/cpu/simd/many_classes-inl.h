@@ -51,6 +51,10 @@ inline int64_t rows_of_streamed_tile(int64_t rows, int64_t width) {
   return clamp<int64_t>(aim / kTileM * kTileM, kLeastRows, kRowsMax);
 }
 
+inline int64_t rows_a_thread(const Problem& p) {
+  return (p.rows + p.threads.count - 1) / p.threads.count;
+}
+
 template <class T, class Op>
 struct ManyClasses {
   const Problem& p;
@@ -68,6 +72,9 @@ struct ManyClasses {
     const bool wants_rows = Op::kMatrixUnits || rows_that_fit(dim) < kLeastRows;
     whole_rows = keep_rows || !wants_rows || width * dim < kStreamedElements;
     tile_rows = whole_rows ? rows_of_tile(dim) : rows_of_streamed_tile(p.rows, width);
+    // Few rows: a tile for every thread. What a row gets does not depend on the others of its tile,
+    // so that this is the only cut that may go by the number of threads.
+    if (!keep_rows) tile_rows = min(tile_rows, round_up(rows_a_thread(p), kTileM));
   }
 
   // Bias padded to whole panels, zeros without one.

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
 #include "processor.h"
 #include "read_jobs.h"
 #include "whole.h"
@@ -80,4 +81,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("variant"), py::arg("job"), "All of a job whose rows are one range.");
   m.attr("head_facts") = kHeadFacts;
+  m.def("kept_bytes", &kept_bytes,
+        "Scratch memory that the calling thread keeps for its next job.");
+  m.attr("most_kept_bytes") = kMostKeptBytes;
 }

@@ -57,9 +57,15 @@ struct FirstPass {
   int64_t* status;        // (kStatusSlots): smallest offending row so far
   float* residual;        // (rows, heads * classes), or null unless split_grad; with few_classes
                           // (heads * classes, rows)
-  double* grad_sum;       // (heads * classes, dim), added to
+  double* grad_sum;       // (heads * classes, dim), added to; or null, with split_grad alone and
+                          // where these rows are all there are: the next two instead
   double* bias_grad_sum;  // (heads * classes), added to
+  float* mean_grad;       // (heads * classes, dim) G
+  double* mean_squares;   // (heads * classes, blocks of kSquareColumns columns) sums of the squares
+                          // of G before it is rounded
 };
+
+constexpr int64_t kSquareColumns = 256;
 
 struct SecondPass {
   Problem problem;

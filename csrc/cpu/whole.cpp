@@ -29,7 +29,7 @@ Memory<T> memory_for(int64_t elements) {
   return Memory<T>(static_cast<T*>(allocate(size_t(elements) * sizeof(T))));
 }
 
-int64_t blocks_of(int64_t elements) { return (elements + kBlock - 1) / kBlock; }
+int64_t blocks_of(int64_t elements, int64_t size = kBlock) { return (elements + size - 1) / size; }
 
 // body(block, its first element, the one past its last) for all blocks of so many elements.
 template <class Body>
@@ -108,8 +108,12 @@ class Job {
     const int64_t width = p_.heads * p_.classes;
     feature_sqnorm_ = memory_for<float>(p_.rows);
     if (job_.keep_residual) residual_ = memory_for<float>(p_.rows * width);
-    grad_sum_ = memory_for<double>(width * (p_.dim + 1));
-    std::fill_n(grad_sum_.get(), width * (p_.dim + 1), 0.0);
+    // Sums of the weights' part, where the pass does not make means of them; those of the biases.
+    const int64_t sums = p_.split_grad ? 0 : width * p_.dim;
+    grad_sum_ = memory_for<double>(sums + width);
+    std::fill_n(grad_sum_.get(), sums + width, 0.0);
+    mean_ = memory_for<float>(width * (p_.dim + 1));
+    if (p_.split_grad) squares_ = memory_for<double>(width * blocks_of(p_.dim, kSquareColumns));
     int64_t status[kStatusSlots];
     std::fill_n(status, kStatusSlots, p_.rows);
     FirstPass pass{};
@@ -123,8 +127,10 @@ class Job {
     pass.counted = job_.counted;
     pass.status = status;
     pass.residual = residual_.get();
-    pass.grad_sum = grad_sum_.get();
-    pass.bias_grad_sum = grad_sum_.get() + width * p_.dim;
+    pass.grad_sum = p_.split_grad ? nullptr : grad_sum_.get();
+    pass.bias_grad_sum = grad_sum_.get() + sums;
+    pass.mean_grad = mean_.get();
+    pass.mean_squares = squares_.get();
     variant_.first_pass(pass);
     std::copy_n(status, kStatusSlots, job_.facts);
     *job_.count = 0;
@@ -135,20 +141,25 @@ class Job {
 
   // G, and |G|^2 before it is rounded to float32.
   void mean_gradient() {
-    const int64_t width = p_.heads * p_.classes;
-    mean_ = memory_for<float>(width * (p_.dim + 1));
+    const int64_t weights = p_.heads * elements_,
+                  blocks = p_.classes * blocks_of(p_.dim, kSquareColumns);
+    const double* bias_sum = grad_sum_.get() + (p_.split_grad ? 0 : weights);
     for (int64_t head = 0; head < p_.heads; ++head) {
-      double squares = mean_of(head * elements_, elements_);
-      if (p_.bias) squares += mean_of(width * p_.dim + head * p_.classes, p_.classes);
+      const int64_t at = head * elements_, bias_at = head * p_.classes;
+      double squares = p_.split_grad
+                           ? sum_of(p_.threads, blocks,
+                                    [&](int64_t i) { return squares_.get()[head * blocks + i]; })
+                           : mean_of(grad_sum_.get() + at, mean_.get() + at, elements_);
+      if (p_.bias)
+        squares += mean_of(bias_sum + bias_at, mean_.get() + weights + bias_at, p_.classes);
       job_.mean_grad_sqnorm[head] = facts_of(head)[0] = squares;
     }
     grad_sum_.reset();
+    squares_.reset();
   }
 
-  // Means of the sums from `at` on, and the sum of their squares.
-  double mean_of(int64_t at, int64_t elements) const {
-    const double* sums = grad_sum_.get() + at;
-    float* means = mean_.get() + at;
+  // Writes the means of sums; returns the sum of their squares.
+  double mean_of(const double* sums, float* means, int64_t elements) const {
     const double count = double(std::max<int64_t>(*job_.count, 1));
     return sum_of(p_.threads, elements, [=](int64_t i) {
       const double mean = sums[i] / count;
@@ -221,7 +232,7 @@ class Job {
   const Problem& p_;
   const int64_t elements_;  // of a head
   Memory<float> feature_sqnorm_, residual_, mean_;
-  Memory<double> grad_sum_;  // of weights, then of biases
+  Memory<double> grad_sum_, squares_;
 };
 
 }  // namespace

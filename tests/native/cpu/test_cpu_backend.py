@@ -50,6 +50,14 @@ def assert_exact(stats, args, tolerance=1e-5, **options):
         assert error <= tolerance * torch.where(exact.isfinite(), exact, 0.0).norm(), name
 
 
+@pytest.fixture(params=["blocks", "slabs"])
+def gradient(request, monkeypatch):
+    """How many classes make the mean gradient of few rows: as they do, or as of many rows."""
+    if request.param == "slabs":
+        monkeypatch.setattr(CPU, "_SPLIT_GRAD_ROWS", 0)
+    return request.param
+
+
 # On both sides of the limit of the few-classes kernels, their groups, the panels, the column
 # blocks (256), and the row tiles (48, 96, 252) of every instruction set.
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -61,7 +69,7 @@ def assert_exact(stats, args, tolerance=1e-5, **options):
         *[(251, 32, 16), (505, 33, 17), (64, 100, 300), (40, 257, 770)],
     ],
 )
-def test_every_instruction_set(monkeypatch, variant, dtype, rows, classes, dim):
+def test_every_instruction_set(monkeypatch, variant, dtype, rows, classes, dim, gradient):
     monkeypatch.setenv(SIMD_VARIABLE, variant)
     args = problem(rows, classes, dim, dtype=dtype)
     stats = last_layer_stats(*args, backend="cpu", precision="highest")
@@ -85,7 +93,7 @@ def test_every_remainder_of_a_read(monkeypatch, variant, dtype, classes):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dim", [5, 256, 300])
 @pytest.mark.parametrize("tail", range(1, 10))
-def test_classes_past_the_last_full_panel(monkeypatch, variant, tail, dim):
+def test_classes_past_the_last_full_panel(monkeypatch, variant, tail, dim, gradient):
     monkeypatch.setenv(SIMD_VARIABLE, variant)
     for args in (problem(95, 32 + tail, dim), problem(60, 32 + tail, dim, heads=2)):
         assert_exact(last_layer_stats(*args, backend="cpu", precision="highest"), args)
@@ -98,7 +106,7 @@ def test_classes_past_the_last_full_panel(monkeypatch, variant, tail, dim):
     ("rows", "classes", "dim", "heads"),
     [(505, 33, 17, 0), (300, 29, 511, 0), (251, 40, 257, 3), (40, 257, 2050, 0), (95, 70, 1, 0)],
 )
-def test_medium_precision(monkeypatch, variant, dtype, rows, classes, dim, heads):
+def test_medium_precision(monkeypatch, variant, dtype, rows, classes, dim, heads, gradient):
     monkeypatch.setenv(SIMD_VARIABLE, variant)
     rounds = MODULE.runs_bf16_products(variant)
     monkeypatch.setattr(CPU, "_may_round", lambda p: rounds and p.precision == "medium")
@@ -205,7 +213,7 @@ def test_peak_memory(tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("heads", "classes", "dim"), [(3, 4, 40), (12, 10, 64), (2, 70, 5000)])
-def test_heads_share_a_sweep(monkeypatch, variant, heads, classes, dim):
+def test_heads_share_a_sweep(monkeypatch, variant, heads, classes, dim, gradient):
     monkeypatch.setenv(SIMD_VARIABLE, variant)
     args = problem(130, classes, dim, heads)
     assert_exact(
@@ -213,27 +221,29 @@ def test_heads_share_a_sweep(monkeypatch, variant, heads, classes, dim):
     )
 
 
-def test_the_gradient_in_blocks_equals_the_gradient_in_slabs(monkeypatch):
-    args = problem(700, 60, 300)
+@pytest.mark.parametrize("rows", [700, 5000])
+def test_the_gradient_in_blocks_equals_the_gradient_in_slabs(monkeypatch, rows):
+    args = problem(rows, 60, 300)
+    monkeypatch.setattr(CPU, "_SPLIT_GRAD_ROWS", 0)
     whole = last_layer_stats(*args, backend="cpu")
-    monkeypatch.setattr(CPU, "_SPLIT_GRAD_ELEMENTS", dict.fromkeys(CPU._SPLIT_GRAD_ELEMENTS, 1))
+    monkeypatch.setattr(CPU, "_SPLIT_GRAD_ROWS", rows)
     split = last_layer_stats(*args, backend="cpu")
     assert_exact(split, args)
     assert split.mean_grad_sqnorm == pytest.approx(whole.mean_grad_sqnorm, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("classes", "dim", "split"), [(10, 64, None), (60, 64, None), (60, 64, 1)])
-def test_bits_do_not_depend_on_threads(monkeypatch, classes, dim, split, dtype):
-    if split:
-        monkeypatch.setattr(
-            CPU, "_SPLIT_GRAD_ELEMENTS", dict.fromkeys(CPU._SPLIT_GRAD_ELEMENTS, split)
-        )
+@pytest.mark.parametrize(
+    ("rows", "classes", "dim", "split"),
+    [(9000, 10, 64, 0), (9000, 60, 64, 0), (9000, 60, 64, 9000), (300, 60, 700, 300)],
+)
+def test_bits_do_not_depend_on_threads(monkeypatch, rows, classes, dim, split, dtype):
+    monkeypatch.setattr(CPU, "_SPLIT_GRAD_ROWS", split)
     monkeypatch.setattr(CPU, "_SINGLE_THREAD_WORK", 0)
-    args = problem(9000, classes, dim, dtype=dtype)
+    args = problem(rows, classes, dim, dtype=dtype)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3, 7):
+        for threads in (1, 2, 3, 7, 40):
             torch.set_num_threads(threads)
             results.append(last_layer_stats(*args, backend="cpu"))
     finally:
@@ -372,7 +382,7 @@ def test_a_child_of_plain_fork_can_score(tmp_path):
     assert run_python(FORKED, tmp_path) == "0\n"
 
 
-@pytest.mark.parametrize("name", ["first_pass", "second_pass"])
+@pytest.mark.parametrize("name", ["first_pass", "second_pass", "whole"])
 def test_fields_of_a_job_are_all_there_and_known(name) -> None:
     run, job = getattr(MODULE, name), {"feature": 0}
     with pytest.raises(ValueError, match=r"^the job has a field 'feature' that no kernel takes$"):
@@ -382,4 +392,5 @@ def test_fields_of_a_job_are_all_there_and_known(name) -> None:
             except KeyError as error:
                 lacking = re.fullmatch(r"the job lacks the field '(\w+)'", error.args[0])
                 job[lacking[1]] = 0
-    assert {"features", "weight", "counted", "residual"} < set(job)
+    assert {"features", "weight", "counted", "few_classes"} < set(job)
+    assert {"first_pass": "grad_sum", "second_pass": "residual", "whole": "score"}[name] in job

@@ -102,8 +102,9 @@ FEW, MANY = "classes in registers", "packed row tiles"
 ROUNDED, BLOCKS = ", bfloat16 products", ", mean gradient in blocks from stored residuals"
 
 
-def test_which_kernels_take_a_job(kernels) -> None:
+def test_which_kernels_take_a_job(kernels, monkeypatch) -> None:
     """By classes of all heads together, loss, precision, and the size of the head."""
+    monkeypatch.setattr(CPU, "_SPLIT_GRAD_ROWS", 0)
     ids = {"precision": "highest", "rows": 1}
     medium = {"precision": "medium", "rows": 1}
     for problem, words in (
@@ -129,10 +130,18 @@ def test_which_kernels_take_a_job(kernels) -> None:
     assert set(kernels.asked) == {("new", 0, False), ("new", 0, True), ("new", 1, True)}
 
 
+def test_few_rows_leave_no_slabs_to_share_out(kernels) -> None:
+    words = "7 thread(s)"
+    for rows, blocks in ((1024, BLOCKS), (1025, "")):
+        problem = shape(33, 100, rows=rows)
+        assert prepared("cpu", problem).describe() == f"cpu: new, {MANY}{blocks}, {words}"
+    assert prepared("cpu", shape(32, 100, rows=1024)).describe() == f"cpu: new, {FEW}, {words}"
+
+
 def test_no_rounding_where_it_gains_nothing(kernels, monkeypatch) -> None:
     monkeypatch.setenv(SIMD_VARIABLE, "old")
     problem = shape(40, 100, precision="medium")
-    assert prepared("cpu", problem).describe() == f"cpu: old, {MANY}, 1 thread(s)"
+    assert prepared("cpu", problem).describe() == f"cpu: old, {MANY}{BLOCKS}, 1 thread(s)"
     kernels.asked.clear()
     prepared("cpu", shape(4, 3, dtype=torch.float16))
     assert kernels.asked == [("old", 2, False)]
@@ -260,6 +269,7 @@ def test_residuals_are_made_where_somebody_wants_them(kernels, monkeypatch) -> N
     """The caller of the pass, or the mean gradient in blocks, which keeps them to itself."""
     case = random_case("ids", n=20, c=40)
     offsets = torch.tensor([0, 20])
+    monkeypatch.setattr(CPU, "_SPLIT_GRAD_ROWS", 0)
     for blocks in (False, True):
         most = 1 if blocks else 2**30
         monkeypatch.setattr(CPU, "_SPLIT_GRAD_ELEMENTS", {"float32": most, "bfloat16": most})

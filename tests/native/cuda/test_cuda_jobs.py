@@ -11,8 +11,11 @@ from core_support import Case, random_case
 
 from moso_fast.backends.cuda import device as gpu
 from moso_fast.backends.cuda import jobs, whole
+from moso_fast.backends.cuda.backend import CudaPasses
 from moso_fast.core.engine import _allocate
 from moso_fast.core.formulas import FORMULAS
+from moso_fast.core.memory import make_plan
+from moso_fast.core.passes import Passes
 from moso_fast.core.problem import Problem, build_problem
 from moso_fast.core.status import STATUS_SLOTS
 
@@ -272,6 +275,12 @@ def test_the_job_of_everything_in_one_go(machine, monkeypatch, read, formula, bi
     )  # fmt: skip
     assert (results.count.shape, results.count.dtype) == ((), torch.int64)
     assert (done.counted.shape, done.counted.dtype) == ((ROWS,), torch.bool)
+
+
+def test_in_one_go_only_where_residuals_stay() -> None:
+    passes = object.__new__(CudaPasses)
+    Passes.__init__(passes, problem_of(), make_plan(problem_of(), 5))
+    assert passes.whole("moso", 1.0, read=True) is None
 
 
 def test_blocks_of_the_last_sweep(machine) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     TensorDataset,
 )
 
@@ -168,6 +169,20 @@ class Frame:
 )
 def test_what_is_no_data_set(data: Any, kind: type[Exception], message: str) -> None:
     assert error_of(make_loader, data, 4, kind=kind) == message
+
+
+def test_some_rows_of_tensors_are_read_by_the_batch() -> None:
+    whole = TensorDataset(torch.arange(20.0).view(10, 2), torch.arange(10))
+    some = Subset(whole, [9, 2, 4, 7, 1])
+    for data, rows in ((some, [9, 2, 4, 7, 1]), (Subset(some, range(1, 5)), [2, 4, 7, 1])):
+        loader = make_loader(data, 2)
+        assert loader.dataset is data and loader.batch_size is None
+        inputs, labels = (torch.cat(column) for column in zip(*loader, strict=True))
+        assert labels.tolist() == rows and torch.equal(inputs, whole.tensors[0][rows])
+    # Rows that something else is made of come one by one.
+    own = type("Own", (TensorDataset,), {})(*whole.tensors)
+    for data in (Subset(own, [1, 2]), Subset(whole, torch.tensor([1, 2])), Subset([*whole], [3])):
+        assert make_loader(data, 2).batch_size == 2
 
 
 def test_arrays_are_a_data_set() -> None:

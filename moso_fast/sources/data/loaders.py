@@ -14,6 +14,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     SequentialSampler,
+    Subset,
     TensorDataset,
 )
 from torch.utils.data.distributed import DistributedSampler
@@ -51,7 +52,7 @@ def make_loader(data: Any, batch_size: int) -> DataLoader[Any]:
     if len(data) == 0:
         raise ValueError("data holds no samples")
     batches = SequentialBatches(len(data), batch_size)
-    if type(data) is TensorDataset and all(map(_takes_lists, data.tensors)):
+    if all(map(_takes_lists, _tensors_behind(data))):
         # Indexed by a whole batch: no item-by-item collating of what is one tensor already.
         return DataLoader(data, sampler=batches, batch_size=None)
     if batches.merges:
@@ -59,8 +60,17 @@ def make_loader(data: Any, batch_size: int) -> DataLoader[Any]:
     return DataLoader(data, batch_size=batch_size, shuffle=False)
 
 
-def _takes_lists(tensor: Tensor) -> bool:
+def _tensors_behind(data: Any) -> tuple[Tensor | None, ...]:
+    """Return the tensors whose rows are the samples, of all or of some rows; (None,) if none are."""
+    while type(data) is Subset and isinstance(data.indices, (list, tuple, range)):
+        data = data.dataset
+    return data.tensors if type(data) is TensorDataset else (None,)
+
+
+def _takes_lists(tensor: Tensor | None) -> bool:
     """Tell whether torch can index the tensor by a list: not uint16, 32 and 64 in torch 2.9."""
+    if tensor is None:
+        return False
     try:
         tensor[:1][[0]]
     except NotImplementedError:

@@ -23,12 +23,24 @@ Variant variant_named(const std::string& name) {
   throw std::invalid_argument("this processor has no instruction set '" + name + "'");
 }
 
-// Runs a pass without holding Python's lock.
-template <class Pass>
-void run(const std::string& variant, void (*Variant::*entry)(const Pass&), const Pass& pass) {
-  const Variant chosen = variant_named(variant);
-  py::gil_scoped_release release;
-  (chosen.*entry)(pass);
+// Lets Python handle signals; whether a handler has raised an exception, as that of Ctrl-C does.
+bool handler_raised() {
+  const py::gil_scoped_acquire acquire;
+  return PyErr_CheckSignals() != 0;
+}
+
+// Runs work(variant, job) without holding Python's lock. Ends early, with its exception, where a
+// signal handler raises one.
+template <class Job, class Work>
+void run(const std::string& name, Job job, const Work& work) {
+  const Variant variant = variant_named(name);
+  Interrupt interrupt(&handler_raised);
+  job.problem.threads.interrupt = &interrupt;
+  {
+    const py::gil_scoped_release release;
+    work(variant, job);
+  }
+  if (interrupt.happened()) throw py::error_already_set();
 }
 
 }  // namespace
@@ -62,22 +74,21 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "first_pass",
       [](const std::string& variant, const py::dict& job) {
-        run(variant, &Variant::first_pass, read_first_pass(job));
+        run(variant, read_first_pass(job),
+            [](const Variant& chosen, const FirstPass& pass) { chosen.first_pass(pass); });
       },
       py::arg("variant"), py::arg("job"), "The first pass over a job's rows.");
   m.def(
       "second_pass",
       [](const std::string& variant, const py::dict& job) {
-        run(variant, &Variant::second_pass, read_second_pass(job));
+        run(variant, read_second_pass(job),
+            [](const Variant& chosen, const SecondPass& pass) { chosen.second_pass(pass); });
       },
       py::arg("variant"), py::arg("job"), "The second pass over a job's rows.");
   m.def(
       "whole",
       [](const std::string& variant, const py::dict& job) {
-        const Variant chosen = variant_named(variant);
-        const Whole whole = read_whole(job);
-        py::gil_scoped_release release;
-        run_whole(chosen, whole);
+        run(variant, read_whole(job), &run_whole);
       },
       py::arg("variant"), py::arg("job"), "All of a job whose rows are one range.");
   m.attr("head_facts") = kHeadFacts;

@@ -60,15 +60,43 @@ void share_out(Threads threads, int64_t count, void (*task)(const void*, int64_t
     void (*task)(const void*, int64_t, int);
     const void* data;
     int64_t count;
+    Threads threads;
     std::atomic<int64_t> next{0};
     std::atomic<int> workers{0};
-  } shared{task, data, count, {}, {}};
+  } shared{task, data, count, threads, {}, {}};
   const auto body = [](void* argument) {
     Shared& s = *static_cast<Shared*>(argument);
     const int worker = s.workers++;
-    for (int64_t index = s.next++; index < s.count; index = s.next++) s.task(s.data, index, worker);
+    for (int64_t index = s.next++; index < s.count; index = s.next++) {
+      if (interrupted(s.threads)) return;
+      s.task(s.data, index, worker);
+    }
   };
   run_team(int(std::min<int64_t>(threads.count, count)), threads.own, body, &shared);
+}
+
+namespace {
+// Often enough for whoever waits, seldom enough for Python's lock not to be taken all the time.
+constexpr std::chrono::milliseconds kAskEvery{50};
+}  // namespace
+
+Interrupt::Interrupt(bool (*asked)())
+    : asked_(asked), caller_(std::this_thread::get_id()), last_(std::chrono::steady_clock::now()) {}
+
+bool Interrupt::requested() {
+  if (happened()) return true;
+  if (std::this_thread::get_id() != caller_) return false;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - last_ < kAskEvery) return false;
+  last_ = now;
+  if (asked_()) happened_ = true;
+  return happened();
+}
+
+bool Interrupt::happened() const { return happened_.load(std::memory_order_relaxed); }
+
+bool interrupted(const Threads& threads) {
+  return threads.interrupt && threads.interrupt->requested();
 }
 
 Turnstile::Turnstile() = default;

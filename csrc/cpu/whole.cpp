@@ -77,7 +77,7 @@ class Job {
       : variant_(variant), job_(job), p_(job.problem), elements_(p_.classes * p_.dim) {}
 
   void run() {
-    if (!finite_parameters() || !first_pass()) return;
+    if (!finite_parameters() || !first_pass() || interrupted(p_.threads)) return;
     mean_gradient();
     second_pass();
     for (int64_t head = 0; head < p_.heads; ++head) finish(head);

@@ -115,7 +115,7 @@ class Verdict:
     def _parameter_sums(
         self, weights: list[float], biases: list[float], samples: list[float]
     ) -> list[float]:
-        """Sums as `parameter_sums` gives them, of those parameters that there are."""
+        """Give the sums as `parameter_sums` does, of those parameters that there are."""
         sums = [sum(weights)]
         if self._problem.bias is not None:
             sums.append(sum(biases))

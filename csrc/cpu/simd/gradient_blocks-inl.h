@@ -70,6 +70,7 @@ struct GradientBlocks {
       const Tile<Op> tile{kRows, columns, s.tile.get()};
       float* bias_part = s.grad.get() + classes * columns;
       for (int64_t start = 0; start < p.rows; start += kGradRows) {
+        if (interrupted(p.threads)) return;
         const int64_t end = min(p.rows, start + kGradRows);
         clear(s.grad.get(), classes * (columns + 1));
         for (int64_t first = start; first < end; first += kRows) {

@@ -61,7 +61,7 @@ def make_loader(data: Any, batch_size: int) -> DataLoader[Any]:
 
 
 def _tensors_behind(data: Any) -> tuple[Tensor | None, ...]:
-    """Return the tensors whose rows are the samples, of all or of some rows; (None,) if none are."""
+    """Return the tensors whose rows, or some of them, are the samples; (None,) where none are."""
     while type(data) is Subset and isinstance(data.indices, (list, tuple, range)):
         data = data.dataset
     return data.tensors if type(data) is TensorDataset else (None,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -53,10 +54,12 @@ def interleaved(
     tick: Callable[[], None] = lambda: None,
     warm_up: bool = False,
 ) -> dict[str, dict[int, float]]:
-    """Seconds of every job by round; each round runs the jobs in turn.
+    """Seconds of every job by round; each round runs the jobs in turn, in an order of its own.
 
-    In turn, so that a machine that is slow for a while is slow for all of them. Jobs with fewer
-    rounds than the most are spread evenly over them. ``warm_up`` runs each once before.
+    In turn, so that a machine that is slow for a while is slow for all of them. The order is drawn
+    anew (the same in every run), because a job is slower behind one that has emptied the caches or
+    left the threads asleep: in one order for all rounds it would always be the same job. Jobs with
+    fewer rounds than the most are spread evenly over them. ``warm_up`` runs each once before.
     """
     if warm_up:
         for job in jobs.values():
@@ -65,10 +68,10 @@ def interleaved(
     most = max(wanted.values(), default=0)
     times: dict[str, dict[int, float]] = {name: {} for name in jobs}
     for number in range(most):
-        for name, job in jobs.items():
+        for name in random.Random(number).sample(list(jobs), len(jobs)):
             count = wanted[name]
             if (number + 1) * count // most > number * count // most:
-                times[name][number] = timed(job, device)[0]
+                times[name][number] = timed(jobs[name], device)[0]
         tick()
     return times
 

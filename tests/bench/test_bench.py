@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -148,11 +149,27 @@ def test_rounds_are_interleaved() -> None:
     order: list[str] = []
     jobs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     times = measure.interleaved(jobs, {"a": 4, "b": 2})
-    assert order == ["a", "a", "b", "a", "a", "b"]
+    rounds = ["".join(sorted(order[at:end])) for at, end in ((0, 1), (1, 3), (3, 4), (4, 6))]
+    assert rounds == ["a", "ab", "a", "ab"] and len(order) == 6
     assert list(times["a"]) == [0, 1, 2, 3] and list(times["b"]) == [1, 3]
     assert measure.plan_rounds(0.1, 1.0, 3, 20) == 10
     assert measure.plan_rounds(5.0, 1.0, 3, 20) == 3
     assert measure.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+def test_no_job_always_follows_the_same_other() -> None:
+    """Each comes first, last and behind every other, in the same rounds of every run."""
+    names, order = "abcd", []
+    jobs = {name: lambda name=name: order.append(name) for name in names}
+    measure.interleaved(jobs, 60)
+    rounds = ["".join(order[at : at + 4]) for at in range(0, 240, 4)]
+    assert all(sorted(one) == list(names) for one in rounds) and len(set(rounds)) > 12
+    follows = Counter(one[at : at + 2] for one in rounds for at in range(3))
+    assert len(follows) == 12 and max(follows.values()) < 30
+    first = list(order)
+    order.clear()
+    measure.interleaved(jobs, 60)
+    assert order == first
 
 
 def test_floor() -> None:

@@ -10,7 +10,7 @@ namespace moso_fast {
 namespace MOSO_FAST_VARIANT {
 
 typedef float vf __attribute__((vector_size(4 * VL), may_alias));
-typedef float vf_unaligned __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef float vf_unaligned __attribute__((vector_size(4 * VL), aligned(2), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * VL), may_alias));
 typedef uint16_t vh __attribute__((vector_size(2 * VL), aligned(2), may_alias));
 

@@ -1,6 +1,5 @@
 #include "memory.h"
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,9 +11,6 @@ namespace moso_fast {
 namespace {
 
 constexpr size_t kLine = 64;
-// Pieces that no thread keeps come from the system anew for every call: in huge pages, where it has
-// them, they cost a five-hundredth of the page faults.
-constexpr size_t kHugePage = size_t{1} << 21;
 
 // Before the memory that is handed out.
 struct alignas(kLine) Header {
@@ -42,17 +38,16 @@ class Kept {
 
   // Whether there is room for a piece once the oldest have gone; it is the thread's own then.
   bool keep(Header* piece) {
-    if (piece->bytes > most_) return false;
+    if (piece->bytes > kMostKeptBytes) return false;
     piece->next = first_;
     first_ = piece;
     bytes_ += piece->bytes;
-    trim();
+    while (bytes_ > kMostKeptBytes) {
+      Header** last = &first_;
+      while ((*last)->next) last = &(*last)->next;
+      std::free(remove(last));
+    }
     return true;
-  }
-
-  void set_most(size_t bytes) {
-    most_ = bytes;
-    trim();
   }
 
   size_t bytes() const { return bytes_; }
@@ -65,16 +60,6 @@ class Kept {
     return piece;
   }
 
-  // Gives the oldest pieces back until there are no more than may be kept.
-  void trim() {
-    while (bytes_ > most_) {
-      Header** last = &first_;
-      while ((*last)->next) last = &(*last)->next;
-      std::free(remove(last));
-    }
-  }
-
-  size_t most_ = kMostKeptBytes;
   Header* first_ = nullptr;  // the one that came last
   size_t bytes_ = 0;
 };
@@ -87,14 +72,8 @@ void* allocate(size_t bytes) {
   const size_t lines = std::max<size_t>((bytes + kLine - 1) / kLine, 1);
   Header* header = kept.take(lines * kLine);
   if (!header) {
-    const bool huge = lines * kLine > kMostKeptBytes;
-    const size_t page = huge ? kHugePage : kLine;
-    const size_t size = (sizeof(Header) + lines * kLine + page - 1) / page * page;
-    void* memory = std::aligned_alloc(page, size);
+    void* memory = std::aligned_alloc(kLine, sizeof(Header) + lines * kLine);
     if (!memory) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (huge) madvise(memory, size, MADV_HUGEPAGE);  // a wish: without them it is as before
-#endif
     header = new (memory) Header{lines * kLine, nullptr};
   }
   return memory_of(header);
@@ -111,9 +90,6 @@ void release(void* memory) {
 }
 
 size_t kept_bytes() { return kept.bytes(); }
-
-KeepAll::KeepAll() { kept.set_most(SIZE_MAX); }
-KeepAll::~KeepAll() { kept.set_most(kMostKeptBytes); }
 
 int64_t second_level_cache_bytes() {
   // Tiles were measured with one and two megabytes.

@@ -14,16 +14,6 @@ namespace moso_fast {
 void* allocate(size_t bytes);
 void release(void* memory);
 
-// While it lives the calling thread keeps all that it returns: what one pass of a job has used is
-// there for the next one, which wants pieces of the same size.
-class KeepAll {
- public:
-  KeepAll();
-  ~KeepAll();
-  KeepAll(const KeepAll&) = delete;
-  KeepAll& operator=(const KeepAll&) = delete;
-};
-
 // Bytes that the calling thread keeps, and the most that it ever does.
 size_t kept_bytes();
 constexpr size_t kMostKeptBytes = size_t{1} << 24;

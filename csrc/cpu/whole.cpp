@@ -237,9 +237,6 @@ class Job {
 
 }  // namespace
 
-void run_whole(const Variant& variant, const Whole& job) {
-  const KeepAll scratch;
-  Job(variant, job).run();
-}
+void run_whole(const Variant& variant, const Whole& job) { Job(variant, job).run(); }
 
 }  // namespace moso_fast

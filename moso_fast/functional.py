@@ -225,7 +225,18 @@ def last_layer_stats(
     *by_sample, mean_grad_sqnorm, count = results
     if not problem.stacked:
         by_sample = [values[0] for values in by_sample]
-    return LastLayerStats(*by_sample, backend, mean_grad_sqnorm, count)
+    alignment, grad_sqnorm, loss_values, el2n, margin, entropy = by_sample
+    return LastLayerStats(
+        alignment,
+        grad_sqnorm,
+        loss_values,
+        el2n,
+        margin,
+        entropy,
+        backend,
+        mean_grad_sqnorm,
+        count,
+    )
 
 
 def explain(

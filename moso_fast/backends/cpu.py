@@ -232,17 +232,17 @@ class CpuPasses(Passes):
     def _job(self, rows: slice) -> tuple[list[Tensor | None], dict[str, Any]]:
         """Tensors that must outlive the call, and the fields that both passes read."""
         problem = self.problem
-        features, labels, sample_weight = problem.features, problem.labels, problem.sample_weight
+        features, given, sample_weight = problem.features, problem.labels, problem.sample_weight
         if rows.stop - rows.start < problem.rows:
-            features, labels = features[rows], labels[rows]
+            features, given = features[rows], given[rows]
             sample_weight = None if sample_weight is None else sample_weight[rows]
         if not _unit_columns(features):
             features = features.contiguous()
-        targets = None
+        labels = targets = None
         if problem.soft_labels:
-            labels, targets = None, labels.to(torch.float32).contiguous()
+            targets = given.to(torch.float32).contiguous()
         else:
-            labels = labels.to(torch.int64).contiguous()
+            labels = given.to(torch.int64).contiguous()
         if sample_weight is not None:
             sample_weight = sample_weight.contiguous()
         weight, bias = self._heads()

@@ -45,6 +45,11 @@ class Kernels:
     def second_pass(self, variant: str, job: dict[str, Any]) -> None:
         self.jobs.append(("second", variant, job))
 
+    head_facts = 6
+
+    def whole(self, variant: str, job: dict[str, Any]) -> None:
+        self.jobs.append(("whole", variant, job))
+
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
@@ -226,6 +231,36 @@ def test_what_both_passes_read(kernels) -> None:
     for key in INPUTS:
         job.pop(key)
     assert job == SETTINGS | {"alignment_stride": 16, "self_term_scale": 0.0}
+
+
+@pytest.mark.parametrize("formula", [None, "official"])
+@pytest.mark.parametrize("chunk_size", [None, 50])
+def test_what_is_read_where_all_is_done_in_one_go(kernels, formula, chunk_size) -> None:
+    """Every result has memory of its own, so that who keeps one keeps no other."""
+    case = random_case("ids", n=20, c=5, d=7, heads=2, sample_weight=torch.rand(20))
+    problem = problem_of(case, nonfinite="exclude", ignore_index=3)
+    done = prepared("cpu", problem, chunk_size).whole(formula, 2, read=True)
+    ((name, variant, job),) = kernels.jobs
+    assert (name, variant) == ("whole", "new") and done is not None
+    results = done.results
+    written = {
+        **{name: getattr(results, name) for name in ("el2n", "margin", "entropy", "alignment",
+           "grad_sqnorm", "mean_grad_sqnorm", "count")},
+        "loss_out": results.loss, "counted": done.counted, "facts": done.facts,
+    }  # fmt: skip
+    assert {name: job.pop(name) for name in written} == {
+        name: tensor.data_ptr() for name, tensor in written.items()
+    }
+    assert len({tensor.untyped_storage().data_ptr() for tensor in written.values()}) == 10
+    assert done.facts.shape == (4 + 1 + 2 * 6,) and done.facts.dtype == torch.float64
+    assert (results.score is None) == (formula is None)
+    assert job.pop("score") == (0 if results.score is None else results.score.data_ptr())
+    for key in INPUTS:
+        assert job.pop(key) == getattr(problem, key).data_ptr(), key
+    assert job == SETTINGS | {
+        "first_row": 0, "rows": 20, "keep_residual": chunk_size is None, "scale": 2.0,
+        "formula": 2 if formula else 4,
+    }  # fmt: skip
 
 
 INPUTS = ("features", "weight", "bias", "labels", "sample_weight")

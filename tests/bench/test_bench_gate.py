@@ -6,6 +6,7 @@ import json
 import shutil
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -63,13 +64,14 @@ def test_calls_are_exact_and_more_of_them_show(monkeypatch) -> None:
     def slowed(self, *arguments):  # decides twice and does the job twice
         prepare(self, *arguments)
         passes = prepare(self, *arguments)
-        whole = passes.whole
+        job = {name: getattr(passes, name) for name in ("whole", "first")}
 
-        def twice(*given, **options):
-            whole(*given, **options)
-            return whole(*given, **options)
+        def twice(name, *given, **options):
+            job[name](*given, **options)
+            return job[name](*given, **options)
 
-        monkeypatch.setattr(passes, "whole", twice)
+        for name in job:
+            monkeypatch.setattr(passes, name, partial(twice, name))
         return passes
 
     monkeypatch.setattr(backend, "prepare", slowed)

@@ -67,8 +67,11 @@ void share_out(Threads threads, int64_t count, void (*task)(const void*, int64_t
   const auto body = [](void* argument) {
     Shared& s = *static_cast<Shared*>(argument);
     const int worker = s.workers++;
-    for (int64_t index = s.next++; index < s.count; index = s.next++) {
-      if (interrupted(s.threads)) return;
+    // Asked before a task is taken: one that was taken is run, or those behind it would wait at
+    // the turnstile for it.
+    while (!interrupted(s.threads)) {
+      const int64_t index = s.next++;
+      if (index >= s.count) return;
       s.task(s.data, index, worker);
     }
   };

@@ -93,7 +93,7 @@ def test_every_remainder_of_a_read(monkeypatch, variant, dtype, classes):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dim", [5, 256, 300])
 @pytest.mark.parametrize("tail", range(1, 10))
-def test_classes_past_the_last_full_panel(monkeypatch, variant, tail, dim, gradient):
+def test_classes_past_the_last_full_panel(monkeypatch, variant, tail, dim):
     monkeypatch.setenv(SIMD_VARIABLE, variant)
     for args in (problem(95, 32 + tail, dim), problem(60, 32 + tail, dim, heads=2)):
         assert_exact(last_layer_stats(*args, backend="cpu", precision="highest"), args)

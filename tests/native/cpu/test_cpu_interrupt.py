@@ -46,8 +46,7 @@ def job(rows: int, dim: int, classes: int) -> tuple[torch.Tensor, ...]:
 
 # Seconds of work on any processor, in every kind of kernel.
 @pytest.mark.quick(1)
-@pytest.mark.parametrize("chunks", [None, 1])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("chunks", "threads"), [(None, 1), (None, 2), (1, 2)])
 @pytest.mark.parametrize("size", [(500_000, 4096, 16), (400_000, 512, 200), (20_000, 1000, 5000)])
 def test_a_long_call_ends_soon_after_a_signal(size, threads, chunks, handled) -> None:
     arguments, before = job(*size), torch.get_num_threads()
@@ -73,6 +72,24 @@ def test_a_long_call_ends_soon_after_a_signal(size, threads, chunks, handled) ->
     # The next call knows nothing of it.
     small = job(50, 8, 3)
     assert torch.equal(moso_scores(*small, backend="cpu"), moso_scores(*small, backend="cpu"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("size", [(500_000, 4096, 16), (400_000, 512, 200)])
+def test_no_thread_waits_for_work_that_nobody_does(size, handled) -> None:
+    """Threads wait for each other's sums, whenever the signal comes."""
+    arguments, before = job(*size), torch.get_num_threads()
+    try:
+        for number in range(24):
+            torch.set_num_threads(2 + number % 3)
+            timer = threading.Timer(0.05 + 0.005 * number, os.kill, (os.getpid(), signal.SIGUSR1))
+            timer.start()
+            with pytest.raises(Told):
+                last_layer_stats(*arguments, backend="cpu")
+            timer.join()
+    finally:
+        torch.set_num_threads(before)
+    assert len(handled) == 24
 
 
 def test_a_handler_that_returns_ends_nothing() -> None:

@@ -56,7 +56,7 @@ def test_without_valgrind_it_says_so(monkeypatch) -> None:
 @pytest.mark.raw_memory
 def test_calls_are_exact_and_more_of_them_show(monkeypatch) -> None:
     honest = counts.count_calls()
-    assert counts.count_calls() == honest and min(honest.values()) > 5
+    assert counts.count_calls() == honest and min(honest.values()) >= 10
     problem = counts.build_problem(*make_inputs(cases.CASES["c10-d512"], 8).head)
     backend = type(counts.choose(problem)[0])
     prepare = backend.prepare

@@ -73,7 +73,7 @@ struct ManyClasses {
     whole_rows = keep_rows || !wants_rows || width * dim < kStreamedElements;
     tile_rows = whole_rows ? rows_of_tile(dim) : rows_of_streamed_tile(p.rows, width);
     // Few rows: a tile for every thread. What a row gets does not depend on the others of its tile,
-    // so that this is the only cut that may go by the number of threads.
+    // so that this may go by the number of threads.
     if (!keep_rows) tile_rows = min(tile_rows, round_up(rows_a_thread(p), kTileM));
   }
 
